@@ -1,0 +1,90 @@
+"""The protocol between models and numbers: pool storage and the kernels of a forward pass.
+
+T is the number of new tokens in a step (all sequences, packed), H query heads, G KV heads, D
+head_dim. An ``Array`` is whatever the backend computes with; only the backend looks inside.
+Activations are the backend's own precision (float32 on ``reference``).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.batch import PagedBatch
+from quire.pages import PagePool, PageShape
+
+__all__ = ["Array", "Backend", "HostArray"]
+
+Array: TypeAlias = Any
+HostArray: TypeAlias = npt.NDArray[Any]
+
+
+class Backend(Protocol):
+    """What a model needs. Only ``append`` changes an argument: the pool that it fills."""
+
+    name: str
+
+    def weight(self, array: HostArray) -> Array:
+        """Take a tensor of the checkpoint (fp32, bf16 or fp16; may be a read-only memory map)."""
+
+    def pool(self, shape: PageShape, num_pages: int) -> PagePool:
+        """Storage for ``num_pages`` pages of one layer. Raises BackendError if it does not fit."""
+
+    def embed(self, table: Array, ids: Sequence[int]) -> Array:
+        """Rows ``ids`` [T] of ``table`` [vocab, hidden] -> [T, hidden]. ids are in range."""
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """``x @ weight.T + bias``: x [T, in], weight [out, in], bias [out] -> [T, out]."""
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """x / sqrt(mean(x²) + eps) * weight over the last axis [..., n], weight [n].
+
+        Zhang & Sennrich, 2019, arXiv:1910.07467.
+        """
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """(x - mean) / sqrt(var + eps) * weight + bias over the last axis [..., n].
+
+        Ba, Kiros & Hinton, 2016, arXiv:1607.06450.
+        """
+
+    def rope(self, x: Array, positions: HostArray, inv_freq: HostArray) -> Array:
+        """Rotate the pairs (i, i + D/2) of x [T, heads, D] by ``positions[t] * inv_freq[i]``.
+
+        positions int64 [T]; inv_freq float32 [D/2], radians a token; angles are float32 products,
+        as in transformers. Su et al., 2021, arXiv:2104.09864.
+        """
+
+    def activate(self, x: Array, kind: str) -> Array:
+        """Elementwise silu, gelu (erf), gelu_new / gelu_pytorch_tanh or relu, any shape.
+
+        Hendrycks & Gimpel, 2016, arXiv:1606.08415; Elfwing et al., 2017, arXiv:1702.03118.
+        """
+
+    def multiply(self, x: Array, y: Array) -> Array:
+        """Elementwise product of equal shapes: the gate of a gated MLP (arXiv:2002.05202)."""
+
+    def add(self, x: Array, y: Array) -> Array:
+        """Elementwise sum of equal shapes: the residual stream."""
+
+    def heads(self, x: Array, num_heads: int) -> Array:
+        """[T, num_heads * D] -> [T, num_heads, D]."""
+
+    def append(self, pool: PagePool, slots: HostArray, key: Array, value: Array) -> None:
+        """Store key [T, G, D] and value [T, G, D] of T tokens in ``slots`` int64 [T] of a pool."""
+
+    def attend(self, query: Array, pool: PagePool, batch: PagedBatch, group: int) -> Array:
+        """Causal attention of query [T, H, D] over the pages of a layer group -> [T, H * D].
+
+        Query head h reads KV head ``h // (H / G)`` (grouped queries, arXiv:2305.13245; G = 1 is
+        multi-query, arXiv:1911.02150). A query at position p sees stored positions up to p, the
+        last ``window`` of them in a windowed group. Scores are scaled by 1 / sqrt(D). Keys and
+        values are read back from the pool, also those appended in this step.
+        """
+
+    def rows(self, x: Array, indices: Sequence[int]) -> Array:
+        """Rows ``indices`` of x [T, n] -> [len(indices), n]."""
+
+    def to_host(self, x: Array) -> npt.NDArray[np.float32]:
+        """x as a float32 NumPy array of the same shape."""

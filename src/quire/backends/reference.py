@@ -1,0 +1,236 @@
+"""The reference backend: NumPy, float32. Short, slow, readable: the law for every other backend.
+
+It keeps the exactness law by giving every product one fixed shape. A matrix product is done in
+tiles of ``ROWS`` rows, padded with zeros, and attention walks keys in blocks of ``BLOCK`` tokens
+aligned to absolute positions, so that BLAS sees the same problem for a token whatever its
+company, chunk, page or page size. That BLAS computes all rows of such a tile alike is not promised
+by NumPy; ``tests/test_exactness.py`` checks it on the bits.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.batch import GroupBatch, PagedBatch
+from quire.errors import BackendError
+from quire.pages import PagePool, PageShape
+
+__all__ = ["ReferenceBackend", "ReferencePool"]
+
+Array = npt.NDArray[Any]
+
+ROWS = 8
+BLOCK = 16
+
+
+def _tiles(x: Array) -> Array:
+    """x [..., rows, n] -> [..., tiles, ROWS, n], the last tile padded with zeros."""
+    *outer, rows, n = x.shape
+    count = -(-rows // ROWS)
+    padded = np.zeros((*outer, count * ROWS, n), np.float32)
+    padded[..., :rows, :] = x
+    return padded.reshape(*outer, count, ROWS, n)
+
+
+class ReferencePool:
+    """K and V of one layer, token-major: ``[num_pages, page_size, num_kv_heads, dim]``."""
+
+    def __init__(self, shape: PageShape, num_pages: int) -> None:
+        self.shape, self.num_pages = shape, num_pages
+        outer = (num_pages, shape.page_size, shape.num_kv_heads)
+        try:
+            self.key = np.zeros((*outer, shape.key_dim), shape.format.dtype)
+            self.value = np.zeros((*outer, shape.value_dim), shape.format.dtype)
+        except MemoryError as error:
+            raise BackendError(
+                f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
+            ) from error
+
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        self.key[list(target)] = self.key[list(source)]
+        self.value[list(target)] = self.value[list(source)]
+
+    def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
+        """See :class:`quire.pages.PagePool`."""
+        ids = np.asarray(pages, dtype=np.int64)
+        return self.key[ids], self.value[ids]
+
+    def block(self, slots: Array, offset: int) -> tuple[Array, Array]:
+        """K and V of one block as float32 ``[num_kv_heads, BLOCK, dim]``.
+
+        ``slots`` int64 [at most BLOCK - offset] fill it from ``offset`` on; the rest is zero.
+        """
+        return self._gather(self.key, slots, offset), self._gather(self.value, slots, offset)
+
+    def _gather(self, stored: Array, slots: Array, offset: int) -> Array:
+        heads, dim = stored.shape[2:]
+        out = np.zeros((heads, BLOCK, dim), np.float32)
+        found = self.shape.format.decode(stored.reshape(-1, heads, dim)[slots])
+        out[:, offset : offset + len(slots)] = found.transpose(1, 0, 2)
+        return out
+
+
+class ReferenceBackend:
+    """See :class:`quire.backends.base.Backend` for what each op does, with shapes and sources."""
+
+    name = "reference"
+
+    def weight(self, array: Array) -> Array:
+        """A float32 copy, made once."""
+        return np.ascontiguousarray(array, dtype=np.float32)
+
+    def pool(self, shape: PageShape, num_pages: int) -> ReferencePool:
+        """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
+        return ReferencePool(shape, num_pages)
+
+    def embed(self, table: Array, ids: Sequence[int]) -> Array:
+        """[vocab, hidden], [T] -> [T, hidden]."""
+        return np.asarray(table[np.asarray(ids, dtype=np.int64)])
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """[T, in], [out, in], [out] -> [T, out]."""
+        product = np.matmul(_tiles(x), weight.T)
+        out = product.reshape(-1, weight.shape[0])[: len(x)]
+        return out if bias is None else out + bias
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """[..., n], [n] -> [..., n]."""
+        mean = np.mean(x * x, axis=-1, keepdims=True)
+        return x / np.sqrt(mean + np.float32(eps)) * weight
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """[..., n], [n], [n] -> [..., n]."""
+        centred = x - np.mean(x, axis=-1, keepdims=True)
+        variance = np.mean(centred * centred, axis=-1, keepdims=True)
+        return centred / np.sqrt(variance + np.float32(eps)) * weight + bias
+
+    def rope(self, x: Array, positions: Array, inv_freq: Array) -> Array:
+        """[T, heads, D], int64 [T], float32 [D/2] -> [T, heads, D]."""
+        angles = (positions.astype(np.float32)[:, None] * inv_freq).astype(np.float64)[:, None]
+        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        low, high = np.split(x, 2, axis=-1)
+        return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+    def activate(self, x: Array, kind: str) -> Array:
+        """Any shape -> the same."""
+        return _ACTIVATIONS[kind](x)
+
+    def multiply(self, x: Array, y: Array) -> Array:
+        """Equal shapes -> the same."""
+        return x * y
+
+    def add(self, x: Array, y: Array) -> Array:
+        """Equal shapes -> the same."""
+        return x + y
+
+    def heads(self, x: Array, num_heads: int) -> Array:
+        """[T, num_heads * D] -> [T, num_heads, D]."""
+        return x.reshape(len(x), num_heads, -1)
+
+    def append(self, pool: PagePool, slots: Array, key: Array, value: Array) -> None:
+        """Slots int64 [T], key and value [T, G, D], into the pool in its format."""
+        assert isinstance(pool, ReferencePool)
+        for stored, new in ((pool.key, key), (pool.value, value)):
+            stored.reshape(-1, *stored.shape[2:])[slots] = pool.shape.format.encode(new)
+
+    def attend(self, query: Array, pool: PagePool, batch: PagedBatch, group: int) -> Array:
+        """[T, H, D] -> [T, H * D]; one sequence at a time, one block of keys at a time."""
+        assert isinstance(pool, ReferencePool)
+        tables = batch.groups[group]
+        out = np.empty((*query.shape[:2], pool.shape.value_dim), np.float32)
+        for s in range(batch.num_sequences):
+            rows = slice(int(batch.query_indptr[s]), int(batch.query_indptr[s + 1]))
+            if rows.start < rows.stop:
+                out[rows] = _attend_one(query[rows], batch.positions[rows], pool, tables, s)
+        return out.reshape(len(query), -1)
+
+    def rows(self, x: Array, indices: Sequence[int]) -> Array:
+        """[T, n], [R] -> [R, n]."""
+        return x[np.asarray(indices, dtype=np.int64)]
+
+    def to_host(self, x: Array) -> npt.NDArray[np.float32]:
+        """The array itself."""
+        return x
+
+
+def _attend_one(
+    query: Array, positions: Array, pool: ReferencePool, tables: GroupBatch, sequence: int
+) -> Array:
+    """Online softmax (Milakov & Gimelshein, 2018, arXiv:1805.02867) over blocks of keys.
+
+    query [n, H, D] at positions int64 [n], ascending -> [n, H, value_dim]. No matrix of scores
+    wider than ``BLOCK`` keys is ever made. Blocks that a tile of queries cannot see are skipped,
+    which changes no bit: they would add exact zeros.
+    """
+    (n, num_heads, dim), num_kv_heads = query.shape, pool.shape.num_kv_heads
+    share = num_heads // num_kv_heads
+    by_kv_head = query.reshape(n, num_kv_heads, share, dim).transpose(1, 0, 2, 3)
+    tiles = _tiles(by_kv_head.reshape(num_kv_heads, n * share, dim))  # [G, tiles, ROWS, D]
+    at = np.full(tiles.shape[1] * ROWS, positions[-1])
+    at[: n * share] = np.repeat(positions, share)
+    at = at.reshape(-1, ROWS, 1)
+
+    window = tables.window or int(positions[-1]) + 1
+    best = np.full((*tiles.shape[:3], 1), np.finfo(np.float32).min, np.float32)
+    total = np.zeros_like(best)
+    mixed = np.zeros((*tiles.shape[:3], pool.shape.value_dim), np.float32)
+    start, end = tables.span(sequence)
+    first = max(start, int(positions[0]) - window + 1) // BLOCK * BLOCK
+    for block in range(first, min(end, int(positions[-1]) + 1), BLOCK):
+        sees = (at[:, -1, 0] >= block) & (at[:, 0, 0] - window + 1 < block + BLOCK)
+        low, high = np.flatnonzero(sees)[[0, -1]]
+        part = slice(low, high + 1)
+        stored = max(block, start), min(block + BLOCK, end)
+        key, value = pool.block(tables.slots_of(sequence, *stored), stored[0] - block)
+        scores = np.matmul(tiles[:, part], key.transpose(0, 2, 1)[:, None])
+        scores *= np.float32(dim**-0.5)
+        keys_at = block + np.arange(BLOCK)
+        seen = (keys_at <= at[part]) & (keys_at > at[part] - window)
+        scores = np.where(seen, scores, np.float32(-np.inf))
+        peak = np.maximum(best[:, part], scores.max(axis=-1, keepdims=True))
+        shrink, weights = np.exp(best[:, part] - peak), np.exp(scores - peak)
+        total[:, part] = total[:, part] * shrink + weights.sum(axis=-1, keepdims=True)
+        mixed[:, part] = mixed[:, part] * shrink + np.matmul(weights, value[:, None])
+        best[:, part] = peak
+    rows = (mixed / total).reshape(num_kv_heads, -1, pool.shape.value_dim)[:, : n * share]
+    return rows.reshape(num_kv_heads, n, share, -1).transpose(1, 0, 2, 3).reshape(n, num_heads, -1)
+
+
+def _silu(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
+        return x / (1 + np.exp(-x))
+
+
+def _gelu_tanh(x: Array) -> Array:
+    inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return np.float32(0.5) * x * (1 + np.tanh(inner))
+
+
+def _gelu(x: Array) -> Array:
+    return np.float32(0.5) * x * (1 + _erf(x * np.float32(np.sqrt(0.5))))
+
+
+def _erf(x: Array) -> Array:
+    """The error function in float32: Abramowitz & Stegun 7.1.26 in float64, error below 1.5e-7."""
+    wide = np.abs(x.astype(np.float64))
+    t = 1 / (1 + 0.3275911 * wide)
+    poly = np.polynomial.polynomial.polyval(
+        t, [0.0, 0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429]
+    )
+    return (np.sign(x) * (1 - poly * np.exp(-wide * wide))).astype(np.float32)
+
+
+def _relu(x: Array) -> Array:
+    return np.maximum(x, np.float32(0))
+
+
+_ACTIVATIONS = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": _relu,
+}

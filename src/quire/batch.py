@@ -1,0 +1,78 @@
+"""PagedBatch: all that the kernels of one step need to know about pages.
+
+Built once a step by the cache and used by every layer. A batch is ragged: sequences lie one
+behind the other with no padding, and any of them may have no new tokens. Page tables are in CSR
+form with FlashInfer's names (Ye et al., 2025, arXiv:2501.01005).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["GroupBatch", "PagedBatch"]
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """One layer group's page tables for the sequences of a batch (S sequences, T new tokens).
+
+    window         tokens that a query sees, itself included; None for all
+    slots          int64 [T]: where each new token is stored, ``page_id * page_size + offset``
+    indptr         int64 [S + 1]: sequence s owns ``indices[indptr[s]:indptr[s + 1]]``
+    indices        int64 [pages]: page ids in order of position
+    last_page_len  int64 [S]: tokens in a sequence's last page, new ones included; 0 if it has none
+    first_page     int64 [S]: how many pages, counted from position 0, were given back in front
+    """
+
+    page_size: int
+    window: int | None
+    slots: IntArray
+    indptr: IntArray
+    indices: IntArray
+    last_page_len: IntArray
+    first_page: IntArray
+
+    def span(self, sequence: int) -> tuple[int, int]:
+        """Positions ``[start, end)`` that the pages of ``sequence`` hold, new tokens included."""
+        first = int(self.first_page[sequence])
+        pages = int(self.indptr[sequence + 1] - self.indptr[sequence])
+        if pages == 0:
+            return first * self.page_size, first * self.page_size
+        end = (first + pages - 1) * self.page_size + int(self.last_page_len[sequence])
+        return first * self.page_size, end
+
+    def slots_of(self, sequence: int, start: int, end: int) -> IntArray:
+        """Slots of the stored positions ``[start, end)`` of ``sequence``, int64."""
+        positions = np.arange(start, end, dtype=np.int64)
+        page, offset = np.divmod(positions, self.page_size)
+        at = self.indptr[sequence] + page - self.first_page[sequence]
+        return self.indices[at] * self.page_size + offset
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """The new tokens of one step and where their keys and values go.
+
+    positions        int64 [T]: each new token's position in its sequence
+    query_indptr     int64 [S + 1]: s has the tokens ``query_indptr[s]:query_indptr[s + 1]``
+    groups           one :class:`GroupBatch` a layer group
+    group_of_layer   for each layer, the index of its group
+    """
+
+    positions: IntArray
+    query_indptr: IntArray
+    groups: tuple[GroupBatch, ...]
+    group_of_layer: tuple[int, ...]
+
+    @property
+    def num_sequences(self) -> int:
+        """S, sequences in the batch."""
+        return len(self.query_indptr) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """T, new tokens in the batch."""
+        return len(self.positions)

@@ -1,0 +1,57 @@
+"""A sequence's keys and values as plain arrays, in the layouts that other programs use."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.errors import ConfigError, did_you_mean
+
+__all__ = ["LAYOUTS", "KVArrays", "LayerKV", "arrange"]
+
+Array = npt.NDArray[Any]
+
+# From tokens [sequence, heads, dim] to each named order of (batch, heads, sequence, dim), batch 1.
+_AXES = {"BHSD": (0, 2, 1, 3), "BSHD": (0, 1, 2, 3), "HBSD": (2, 0, 1, 3)}
+
+LAYOUTS = (*_AXES, "pages")
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer's keys and values in the stored dtype, copies.
+
+    In a named layout: ``key`` and ``value`` of positions ``start`` to ``start + S - 1`` (a sliding
+    window starts where the next token would look first). In layout ``"pages"``: ``[pages,
+    page_size, heads, dim]``, ``page_table`` their ids, ``start`` the position of the first slot,
+    ``last_page_len`` the tokens in the last page; slots behind those have undefined content.
+    """
+
+    key: Array
+    value: Array
+    start: int
+    page_table: tuple[int, ...] = ()
+    last_page_len: int = 0
+
+
+@dataclass(frozen=True)
+class KVArrays:
+    """Every layer of one sequence in one layout."""
+
+    layout: str
+    layers: tuple[LayerKV, ...]
+
+
+def require_layout(layout: str) -> None:
+    """Raise ConfigError, naming the nearest, unless ``layout`` is one of :data:`LAYOUTS`."""
+    if layout not in LAYOUTS:
+        raise ConfigError(
+            f"unknown KV layout {layout!r}{did_you_mean(layout, LAYOUTS)} "
+            f"(layouts: {', '.join(LAYOUTS)})"
+        )
+
+
+def arrange(tokens: Array, layout: str) -> Array:
+    """``tokens`` [sequence, heads, dim] in a named layout, C-contiguous."""
+    return np.ascontiguousarray(tokens[None].transpose(_AXES[layout]))

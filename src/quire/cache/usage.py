@@ -1,0 +1,29 @@
+"""What a cache, or one sequence in it, takes in bytes."""
+
+from dataclasses import dataclass
+
+__all__ = ["CacheUsage"]
+
+
+@dataclass(frozen=True)
+class CacheUsage:
+    """Bytes of keys and values. Pages shared by forks count once in the total.
+
+    pool_bytes       all pages that exist, free ones included
+    allocated_bytes  pages that are referenced
+    used_bytes       slots of those pages that hold a token
+    waste_bytes      ``allocated_bytes - used_bytes``: the empty slots of unfinished pages
+    tokens           tokens of the sequences, each sequence counted on its own
+    bytes_per_token  of one token in all layers, before any window gives pages back
+    """
+
+    pool_bytes: int
+    allocated_bytes: int
+    used_bytes: int
+    tokens: int
+    bytes_per_token: int
+
+    @property
+    def waste_bytes(self) -> int:
+        """Bytes of allocated slots that hold no token."""
+        return self.allocated_bytes - self.used_bytes

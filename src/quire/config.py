@@ -1,0 +1,232 @@
+"""Settings: what the model is, how its cache is kept, how the engine runs.
+
+All are frozen, take keyword arguments only, refuse unknown names (naming the nearest) and check
+their values when they are made. How ``config.json`` becomes a :class:`ModelConfig` is in
+``architectures.py``.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, dataclass_transform
+
+from quire.errors import ConfigError, did_you_mean
+
+__all__ = [
+    "CacheConfig",
+    "EngineConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "format_bytes",
+    "parse_bytes",
+    "refuse_unknown",
+    "settings",
+]
+
+_T = TypeVar("_T")
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes from an int or from text such as ``"2GiB"``, ``"512 MB"`` or ``"4096"``.
+
+    Raises ConfigError for anything else, and for zero or less.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(f"a size in bytes must be an int or text such as '2GiB', not {value!r}")
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
+        unit = match.group(2).lower() if match else ""
+        if match is None or unit not in _UNITS:
+            raise ConfigError(
+                f"{value!r} is not a size in bytes; write a number with one of the units "
+                "B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024)"
+            )
+        value = int(float(match.group(1)) * _UNITS[unit])
+    if value <= 0:
+        raise ConfigError(f"a size in bytes must be positive, not {value}")
+    return value
+
+
+def format_bytes(count: float) -> str:
+    """``count`` bytes for a person: ``"640 B"``, ``"1.5 MiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def refuse_unknown(what: str, given: dict[str, Any], known: list[str]) -> None:
+    """Raise ConfigError for the first name in ``given`` that is not in ``known``."""
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"{what} has no option {name!r}{did_you_mean(name, known)} "
+                f"(options: {', '.join(known)})"
+            )
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(cls: type[_T]) -> type[_T]:
+    """A frozen keyword-only dataclass whose unknown arguments raise ConfigError."""
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    known = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
+    make: Callable[..., None] = made.__init__
+
+    @functools.wraps(make)
+    def init(self: Any, **given: Any) -> None:
+        refuse_unknown(cls.__name__, given, known)
+        make(self, **given)
+
+    made.__init__ = init  # type: ignore[method-assign]
+    return made
+
+
+def _require_int(owner: str, name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{owner}: {name} must be an int of at least {least}, not {value!r}")
+
+
+@settings
+class RopeConfig:
+    """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) and how it is stretched.
+
+    ``linear`` divides every frequency by ``factor`` (Chen et al., 2023, arXiv:2306.15595);
+    ``llama3`` divides only the low ones (Llama 3.1, arXiv:2407.21783).
+    """
+
+    theta: float = 10_000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@settings
+class ModelConfig:
+    """The facts of a checkpoint's ``config.json`` that decide what is computed.
+
+    ``windows`` has one entry a layer: the number of most recent tokens a query sees, itself
+    included, or None for all. ``ignored_keys`` are keys of ``config.json`` that Quire does not
+    know and did not use.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    windows: tuple[int | None, ...]
+    norm_eps: float
+    activation: str
+    rope: RopeConfig | None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    ignored_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position",
+        ):
+            _require_int(self.architecture, name, getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"{self.architecture}: {self.num_heads} query heads cannot be shared evenly by "
+                f"{self.num_kv_heads} KV heads"
+            )
+        if self.rope is not None and self.head_dim % 2:
+            raise ConfigError(
+                f"{self.architecture}: rotary embedding needs an even head_dim, not {self.head_dim}"
+            )
+        if len(self.windows) != self.num_layers:
+            raise ConfigError(
+                f"{self.architecture}: {len(self.windows)} layer types for {self.num_layers} layers"
+            )
+        for window in self.windows:
+            if window is not None:
+                _require_int(self.architecture, "sliding_window", window)
+        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
+            raise ConfigError(f"{self.architecture}: norm epsilon must be positive, finite")
+
+
+@settings
+class CacheConfig:
+    """How keys and values are kept.
+
+    page_size   tokens a page; ``"whole"`` makes one page as long as the model's context, which is
+                a contiguous, preallocated cache.
+    kv_format   page format; ``"auto"`` is the checkpoint's own dtype.
+    kv_memory   bytes for all pages of all layers, as an int or as text such as ``"2GiB"``.
+    num_pages   pages of every layer group, instead of ``kv_memory``.
+    """
+
+    page_size: int | Literal["whole"] = 16
+    kv_format: str = "auto"
+    kv_memory: int | str = "2GiB"
+    num_pages: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.page_size != "whole":
+            _require_int("CacheConfig", "page_size", self.page_size)
+        if self.num_pages is not None:
+            _require_int("CacheConfig", "num_pages", self.num_pages)
+        if not isinstance(self.kv_format, str):
+            raise ConfigError(f"CacheConfig: kv_format must be text, not {self.kv_format!r}")
+        object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
+
+
+@settings
+class EngineConfig:
+    """How the engine runs.
+
+    backend            ``"auto"`` or the name of a backend (``quire doctor`` lists them).
+    cache              a :class:`CacheConfig`.
+    max_batch_tokens   tokens computed in one step, over all sequences; longer prompts are
+                       prefilled in chunks.
+    max_sequences      sequences that run at a time; each takes at least one token of a step.
+    """
+
+    backend: str = "auto"
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    max_batch_tokens: int = 512
+    max_sequences: int = 64
+
+    def __post_init__(self) -> None:
+        _require_int("EngineConfig", "max_batch_tokens", self.max_batch_tokens)
+        _require_int("EngineConfig", "max_sequences", self.max_sequences)
+        if not isinstance(self.cache, CacheConfig):
+            raise ConfigError(f"EngineConfig: cache must be a CacheConfig, not {self.cache!r}")
+        if not isinstance(self.backend, str):
+            raise ConfigError(f"EngineConfig: backend must be text, not {self.backend!r}")

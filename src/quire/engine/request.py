@@ -1,0 +1,223 @@
+"""What a caller asks for and what comes back.
+
+A :class:`Request` is one prompt; each of its ``n`` samples is a :class:`Sample`, the unit that the
+scheduler runs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from quire.config import settings
+from quire.errors import RequestError
+
+__all__ = [
+    "Completion",
+    "FinishReason",
+    "Request",
+    "Sample",
+    "SamplingParams",
+    "Status",
+    "StepOutput",
+    "TokenLogprob",
+]
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
+        left = "above" if open_low else "from"
+        raise RequestError(f"{name} must be a number {left} {low:g} to {high:g}, not {value!r}")
+
+
+def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool)
+    if not ok or value < low or (high is not None and value > high):  # type: ignore[operator]
+        limit = "" if high is None else f" and at most {high}"
+        raise RequestError(f"{name} must be an int of at least {low}{limit}, not {value!r}")
+
+
+@settings
+class SamplingParams:
+    """How to choose tokens. Applied in the order of this list; defaults change nothing.
+
+    repetition_penalty  > 1 makes tokens of prompt and reply less likely (CTRL, arXiv:1909.05858)
+    presence_penalty    subtracted from the logit of every token that is in the reply
+    frequency_penalty   subtracted once for every time the token is in the reply
+    temperature         0 is greedy; else logits are divided by it
+    top_k               keep the k most likely tokens; 0 keeps all
+    top_p               keep the smallest set with at least this probability (arXiv:1904.09751)
+    min_p               keep tokens at least this likely relative to the best (arXiv:2407.01082)
+
+    n                   samples of one prompt
+    seed                of the random stream; None draws one and reports it in the result. The
+                        stream is keyed by (seed, sample, position), so that company in the batch
+                        never changes a sample
+    max_new_tokens      upper limit; the model's context is another
+    stop                strings that end the text; they are not part of it
+    stop_token_ids      token ids that end it, beside the checkpoint's EOS
+    ignore_eos          go on after the checkpoint's EOS
+    logprobs            None, or how many alternatives to report with each token's logprob, which
+                        are of the model's own distribution, before anything above
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    n: int = 1
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _integer("max_new_tokens", self.max_new_tokens, 1)
+        _number("temperature", self.temperature, 0, 100)
+        _integer("top_k", self.top_k, 0)
+        _number("top_p", self.top_p, 0, 1, open_low=True)
+        _number("min_p", self.min_p, 0, 1)
+        _number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        _number("presence_penalty", self.presence_penalty, -100, 100)
+        _number("frequency_penalty", self.frequency_penalty, -100, 100)
+        _integer("n", self.n, 1)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**64 - 1)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise RequestError(f"stop must hold strings that are not empty, not {self.stop!r}")
+        object.__setattr__(self, "stop", stop)
+        for token in self.stop_token_ids:
+            _integer("a stop token id", token, 0)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural log-probability of a chosen token, and of the ``logprobs`` most likely ones."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sample.
+
+    finish_reason        ``stop``, ``length``, ``cancelled`` or ``error``
+    stop_reason          what stopped it: the stop string or the token id
+    token_ids            new tokens, a stop or EOS token included
+    cached_tokens        prompt tokens that were found in the cache and not computed
+    ttft_s               seconds from submission to the first new token
+    decode_tokens_per_s  new tokens after the first, per second since the first; None below 2
+    kv_bytes_peak        most bytes of KV pages it held at a time
+    seed                 of its random stream, also when it was drawn
+    index                which of the ``n`` samples of its prompt
+    preemptions          why it lost its pages and was computed again, once for each time
+    error                with finish_reason ``error``: what went wrong
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    ttft_s: float | None
+    decode_tokens_per_s: float | None
+    kv_bytes_peak: int
+    seed: int
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    preemptions: tuple[str, ...] = ()
+    error: str | None = None
+
+
+class Status(Enum):
+    """Where a sample is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sample:
+    """One sample of a request as the engine runs it.
+
+    tokens    prompt and new tokens
+    computed  how many of them have keys and values in the cache
+    sequence  handle in the KVCache while it runs
+    """
+
+    request: "Request"
+    index: int
+    tokens: list[int]
+    status: Status = Status.WAITING
+    sequence: int | None = None
+    computed: int = 0
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    kv_bytes_peak: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    preemptions: list[str] = field(default_factory=list)
+    completion: Completion | None = None
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are yet to be computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.tokens[len(self.request.prompt_tokens) :]
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt that was submitted. ``arrival`` orders requests; ``submitted_at`` is in seconds."""
+
+    arrival: int
+    prompt_tokens: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    submitted_at: float
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        """True when every sample is done."""
+        return all(sample.status is Status.FINISHED for sample in self.samples)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """Results of the samples that are done, in order."""
+        return [s.completion for s in self.samples if s.completion is not None]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step brought one sample: a token, the text it completed, perhaps the end.
+
+    ``token_id`` is None for a sample that ended without one (an error).
+    """
+
+    request: Request
+    index: int
+    token_id: int | None
+    text: str
+    completion: Completion | None = None

@@ -1,0 +1,72 @@
+"""Models, written once against the backend protocol, and how they are loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.architectures import read_model_config
+from quire.backends import Backend
+from quire.batch import PagedBatch
+from quire.config import ModelConfig
+from quire.errors import CheckpointError
+from quire.models.checkpoint import Checkpoint, Progress, load_params
+from quire.models.decoder import Decoder
+from quire.models.gpt2 import GPT2
+from quire.models.names import tensor_specs
+from quire.models.source import QUILL, resolve_model
+from quire.models.text import StreamDecoder, TextCodec, load_text_codec
+from quire.pages import PagePool
+
+__all__ = [
+    "QUILL",
+    "CausalLM",
+    "LoadedModel",
+    "Progress",
+    "StreamDecoder",
+    "TextCodec",
+    "load_model",
+    "resolve_model",
+]
+
+
+class CausalLM(Protocol):
+    """A model that predicts the next token."""
+
+    def forward(
+        self,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        rows: Sequence[int],
+    ) -> npt.NDArray[np.float32]:
+        """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run; ``page_format`` is the checkpoint's own dtype (fp32, bf16 or fp16)."""
+
+    config: ModelConfig
+    model: CausalLM
+    codec: TextCodec | None
+    page_format: str
+
+
+def load_model(directory: Path, backend: Backend, progress: Progress | None = None) -> LoadedModel:
+    """Load a Hugging Face model directory.
+
+    Raises CheckpointError for a directory that is missing, incomplete or damaged, and
+    UnsupportedArchitecture, with the list of supported ones, for a model that Quire cannot run.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory with a model in it")
+    config = read_model_config(directory)
+    checkpoint = Checkpoint(directory)
+    params = load_params(checkpoint, tensor_specs(config), backend, progress)
+    kind: type[Decoder] | type[GPT2] = Decoder if config.rope is not None else GPT2
+    model = kind(config, params, backend)
+    return LoadedModel(config, model, load_text_codec(directory), checkpoint.page_format)

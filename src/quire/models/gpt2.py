@@ -1,0 +1,59 @@
+"""GPT-2 (Radford et al., 2019): learned positions, LayerNorm, plain MLP, biases everywhere."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.backends import Backend
+from quire.batch import PagedBatch
+from quire.config import ModelConfig
+from quire.pages import PagePool
+
+__all__ = ["GPT2"]
+
+
+class GPT2:
+    """params: Quire's names (see ``names.py``) to the backend's arrays."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], backend: Backend) -> None:
+        self.config, self.params, self.backend = config, params, backend
+
+    def forward(
+        self,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        rows: Sequence[int],
+    ) -> npt.NDArray[np.float32]:
+        """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows."""
+        backend, params = self.backend, self.params
+        positions = batch.positions.tolist()
+        x = backend.add(
+            backend.embed(params["embed"], tokens), backend.embed(params["positions"], positions)
+        )
+        for layer, pool in enumerate(pools):
+            at = f"layers.{layer}."
+            x = backend.add(x, self._attention(layer, self._norm(at + "attn_norm", x), batch, pool))
+            x = backend.add(x, self._mlp(at, self._norm(at + "mlp_norm", x)))
+        x = self._norm("norm", backend.rows(x, rows))
+        return backend.to_host(backend.linear(x, params.get("head", params["embed"])))
+
+    def _norm(self, key: str, x: Any) -> Any:
+        weight, bias = self.params[key], self.params[f"{key}_bias"]
+        return self.backend.layer_norm(x, weight, bias, self.config.norm_eps)
+
+    def _linear(self, key: str, x: Any) -> Any:
+        return self.backend.linear(x, self.params[key], self.params[f"{key}_bias"])
+
+    def _attention(self, layer: int, x: Any, batch: PagedBatch, pool: PagePool) -> Any:
+        backend, heads, at = self.backend, self.config.num_heads, f"layers.{layer}."
+        query, key, value = (backend.heads(self._linear(at + name, x), heads) for name in "qkv")
+        group = batch.group_of_layer[layer]
+        backend.append(pool, batch.groups[group].slots, key, value)
+        return self._linear(at + "o", backend.attend(query, pool, batch, group))
+
+    def _mlp(self, at: str, x: Any) -> Any:
+        hidden = self.backend.activate(self._linear(at + "up", x), self.config.activation)
+        return self._linear(at + "down", hidden)

@@ -1,0 +1,52 @@
+"""From what the user wrote to a directory with a model in it."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from quire.errors import CheckpointError
+
+__all__ = ["QUILL", "resolve_model"]
+
+QUILL = "quill"
+
+_PATTERNS = ("*.json", "*.safetensors", "*.jinja")
+
+
+def resolve_model(name: str | Path | None) -> Path:
+    """The directory of a model: a path, a hub name (``org/model``), or None for quill.
+
+    Hub names are looked up in the local hub cache first and downloaded if they are not there.
+    Raises CheckpointError if nothing is found.
+    """
+    if name is None or name == QUILL:
+        return Path(str(files("quire") / "assets" / QUILL))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the directory that holds config.json")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not str(name).startswith("."):
+        return _from_hub(str(name))
+    raise CheckpointError(
+        f"no model directory at {path}; give a directory, a hub name such as org/model, or none "
+        f"for the built-in {QUILL}"
+    )
+
+
+def _from_hub(name: str) -> Path:
+    # Imported late: it takes longer to import than everything else together.
+    from huggingface_hub import snapshot_download
+
+    patterns = list(_PATTERNS)
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    except Exception:  # not cached; the hub library has a family of errors for it
+        pass
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise CheckpointError(
+            f"there is no directory {name!r} here, and the hub did not give a model of that name: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,159 @@
+"""Text in and out: the checkpoint's tokenizer, its chat template, and decoding piece by piece."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from quire.architectures import read_json
+from quire.errors import CheckpointError, RequestError
+
+__all__ = ["StreamDecoder", "TextCodec", "load_text_codec"]
+
+_UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are not yet a character
+
+
+class TextCodec:
+    """A checkpoint's tokenizer and chat template."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, chat_template: str | None, special: Mapping[str, str]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = chat_template
+        self._special = dict(special)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``, with the BOS token where the checkpoint's tokenizer adds one.
+
+        Raises RequestError for text that is not valid Unicode (lone surrogates).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the prompt is not valid text: character {error.start} is a lone surrogate "
+                "(the input was probably not UTF-8)"
+            ) from error
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` without special tokens; unfinished characters become U+FFFD."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token(self, token_id: int) -> str:
+        """One token as text, special or not."""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt text for ``messages`` (``role`` and ``content``), ready for a reply.
+
+        Raises RequestError if the checkpoint has no chat template or the template refuses.
+        """
+        if self._template is None:
+            raise RequestError(
+                "this checkpoint has no chat template; use generate with a prompt instead"
+            )
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        env.globals.update(raise_exception=_refuse, strftime_now=_strftime_now)
+        try:
+            return env.from_string(self._template).render(
+                messages=list(messages), add_generation_prompt=True, **self._special
+            )
+        except TemplateError as error:
+            raise RequestError(f"the checkpoint's chat template failed: {error}") from error
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+class StreamDecoder:
+    """Token ids one at a time to text, never half a character.
+
+    Decodes a short tail of the ids twice, with and without the newest, because a tokenizer's text
+    for a token may depend on the tokens before it.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._ids: list[int] = []
+        self._settled = 0  # ids whose text was given out
+        self._anchor = 0  # where the tail that is decoded again begins
+
+    def push(self, token_id: int) -> str:
+        """The text that ``token_id`` completes; empty while a character is unfinished."""
+        self._ids.append(token_id)
+        before, now = self._tail()
+        if now.endswith(_UNFINISHED) or len(now) <= len(before):
+            return ""
+        self._anchor, self._settled = self._settled, len(self._ids)
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        """What is left at the end; an unfinished character becomes U+FFFD."""
+        before, now = self._tail()
+        self._anchor = self._settled = len(self._ids)
+        return now[len(before) :]
+
+    def _tail(self) -> tuple[str, str]:
+        before = self._codec.decode(self._ids[self._anchor : self._settled])
+        return before, self._codec.decode(self._ids[self._anchor :])
+
+
+def load_text_codec(directory: Path) -> TextCodec | None:
+    """The tokenizer of a model directory; None if it has none (the model then serves token ids).
+
+    Raises CheckpointError for a tokenizer that cannot be read or has no ``tokenizer.json``.
+    """
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        for legacy in ("tokenizer.model", "vocab.json", "vocab.txt"):
+            if (directory / legacy).exists():
+                raise CheckpointError(
+                    f"{directory} has {legacy} but no tokenizer.json; load it once with "
+                    "transformers' AutoTokenizer and save_pretrained() it to get one"
+                )
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for any damaged file
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    settings_path = directory / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.exists() else {}
+    return TextCodec(tokenizer, _chat_template(directory, settings), _special_tokens(settings))
+
+
+def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = settings.get(key)
+        if isinstance(value, Mapping):  # an AddedToken written out
+            value = value.get("content")
+        if isinstance(value, str):
+            found[key] = value
+    return found
