@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Machine", "this_machine"]
+__all__ = ["Machine", "PeakMemory", "this_machine"]
 
 # Features that kernels care about, in /proc/cpuinfo's spelling.
 _FEATURES = (
@@ -148,3 +148,26 @@ def _memory() -> tuple[int | None, int | None]:
     if "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
     return None, None
+
+
+class PeakMemory:
+    """The most memory this process had resident while a ``with`` block ran.
+
+    ``bytes`` is None where the system cannot say: it needs Linux's resettable high-water mark.
+    """
+
+    bytes: int | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._reset = True
+        except OSError:
+            self._reset = False
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._reset:
+            for line in (_read("/proc/self/status") or "").splitlines():
+                if line.startswith("VmHWM:"):
+                    self.bytes = int(line.split()[1]) * 1024

@@ -20,7 +20,12 @@ class BackendStatus:
 
 def backend_status() -> tuple[BackendStatus, ...]:
     """Every backend that Quire knows, the preferred first."""
-    return (BackendStatus("reference", True, "NumPy, float32, exact; slow by design"),)
+    absent = "not part of this version of Quire"
+    return (
+        BackendStatus("native", False, absent),
+        BackendStatus("cuda", False, absent),
+        BackendStatus("reference", True, "NumPy, float32, exact; slow by design"),
+    )
 
 
 def create_backend(name: str = "auto") -> Backend:
@@ -28,10 +33,17 @@ def create_backend(name: str = "auto") -> Backend:
 
     Raises BackendError, with the names there are, for one that is unknown or off.
     """
-    names = [status.name for status in backend_status() if status.available]
-    chosen = names[0] if name == "auto" else name
-    if chosen == "reference":
-        return ReferenceBackend()
-    raise BackendError(
-        f"unknown backend {name!r}{did_you_mean(name, names)} (available: auto, {', '.join(names)})"
-    )
+    known = {status.name: status for status in backend_status()}
+    available = [status.name for status in known.values() if status.available]
+    chosen = available[0] if name == "auto" else name
+    if chosen not in known:
+        raise BackendError(
+            f"unknown backend {name!r}{did_you_mean(name, ['auto', *known])} "
+            f"(available: auto, {', '.join(available)})"
+        )
+    if not known[chosen].available:
+        raise BackendError(
+            f"backend {name!r} is off: {known[chosen].detail} (available: auto, "
+            f"{', '.join(available)})"
+        )
+    return ReferenceBackend()

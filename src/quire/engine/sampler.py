@@ -115,6 +115,8 @@ def _with_logprobs(
     wide = logits.astype(np.float64)
     wide -= wide.max()
     logprobs = wide - np.log(np.exp(wide).sum())
-    top = np.argsort(-logprobs, kind="stable")[: alternatives or 0]
+    if not alternatives:
+        return TokenLogprob(token, float(logprobs[token]))
+    top = np.argsort(-logprobs, kind="stable")[:alternatives]
     pairs = tuple((int(t), float(logprobs[t])) for t in top)
     return TokenLogprob(token, float(logprobs[token]), pairs)

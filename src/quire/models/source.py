@@ -10,7 +10,8 @@ __all__ = ["QUILL", "resolve_model"]
 
 QUILL = "quill"
 
-_PATTERNS = ("*.json", "*.safetensors", "*.jinja")
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+_OTHER_COPIES = ["consolidated*", "original/*", "*/*"]  # of the same weights, for other programs
 
 
 def resolve_model(name: str | Path | None) -> Path:
@@ -38,13 +39,24 @@ def _from_hub(name: str) -> Path:
     # Imported late: it takes longer to import than everything else together.
     from huggingface_hub import snapshot_download
 
-    patterns = list(_PATTERNS)
+    def snapshot(local: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=_PATTERNS,
+                ignore_patterns=_OTHER_COPIES,
+                local_files_only=local,
+            )
+        )
+
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        cached = snapshot(local=True)
+        if any(cached.glob("*.safetensors")):
+            return cached
     except Exception:  # not cached; the hub library has a family of errors for it
         pass
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return snapshot(local=False)
     except Exception as error:
         raise CheckpointError(
             f"there is no directory {name!r} here, and the hub did not give a model of that name: "

@@ -1,0 +1,146 @@
+"""``quire bench``: prefill latency, decode speed and memory of a model on this machine."""
+
+import json
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quire.cli.options import engine_options, make_engine
+
+if TYPE_CHECKING:
+    from quire.engine import Completion, Engine
+
+__all__ = ["bench"]
+
+
+def _lengths(ctx: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        lengths = [int(word) for word in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise click.BadParameter(f"{text!r} is not a list of positive ints such as 128,512")
+    return lengths
+
+
+@click.command()
+@engine_options
+@click.option(
+    "--lengths",
+    callback=_lengths,
+    metavar="N,N,...",
+    help="Prompt lengths and contexts in tokens.  [default: doubling from 128 to the context]",
+)
+@click.option("--decode-tokens", type=click.IntRange(2), default=32, show_default=True, metavar="N")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, metavar="N")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def bench(
+    lengths: list[int] | None, decode_tokens: int, repeats: int, as_json: bool, **options: Any
+) -> None:
+    """Measure prefill, decode and memory.
+
+    Prefill latency and peak memory at growing prompts, decode speed at growing contexts. One request at a time, random token ids, end of text ignored; medians of --repeats runs after
+    one that is not counted, with the least and the greatest.
+    """
+    engine = make_engine(options)
+    context = engine.model_config.max_position - decode_tokens
+    lengths = _default_lengths(context) if lengths is None else lengths
+    if max(lengths) > context:
+        raise click.BadParameter(
+            f"{max(lengths)} tokens and {decode_tokens} new ones are more than the context of "
+            f"{engine.model_config.max_position}",
+            param_hint="--lengths",
+        )
+    _run(engine, min(lengths), 2)
+    rows = [_measure(engine, length, decode_tokens, repeats) for length in lengths]
+    if as_json:
+        click.echo(json.dumps({**_setting(engine, repeats), "rows": rows}))
+    else:
+        _print(_setting(engine, repeats), rows)
+
+
+def _default_lengths(context: int) -> list[int]:
+    doubling = [128 * 2**i for i in range(20) if 128 * 2**i <= context]
+    return [*doubling, context] if not doubling or doubling[-1] < context else doubling
+
+
+def _measure(engine: "Engine", length: int, decode_tokens: int, repeats: int) -> dict[str, Any]:
+    from quire.machine import PeakMemory
+
+    with PeakMemory() as memory:
+        runs = [_run(engine, length, decode_tokens) for _ in range(repeats)]
+    ttft = [run.ttft_s for run in runs if run.ttft_s is not None]
+    decode = [run.decode_tokens_per_s for run in runs if run.decode_tokens_per_s is not None]
+    return {
+        "tokens": length,
+        "ttft_s": statistics.median(ttft),
+        "ttft_s_range": [min(ttft), max(ttft)],
+        "prefill_tokens_per_s": length / statistics.median(ttft),
+        "decode_tokens_per_s": statistics.median(decode),
+        "decode_tokens_per_s_range": [min(decode), max(decode)],
+        "kv_bytes_peak": runs[0].kv_bytes_peak,
+        "memory_bytes_peak": memory.bytes,
+    }
+
+
+def _run(engine: "Engine", length: int, new_tokens: int) -> "Completion":
+    import numpy as np
+
+    from quire.engine import SamplingParams
+
+    ids = np.random.default_rng(length).integers(0, engine.model_config.vocab_size, length)
+    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    return engine.generate([ids.tolist()], params)[0]
+
+
+def _setting(engine: "Engine", repeats: int) -> dict[str, Any]:
+    import numpy as np
+
+    import quire
+    from quire.machine import this_machine
+
+    machine = this_machine()
+    return {
+        "quire": quire.__version__,
+        "numpy": np.__version__,
+        "cpu": machine.cpu_name,
+        "threads": machine.threads,
+        "model": engine.directory.name,
+        "architecture": engine.model_config.architecture,
+        "backend": engine.backend.name,
+        "kv_format": engine.cache.layout.shapes[0].format.name,
+        "page_size": engine.cache.layout.page_size,
+        "max_batch_tokens": engine.config.max_batch_tokens,
+        "repeats": repeats,
+    }
+
+
+def _print(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from quire.config import format_bytes
+
+    table = Table(
+        title=f"{setting['model']} on {setting['backend']}, {setting['kv_format']} pages of "
+        f"{setting['page_size']} tokens, {setting['cpu']}, {setting['threads']} threads",
+        caption=f"median of {setting['repeats']} (least to greatest)",
+    )
+    for name in ("tokens", "first token s", "prefill tok/s", "decode tok/s", "KV", "peak memory"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        low, high = row["ttft_s_range"]
+        slow, fast = row["decode_tokens_per_s_range"]
+        memory = row["memory_bytes_peak"]
+        table.add_row(
+            str(row["tokens"]),
+            f"{row['ttft_s']:.3f} ({low:.3f} to {high:.3f})",
+            f"{row['prefill_tokens_per_s']:.0f}",
+            f"{row['decode_tokens_per_s']:.1f} ({slow:.1f} to {fast:.1f})",
+            format_bytes(row["kv_bytes_peak"]),
+            "unknown" if memory is None else format_bytes(memory),
+        )
+    Console().print(table)

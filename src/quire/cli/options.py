@@ -1,0 +1,160 @@
+"""Options that several commands share, and the engine they describe."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from quire.cli.progress import loading_progress
+
+if TYPE_CHECKING:
+    from quire.engine import Engine, SamplingParams
+
+__all__ = ["engine_options", "make_engine", "sampling_options", "sampling_params"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_ENGINE = (
+    click.option(
+        "-m",
+        "--model",
+        metavar="DIR",
+        help="Hugging Face model directory, or a hub name such as org/model. "
+        "[default: quill, the small model that ships with Quire]",
+    ),
+    click.option(
+        "--backend",
+        default="auto",
+        show_default=True,
+        help="What computes; `quire doctor` lists them.",
+    ),
+    click.option(
+        "--kv-format",
+        default="auto",
+        show_default=True,
+        help="How keys and values are stored: fp32, bf16, fp16; auto is the checkpoint's dtype.",
+    ),
+    click.option(
+        "--page-size",
+        default="16",
+        show_default=True,
+        metavar="N",
+        help="Tokens a page; 'whole' makes one page as long as the context.",
+    ),
+    click.option("--num-pages", type=int, metavar="N", help="Pages of every layer group."),
+    click.option(
+        "--kv-memory",
+        metavar="BYTES",
+        help="Memory for all pages, such as 512MiB.  [default: 2GiB]",
+    ),
+    click.option(
+        "--max-batch-tokens",
+        type=int,
+        default=512,
+        show_default=True,
+        metavar="N",
+        help="Tokens a step; longer prompts are computed in chunks.",
+    ),
+)
+
+_SAMPLING = (
+    click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True, metavar="N"),
+    click.option(
+        "-t",
+        "--temperature",
+        type=float,
+        default=0.0,
+        show_default=True,
+        metavar="T",
+        help="0 always takes the likeliest token.",
+    ),
+    click.option("--top-k", type=int, default=0, metavar="K", help="Keep the K likeliest tokens."),
+    click.option(
+        "--top-p", type=float, default=1.0, metavar="P", help="Keep the likeliest share P."
+    ),
+    click.option(
+        "--min-p", type=float, default=0.0, metavar="P", help="Keep tokens P as likely as the best."
+    ),
+    click.option("--repetition-penalty", type=float, default=1.0, metavar="X"),
+    click.option("--presence-penalty", type=float, default=0.0, metavar="X"),
+    click.option("--frequency-penalty", type=float, default=0.0, metavar="X"),
+    click.option(
+        "--seed", type=int, metavar="S", help="Same seed, same text, whatever runs beside it."
+    ),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; may be repeated."),
+)
+
+
+def _with(options: tuple[Callable[[Any], Any], ...]) -> Callable[[_F], _F]:
+    return lambda command: functools.reduce(lambda f, option: option(f), options[::-1], command)
+
+
+engine_options = _with(_ENGINE)
+sampling_options = _with(_SAMPLING)
+
+
+def make_engine(options: dict[str, Any]) -> "Engine":
+    """The engine that ``engine_options`` describe; takes its options out of ``options``.
+
+    Shows progress while loading, and says on standard error which model is used when none was
+    named and which config keys were not understood.
+    """
+    from quire.config import CacheConfig
+    from quire.engine import Engine
+
+    model = options.pop("model")
+    cache = CacheConfig(
+        page_size=_page_size(options.pop("page_size")),
+        kv_format=options.pop("kv_format"),
+        **_pool_size(options.pop("num_pages"), options.pop("kv_memory")),
+    )
+    if model is None:
+        click.echo("quire: no --model given, using the built-in model quill", err=True)
+    with loading_progress() as progress:
+        engine = Engine(
+            model,
+            backend=options.pop("backend"),
+            cache=cache,
+            max_batch_tokens=options.pop("max_batch_tokens"),
+            progress=progress,
+        )
+    ignored = engine.model_config.ignored_keys
+    if ignored:
+        click.echo(
+            f"quire: warning: {Path(engine.directory) / 'config.json'} has keys that Quire does "
+            f"not know and did not use: {', '.join(ignored)}",
+            err=True,
+        )
+    return engine
+
+
+def sampling_params(options: dict[str, Any], **fixed: Any) -> "SamplingParams":
+    """The parameters that ``sampling_options`` describe; takes them out of ``options``."""
+    from quire.engine import SamplingParams
+
+    names = (
+        *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    )
+    return SamplingParams(**{name: options.pop(name) for name in names}, **fixed)
+
+
+def _page_size(text: str) -> Any:
+    if text == "whole":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is neither a number of tokens nor 'whole'", param_hint="--page-size"
+        ) from None
+
+
+def _pool_size(num_pages: int | None, kv_memory: str | None) -> dict[str, Any]:
+    if num_pages is not None and kv_memory is not None:
+        raise click.UsageError("give --num-pages or --kv-memory, not both")
+    if num_pages is not None:
+        return {"num_pages": num_pages}
+    return {} if kv_memory is None else {"kv_memory": kv_memory}

@@ -1,0 +1,40 @@
+"""The documents agree with the program."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_command_line_reference_is_current() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))["cli_reference"]()
+    current = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert made == current, "run: python docs/make_cli.py"
+
+
+def test_the_readme_tour_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tours = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(tours) == 1
+    exec(compile(tours[0], "README.md", "exec"), {})
+    assert "4096)" in capsys.readouterr().out
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_architecture_names_the_modules_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    source = ROOT / "src" / "quire"
+    named = set(re.findall(r"^\s+(\w+\.py)\s", text, flags=re.MULTILINE))
+    real = {p.name for p in source.rglob("*.py") if not p.name.startswith("__")}
+    cli = {p.name for p in (source / "cli").glob("*.py")}
+    assert named - real == set()
+    assert real - named - cli == set()
