@@ -70,5 +70,7 @@ def test_a_name_that_the_hub_does_not_know_is_an_error(monkeypatch: pytest.Monke
         raise OSError(f"404 for {name}\nand a long story")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(CheckpointError, match=r"the hub did not give .* OSError: 404 for org/name$"):
+    with pytest.raises(
+        CheckpointError, match=r"the hub did not give .* OSError: 404 for org/name$"
+    ):
         resolve_model("org/name")

@@ -15,7 +15,7 @@ __all__ = ["GroupBatch", "PagedBatch"]
 IntArray = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupBatch:
     """One layer group's page tables for the sequences of a batch (S sequences, T new tokens).
 
@@ -52,7 +52,7 @@ class GroupBatch:
         return self.indices[at] * self.page_size + offset
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PagedBatch:
     """The new tokens of one step and where their keys and values go.
 

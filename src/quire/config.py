@@ -10,6 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 from quire.errors import ConfigError, did_you_mean
@@ -56,7 +57,7 @@ def parse_bytes(value: int | str) -> int:
                 f"{value!r} is not a size in bytes; write a number with one of the units "
                 "B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024)"
             )
-        value = int(float(match.group(1)) * _UNITS[unit])
+        value = int(Fraction(match.group(1)) * _UNITS[unit])
     if value <= 0:
         raise ConfigError(f"a size in bytes must be positive, not {value}")
     return value
@@ -65,7 +66,7 @@ def parse_bytes(value: int | str) -> int:
 def format_bytes(count: float) -> str:
     """``count`` bytes for a person: ``"640 B"``, ``"1.5 MiB"``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
+        if abs(count) < 1023.95:  # what would be printed as 1024 is 1 of the next unit
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
@@ -102,6 +103,12 @@ def _require_int(owner: str, name: str, value: object, least: int = 1) -> None:
         raise ConfigError(f"{owner}: {name} must be an int of at least {least}, not {value!r}")
 
 
+def _require_positive(owner: str, name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (math.isfinite(value) and value > 0):  # type: ignore[arg-type, operator]
+        raise ConfigError(f"{owner}: {name} must be a positive, finite number, not {value!r}")
+
+
 @settings
 class RopeConfig:
     """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) and how it is stretched.
@@ -116,6 +123,20 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "linear", "llama3"):
+            raise ConfigError(
+                f"RopeConfig: kind must be default, linear or llama3, not {self.kind!r}"
+            )
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            _require_positive("RopeConfig", name, getattr(self, name))
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"RopeConfig: low_freq_factor {self.low_freq_factor} must be below "
+                f"high_freq_factor {self.high_freq_factor}"
+            )
+        _require_int("RopeConfig", "original_max_position", self.original_max_position)
 
 
 @settings
@@ -177,8 +198,7 @@ class ModelConfig:
         for window in self.windows:
             if window is not None:
                 _require_int(self.architecture, "sliding_window", window)
-        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
-            raise ConfigError(f"{self.architecture}: norm epsilon must be positive, finite")
+        _require_positive(self.architecture, "norm_eps", self.norm_eps)
 
 
 @settings

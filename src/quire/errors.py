@@ -70,5 +70,6 @@ class CacheInvariantError(CacheError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause that names the known word nearest to ``name``, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    by_folded = {word.casefold(): word for word in known}
+    near = difflib.get_close_matches(name.casefold(), list(by_folded), n=1, cutoff=0.5)
+    return f"; did you mean {by_folded[near[0]]!r}?" if near else ""

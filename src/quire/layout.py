@@ -80,6 +80,20 @@ def cache_layout(model: ModelConfig, page_size: int, format: PageFormat) -> Cach
     return CacheLayout(page_size, groups, (shape,) * model.num_layers)
 
 
+def _most_in_window(window: int | None, page_size: int, sequences: int, tokens: int) -> int | None:
+    """The most pages that ``sequences`` hold in a window while a step adds ``tokens`` to them.
+
+    A sequence that adds c tokens touches at most (window + c - 3) // page_size + 2 pages; tokens
+    are best spent on sequences that they take across one more page boundary each.
+    """
+    if window is None:
+        return None
+    whole, left = divmod(window - 3, page_size)
+    step = page_size - left
+    crossing = min(sequences, tokens // step)
+    return sequences * (whole + 2) + crossing + (tokens - crossing * step) // page_size
+
+
 def fit_pages(
     layout: CacheLayout, budget: int, max_sequences: int, max_batch_tokens: int
 ) -> tuple[int, ...]:
@@ -97,16 +111,14 @@ def fit_pages(
             f"{format_bytes(one_each)} ({one_each} bytes); raise kv_memory or lower page_size"
         )
     if all(group.window is not None for group in layout.groups):
-        return (budget // one_each,) * len(layout.groups)
+        return (budget // one_each,) * len(layout.groups)  # nothing else could use the rest
+    caps = [
+        _most_in_window(group.window, layout.page_size, max_sequences, max_batch_tokens)
+        for group in layout.groups
+    ]
 
     def pages(full: int) -> tuple[int, ...]:
-        extra = pages_for(max_batch_tokens, layout.page_size)
-        return tuple(
-            full
-            if group.window is None
-            else min(full, max_sequences * (group.window // layout.page_size + 2) + extra)
-            for group in layout.groups
-        )
+        return tuple(full if cap is None else min(full, cap) for cap in caps)
 
     def cost(full: int) -> int:
         return sum(n * layout.page_bytes(g) for g, n in enumerate(pages(full)))

@@ -43,7 +43,7 @@ class PageFormat:
 
         Infinities and NaNs are kept; a finite number beyond the format's range becomes infinite.
         """
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # a signalling NaN stays a NaN
             return np.asarray(values).astype(self.dtype)
 
     def decode(self, stored: Array) -> Array:

@@ -193,10 +193,28 @@ def _attend_one(
         peak = np.maximum(best[:, part], scores.max(axis=-1, keepdims=True))
         shrink, weights = np.exp(best[:, part] - peak), np.exp(scores - peak)
         total[:, part] = total[:, part] * shrink + weights.sum(axis=-1, keepdims=True)
-        mixed[:, part] = mixed[:, part] * shrink + np.matmul(weights, value[:, None])
+        mixed[:, part] = mixed[:, part] * shrink + _mix(weights, value, seen)
         best[:, part] = peak
     rows = (mixed / total).reshape(num_kv_heads, -1, pool.shape.value_dim)[:, : n * share]
     return rows.reshape(num_kv_heads, n, share, -1).transpose(1, 0, 2, 3).reshape(n, num_heads, -1)
+
+
+def _mix(weights: Array, value: Array, seen: Array) -> Array:
+    """weights [G, tiles, ROWS, BLOCK] times value [G, BLOCK, dim], summed over the tokens ``seen``.
+
+    A token whose value is infinite or NaN (it may overflow a narrow page format) must not reach
+    queries that do not see it, and 0 * inf would: such tokens are added one by one.
+    """
+    wild = np.asarray(~np.isfinite(value).all(axis=(0, 2)))
+    if not wild.any():
+        return np.matmul(weights, value[:, None])
+    mixed = np.matmul(weights, np.where(wild[:, None], np.float32(0), value)[:, None])
+    with np.errstate(invalid="ignore"):
+        for t in np.flatnonzero(wild):
+            one = slice(t, t + 1)
+            term = weights[..., one] * value[:, None, one]
+            mixed += np.where(seen[..., one], term, np.float32(0))
+    return mixed
 
 
 def _silu(x: Array) -> Array:

@@ -60,6 +60,10 @@ class PageAllocator:
         """Compare with ``held``, every reference listed once; CacheInvariantError on a mismatch."""
         expected = [0] * self.num_pages
         for page in held:
+            if not 0 <= page < self.num_pages:
+                raise CacheInvariantError(
+                    f"a table holds page {page}; pages are 0 to {self.num_pages - 1}"
+                )
             expected[page] += 1
         if expected != self._references:
             wrong = [p for p, n in enumerate(expected) if n != self._references[p]]

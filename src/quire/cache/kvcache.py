@@ -40,7 +40,7 @@ class _Growth:
     copy_to: int | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Reservation:
     """Pages set aside for one step. ``batch`` is what the step's kernels read."""
 
@@ -114,15 +114,13 @@ class KVCache:
             raise CacheError(
                 f"cannot truncate sequence {sequence} to {length} tokens: it has {state.length}"
             )
-        for group, table in zip(self.layout.groups, state.tables, strict=True):
-            start = table.first_page * self.layout.page_size
-            if group.first_needed(length) < start:
-                raise CacheError(
-                    f"cannot truncate sequence {sequence} to {length} tokens: in group "
-                    f"{group.name()} the tokens before position {start} were given back; the "
-                    "shortest possible length is "
-                    f"{start + (group.window or 1) - 1}; release it and compute it anew instead"
-                )
+        shortest = self._shortest(state)
+        if length < shortest:
+            raise CacheError(
+                f"cannot truncate sequence {sequence} to {length} tokens: pages that the next "
+                "token would see fell out of a sliding window and were given back; the shortest "
+                f"possible length is {shortest}; release it and compute it anew instead"
+            )
         end_page = pages_for(length, self.layout.page_size)
         for allocator, table in zip(self._allocators, state.tables, strict=True):
             allocator.release(table.drop_back(max(end_page, table.first_page)))
@@ -170,19 +168,18 @@ class KVCache:
         )
 
     def growth(self, sequence: int | None, new_tokens: int) -> tuple[int, ...]:
-        """Pages of each group beyond those held now that growing token by token takes at most.
+        """Free pages of each group that growing token by token takes at most.
 
-        At most :meth:`cost`; less where a sliding window gives pages back on the way.
+        At most :meth:`cost`; less where a sliding window gives pages back on the way. Pages that a
+        fork shares are not counted as held: they are copied, or stay with the fork.
         """
-        state = None if sequence is None else self._get(sequence)
-        length = 0 if state is None else state.length
-        most = []
-        for index, group in enumerate(self.layout.groups):
-            held = 0 if state is None else len(state.tables[index].pages)
-            peak = group.most_pages(length + new_tokens, 1, self.layout.page_size)
-            most.append(max(0, peak - held))
-        whole = self.cost(sequence, new_tokens)
-        return tuple(min(pair) for pair in zip(most, whole, strict=True))
+        own = (
+            (0,) * len(self.layout.groups) if sequence is None else self.freed_by_release(sequence)
+        )
+        tokens = new_tokens + (0 if sequence is None else self.length(sequence))
+        peaks = (group.most_pages(tokens, 1, self.layout.page_size) for group in self.layout.groups)
+        most = (max(0, peak - held) for peak, held in zip(peaks, own, strict=True))
+        return tuple(min(pair) for pair in zip(most, self.cost(sequence, new_tokens), strict=True))
 
     def freed_by_release(self, sequence: int) -> tuple[int, ...]:
         """Pages of each group that only this sequence holds."""
@@ -208,8 +205,12 @@ class KVCache:
             ]
             for sequence, count in chunks
         ]
-        self._copy_shared(chunks, growth)
-        made = Reservation(tuple(chunks), self._batch(chunks, growth), growth)
+        try:
+            self._copy_shared(chunks, growth)
+            made = Reservation(tuple(chunks), self._batch(chunks, growth), growth)
+        except BaseException:
+            self._give_back(growth)
+            raise
         for (sequence, _), growths in zip(chunks, growth, strict=True):
             self._get(sequence).growth = growths
         self._reservations.append(made)
@@ -232,11 +233,7 @@ class KVCache:
     def rollback(self, reservation: Reservation) -> None:
         """Give the reserved pages back; every sequence is as it was before :meth:`reserve`."""
         self._close(reservation)
-        for growths in reservation._growth:
-            for allocator, growth in zip(self._allocators, growths, strict=True):
-                allocator.release(growth.new_pages)
-                if growth.copy_to is not None:
-                    allocator.release([growth.copy_to])
+        self._give_back(reservation._growth)
 
     # -- what is held ------------------------------------------------------------------------
 
@@ -303,10 +300,10 @@ class KVCache:
                     raise CacheInvariantError(
                         f"sequence {handle} of {state.length} tokens ends at page {table.end_page}"
                     )
-                if table.first_page > group.first_needed(state.length) // size:
+                if table.first_page != group.first_needed(state.length) // size:
                     raise CacheInvariantError(
-                        f"sequence {handle} lost pages inside its window: first page "
-                        f"{table.first_page} at length {state.length}, {group.name()}"
+                        f"sequence {handle} of {state.length} tokens begins at page "
+                        f"{table.first_page} ({group.name()})"
                     )
                 waste = table.end_page * size - state.length if table.pages else 0
                 if not 0 <= waste < size:
@@ -331,6 +328,14 @@ class KVCache:
         if state.growth is not None:
             raise CacheError(f"sequence {sequence} has an open reservation; commit or roll back")
         return state
+
+    def _shortest(self, state: _Sequence) -> int:
+        """The least length at which no token that the next one sees was given back."""
+        size = self.layout.page_size
+        return max(
+            (table.first_page * size + group.window - 1 if group.window and table.first_page else 0)
+            for group, table in zip(self.layout.groups, state.tables, strict=True)
+        )
 
     def _pages_to_add(self, state: _Sequence, group: int, count: int) -> int:
         wanted = pages_for(state.length + count, self.layout.page_size)
@@ -370,6 +375,13 @@ class KVCache:
         allocator = self._allocators[group]
         copy_to = allocator.allocate(1)[0] if self._must_copy(state, group, count) else None
         return _Growth(allocator.allocate(self._pages_to_add(state, group, count)), copy_to)
+
+    def _give_back(self, growth: list[list[_Growth]]) -> None:
+        for growths in growth:
+            for allocator, grown in zip(self._allocators, growths, strict=True):
+                allocator.release(grown.new_pages)
+                if grown.copy_to is not None:
+                    allocator.release([grown.copy_to])
 
     def _copy_shared(self, chunks: Sequence[tuple[int, int]], growth: list[list[_Growth]]) -> None:
         for index, group in enumerate(self.layout.groups):

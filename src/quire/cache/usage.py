@@ -10,7 +10,7 @@ class CacheUsage:
     """Bytes of keys and values. Pages shared by forks count once in the total.
 
     pool_bytes       all pages that exist, free ones included
-    allocated_bytes  pages that are referenced
+    allocated_bytes  pages of the sequences; those of an open reservation are not yet theirs
     used_bytes       slots of those pages that hold a token
     waste_bytes      ``allocated_bytes - used_bytes``: the empty slots of unfinished pages
     tokens           tokens of the sequences, each sequence counted on its own

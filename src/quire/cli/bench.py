@@ -42,8 +42,9 @@ def bench(
 ) -> None:
     """Measure prefill, decode and memory.
 
-    Prefill latency and peak memory at growing prompts, decode speed at growing contexts. One request at a time, random token ids, end of text ignored; medians of --repeats runs after
-    one that is not counted, with the least and the greatest.
+    Prefill latency and peak memory at growing prompts, decode speed at growing contexts. One
+    request at a time, random token ids, end of text ignored; medians of --repeats runs after one
+    that is not counted, with the least and the greatest.
     """
     engine = make_engine(options)
     context = engine.model_config.max_position - decode_tokens

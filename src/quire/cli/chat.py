@@ -26,7 +26,8 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 def chat(system: str | None, **options: Any) -> None:
     """Hold a conversation.
 
-    Every line of input is a message. In it, /reset forgets the conversation, /exit leaves and Ctrl-C stops a reply.
+    Every line of input is a message. In it, /reset forgets the conversation, /exit leaves and
+    Ctrl-C stops a reply.
     """
     params = sampling_params(options)
     engine = make_engine(options)

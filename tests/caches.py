@@ -1,0 +1,120 @@
+"""Small caches over reference pools for tests, filled as a model's append would fill them.
+
+A token is an int; what is stored for it tells its token, layer, head and channel, so that a slot
+that holds another's numbers is always seen. Tokens below 2**17 are exact in float32.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.backends.reference import ReferencePool
+from quire.batch import PagedBatch
+from quire.cache import KVCache, Reservation
+from quire.layout import CacheLayout, LayerGroup
+from quire.pages import PAGE_FORMATS, PageShape
+
+Array = npt.NDArray[Any]
+Windows = tuple[int | None, ...]
+
+HEADS, KEY_DIM, VALUE_DIM = 2, 3, 2
+
+
+def ceil_div(tokens: int, page_size: int) -> int:
+    """Pages of ``page_size`` that ``tokens`` fill, the last perhaps in part."""
+    return (tokens + page_size - 1) // page_size
+
+
+def layout_of(page_size: int, windows: Windows = (None,), format: str = "fp32") -> CacheLayout:
+    """A layout with one layer for each of ``windows``; equal windows share a group."""
+    groups = tuple(
+        LayerGroup(tuple(i for i, other in enumerate(windows) if other == window), window)
+        for window in dict.fromkeys(windows)
+    )
+    shape = PageShape(page_size, HEADS, KEY_DIM, VALUE_DIM, PAGE_FORMATS[format])
+    return CacheLayout(page_size, groups, (shape,) * len(windows))
+
+
+def cache_over(layout: CacheLayout, num_pages: int | Sequence[int]) -> KVCache:
+    """An empty cache with ``num_pages`` pages, of every group or of each."""
+    counts = [num_pages] * len(layout.groups) if isinstance(num_pages, int) else list(num_pages)
+    pools = [
+        ReferencePool(shape, counts[group])
+        for shape, group in zip(layout.shapes, layout.group_of_layer, strict=True)
+    ]
+    return KVCache(layout, counts, pools)
+
+
+def cache_of(page_size: int, num_pages: int, windows: Windows = (None,)) -> KVCache:
+    """An empty float32 cache."""
+    return cache_over(layout_of(page_size, windows), num_pages)
+
+
+def stored(layer: int, tokens: Sequence[int]) -> tuple[Array, Array]:
+    """K ``[S, HEADS, KEY_DIM]`` and V of ``tokens`` in ``layer``; V is negative."""
+    token = np.asarray(tokens, np.float32).reshape(-1, 1, 1) * 64 + layer * 16
+    head = np.arange(HEADS, dtype=np.float32)[:, None] * 4
+    channel = np.arange(max(KEY_DIM, VALUE_DIM), dtype=np.float32)
+    both = token + head + channel
+    return both[..., :KEY_DIM], -1 - both[..., :VALUE_DIM]
+
+
+def write(cache: KVCache, batch: PagedBatch, tokens: Sequence[int]) -> None:
+    """Put the new tokens of a step, one sequence behind the other, into the slots of ``batch``."""
+    for layer, pool in enumerate(cache.pools):
+        assert isinstance(pool, ReferencePool)
+        slots = batch.groups[batch.group_of_layer[layer]].slots
+        assert len(slots) == len(tokens)
+        for numbers, new in zip((pool.key, pool.value), stored(layer, tokens), strict=True):
+            numbers.reshape(-1, *numbers.shape[2:])[slots] = new
+
+
+def reserve(cache: KVCache, *chunks: tuple[int, Sequence[int]]) -> Reservation:
+    """Reserve and write ``(sequence, tokens)`` pairs, without the commit."""
+    made = cache.reserve([(sequence, len(tokens)) for sequence, tokens in chunks])
+    write(cache, made.batch, [token for _, tokens in chunks for token in tokens])
+    return made
+
+
+def append(cache: KVCache, *chunks: tuple[int, Sequence[int]]) -> None:
+    """One whole step: reserve, write, commit."""
+    cache.commit(reserve(cache, *chunks))
+
+
+def filled(cache: KVCache, tokens: Sequence[int]) -> int:
+    """A new sequence that holds ``tokens``."""
+    sequence = cache.create()
+    append(cache, (sequence, tokens))
+    return sequence
+
+
+def assert_holds(cache: KVCache, sequence: int, tokens: Sequence[int]) -> None:
+    """``sequence`` is ``tokens``: its length, and every number that a next token could see."""
+    assert cache.length(sequence) == len(tokens)
+    windows = {layer: group.window for group in cache.layout.groups for layer in group.layers}
+    for layer, kv in enumerate(cache.to_arrays(sequence, "BSHD").layers):
+        window = windows[layer]
+        start = 0 if window is None else max(0, len(tokens) - window + 1)
+        key, value = stored(layer, tokens[start:])
+        assert kv.start == start
+        np.testing.assert_array_equal(kv.key, key[None], strict=True)
+        np.testing.assert_array_equal(kv.value, value[None], strict=True)
+
+
+def snapshot(cache: KVCache) -> dict[str, Any]:
+    """All that a caller can see of a cache, to compare before and after."""
+    cache.check()
+    held: dict[str, Any] = {"free": cache.free_pages, "usage": cache.usage()}
+    for sequence in cache.sequences:
+        pages = cache.to_arrays(sequence, "pages").layers
+        dense = cache.to_arrays(sequence, "BSHD").layers
+        held[f"sequence {sequence}"] = (
+            cache.length(sequence),
+            cache.usage(sequence),
+            cache.allocated_bytes(sequence),
+            [(kv.page_table, kv.start, kv.last_page_len) for kv in pages],
+            [(kv.start, kv.key.tobytes(), kv.value.tobytes()) for kv in dense],
+        )
+    return held

@@ -1,0 +1,291 @@
+"""KVCache against a model that is obviously right, over long random histories.
+
+The model keeps a list of tokens for every sequence and, in each layer group, a tag for every page
+that it should hold; equal tags are one shared page. From those it predicts what each call costs and
+whether it is refused. The tokens are written where the batch says, as a model's append would.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from caches import Windows, assert_holds, cache_of, ceil_div, write
+from quire.cache import Reservation
+from quire.errors import CacheError, CacheFull
+
+PICK = st.integers(0, 59)  # modulo the number of sequences: shrinks well, and every one can be hit
+MOST_SEQUENCES = 6
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A small cache, so that pages run out often. Every group has ``num_pages`` pages."""
+
+    page_size: int
+    windows: Windows
+    num_pages: int
+    longest: int = 40
+
+    def __str__(self) -> str:
+        return f"page {self.page_size}, windows {self.windows}"
+
+
+SETUPS = [
+    Setup(1, (None,), 17),
+    Setup(3, (None, None), 8),
+    Setup(4, (None,), 6),
+    Setup(20, (None,), 4, longest=20),
+    Setup(1, (3,), 9),
+    Setup(3, (1,), 4),
+    Setup(4, (6, 6), 5),
+    Setup(4, (None, 5), 7),
+    Setup(3, (2, None, 7), 8),
+    Setup(20, (None, 6), 4, longest=20),
+]
+
+
+@dataclass
+class Modelled:
+    """One sequence as it should be; ``pages[g]`` maps page numbers to tags."""
+
+    tokens: list[int]
+    pages: list[dict[int, int]]
+
+
+@dataclass(eq=False)
+class Pending:
+    """An open reservation; ``grown[i][g]`` are the pages that sequence i has after a commit."""
+
+    reservation: Reservation
+    chunks: list[tuple[int, list[int]]]
+    grown: list[list[dict[int, int]]]
+    taken: list[int] = field(default_factory=list)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self.setup = setup
+        self.cache = cache_of(setup.page_size, setup.num_pages, setup.windows)
+        self.groups = list(dict.fromkeys(setup.windows))
+        self.model: dict[int, Modelled] = {}
+        self.pending: list[Pending] = []
+        self.next_token, self.next_tag = count(1), count()
+
+    # -- the model ---------------------------------------------------------------------------
+
+    def holders(self, group: int, tag: int) -> int:
+        return sum(tag in seq.pages[group].values() for seq in self.model.values())
+
+    def free(self) -> list[int]:
+        taken = [sum(p.taken[g] for p in self.pending) for g in range(len(self.groups))]
+        held = [{t for s in self.model.values() for t in s.pages[g].values()} for g in self.all]
+        return [self.setup.num_pages - len(held[g]) - taken[g] for g in self.all]
+
+    @property
+    def all(self) -> range:
+        return range(len(self.groups))
+
+    def grow(self, handle: int, new: int) -> list[dict[int, int]]:
+        """The pages of a sequence with ``new`` more tokens, each one it must take with a new tag"""
+        seq, size = self.model[handle], self.setup.page_size
+        length, grown = len(seq.tokens), []
+        for group in self.all:
+            pages = dict(seq.pages[group])
+            for number in {position // size for position in range(length, length + new)}:
+                if number not in pages or self.holders(group, pages[number]) > 1:
+                    pages[number] = next(self.next_tag)
+            grown.append(pages)
+        return grown
+
+    def cost(self, handle: int, grown: list[dict[int, int]]) -> list[int]:
+        before = self.model[handle].pages
+        return [len(set(grown[g].values()) - set(before[g].values())) for g in self.all]
+
+    def first_seen(self, group: int, length: int) -> int:
+        window = self.groups[group]
+        return 0 if window is None else max(0, length - window + 1)
+
+    def pick(self, number: int, idle: bool = True) -> int | None:
+        reserved = {handle for p in self.pending for handle, _ in p.chunks}
+        handles = [h for h in self.model if not (idle and h in reserved)]
+        return handles[number % len(handles)] if handles else None
+
+    def tokens(self, number: int) -> list[int]:
+        return [next(self.next_token) for _ in range(number)]
+
+    def try_reserve(self, wanted: list[tuple[int, int]]) -> Pending | None:
+        """Reserve and write, or see that the cache refuses what the model says cannot fit."""
+        wanted = [(h, min(n, self.setup.longest - len(self.model[h].tokens))) for h, n in wanted]
+        grown = [self.grow(handle, new) for handle, new in wanted]
+        costs = [self.cost(h, g) for (h, _), g in zip(wanted, grown, strict=True)]
+        for (handle, new), cost in zip(wanted, costs, strict=True):
+            assert self.cache.cost(handle, new) == tuple(cost)
+        need = [sum(cost[g] for cost in costs) for g in self.all]
+        if any(n > f for n, f in zip(need, self.free(), strict=True)):
+            with pytest.raises(CacheFull):
+                self.cache.reserve(wanted)
+            return None
+        made = self.cache.reserve(wanted)
+        chunks = [(handle, self.tokens(new)) for handle, new in wanted]
+        write(self.cache, made.batch, [token for _, tokens in chunks for token in tokens])
+        self.pending.append(Pending(made, chunks, grown, need))
+        return self.pending[-1]
+
+    def settle(self, pending: Pending, keep: bool) -> None:
+        self.pending.remove(pending)
+        if not keep:
+            self.cache.rollback(pending.reservation)
+            return
+        self.cache.commit(pending.reservation)
+        for (handle, tokens), grown in zip(pending.chunks, pending.grown, strict=True):
+            seq = self.model[handle]
+            seq.tokens += tokens
+            seq.pages = [
+                {n: t for n, t in pages.items() if self.still_seen(g, n, len(seq.tokens))}
+                for g, pages in enumerate(grown)
+            ]
+
+    def still_seen(self, group: int, number: int, length: int) -> bool:
+        return (number + 1) * self.setup.page_size > self.first_seen(group, length)
+
+    # -- what can happen ---------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.model) < MOST_SEQUENCES)
+    @rule(number=st.integers(0, 12))
+    def admit(self, number: int) -> None:
+        handle = self.cache.create()
+        assert handle not in self.model
+        self.model[handle] = Modelled([], [{} for _ in self.groups])
+        if pending := self.try_reserve([(handle, number)]):
+            self.settle(pending, keep=True)
+
+    @precondition(lambda self: self.model)
+    @rule(which=PICK, number=st.integers(0, 9), keep=st.sampled_from([True, True, False]))
+    def append(self, which: int, number: int, keep: bool) -> None:
+        handle = self.pick(which)
+        if handle is not None and (pending := self.try_reserve([(handle, number)])):
+            self.settle(pending, keep)
+
+    @precondition(lambda self: self.model)
+    @rule(
+        chunks=st.lists(st.tuples(PICK, st.integers(0, 6)), min_size=1, max_size=4),
+        then=st.sampled_from(["commit", "commit", "roll back", "leave open"]),
+    )
+    def batch(self, chunks: list[tuple[int, int]], then: str) -> None:
+        picked = {self.pick(which): number for which, number in chunks}
+        wanted = [(handle, number) for handle, number in picked.items() if handle is not None]
+        pending = self.try_reserve(wanted)
+        if pending and then != "leave open":
+            self.settle(pending, keep=then == "commit")
+
+    @precondition(lambda self: self.pending)
+    @rule(which=PICK, keep=st.booleans())
+    def settle_an_open_one(self, which: int, keep: bool) -> None:
+        pending = self.pending[which % len(self.pending)]
+        self.settle(pending, keep)
+        with pytest.raises(CacheError, match="already committed or rolled back"):
+            self.cache.commit(pending.reservation)
+
+    @precondition(lambda self: self.pending)
+    @rule(which=PICK)
+    def touch_a_reserved_one(self, which: int) -> None:
+        chunks = self.pending[which % len(self.pending)].chunks
+        if not chunks:
+            return
+        handle = chunks[which % len(chunks)][0]
+        for refused in (
+            lambda: self.cache.fork(handle),
+            lambda: self.cache.truncate(handle, 0),
+            lambda: self.cache.release(handle),
+            lambda: self.cache.reserve([(handle, 1)]),
+        ):
+            with pytest.raises(CacheError, match="open reservation"):
+                refused()
+
+    @precondition(lambda self: len(self.model) < MOST_SEQUENCES)
+    @rule(which=PICK)
+    def fork(self, which: int) -> None:
+        if (handle := self.pick(which)) is not None:
+            source = self.model[handle]
+            forked = self.cache.fork(handle)
+            assert forked not in self.model
+            self.model[forked] = Modelled(list(source.tokens), [dict(p) for p in source.pages])
+
+    @precondition(lambda self: self.model)
+    @rule(which=PICK, back=st.integers(0, 11))
+    def truncate(self, which: int, back: int) -> None:
+        if (handle := self.pick(which)) is None:
+            return
+        seq, size = self.model[handle], self.setup.page_size
+        length = max(0, len(seq.tokens) - back)
+        given_back = [
+            {n for n in range(ceil_div(len(seq.tokens), size)) if n not in seq.pages[g]}
+            for g in self.all
+        ]
+        if any(self.first_seen(g, length) // size in given_back[g] for g in self.all):
+            with pytest.raises(CacheError, match="shortest possible length"):
+                self.cache.truncate(handle, length)
+            return
+        self.cache.truncate(handle, length)
+        del seq.tokens[length:]
+        seq.pages = [{n: t for n, t in pages.items() if n * size < length} for pages in seq.pages]
+
+    @precondition(lambda self: self.model)
+    @rule(which=PICK)
+    def release(self, which: int) -> None:
+        if (handle := self.pick(which)) is None:
+            return
+        pages = self.model[handle].pages
+        alone = [sum(self.holders(g, t) == 1 for t in pages[g].values()) for g in self.all]
+        assert self.cache.freed_by_release(handle) == tuple(alone)
+        self.cache.release(handle)
+        del self.model[handle]
+        with pytest.raises(CacheError, match="unknown"):
+            self.cache.length(handle)
+
+    @precondition(lambda self: self.model)
+    @rule(which=PICK, group=PICK)
+    def exhaust(self, which: int, group: int) -> None:
+        """Ask for one page more than there are."""
+        if (handle := self.pick(which)) is not None:
+            pages = self.free()[group % len(self.groups)] + 1
+            with pytest.raises(CacheFull, match=r"need .* are free"):
+                self.cache.reserve([(handle, pages * self.setup.page_size)])
+
+    # -- what always holds -------------------------------------------------------------------
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.cache.check()
+        assert self.cache.sequences == tuple(self.model)
+        assert self.cache.free_pages == tuple(self.free())
+
+    @invariant()
+    def every_sequence_holds_its_own_tokens(self) -> None:
+        for handle, seq in self.model.items():
+            assert_holds(self.cache, handle, seq.tokens)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_any_history_agrees_with_lists_of_tokens(setup: Setup) -> None:
+    run_state_machine_as_test(
+        partial(CacheMachine, setup),
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=50,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
