@@ -5,8 +5,7 @@ Not thread-safe: one thread drives an engine.
 
 import secrets
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,7 +174,7 @@ class Engine:
             )
         if params is not None and params.n != 1:
             raise RequestError(f"stream() follows one sample, but n is {params.n}; use submit()")
-        return self._pieces(self.submit(prompt, params))
+        return _Pieces(self, self.submit(prompt, params))
 
     def logits(self, prompt: Prompt) -> npt.NDArray[np.float32]:
         """Next-token logits at every position of a prompt, float32 [tokens, vocab].
@@ -188,11 +187,13 @@ class Engine:
         out = np.empty((len(tokens), self.model_config.vocab_size), np.float32)
         sequence = self.cache.create()
         try:
-            step = self.config.max_batch_tokens
-            for start in range(0, len(tokens), step):
-                chunk = tokens[start : start + step]
-                rows = range(len(chunk))
-                out[start : start + len(chunk)] = self._forward([(sequence, chunk, rows)])
+            start = 0
+            while start < len(tokens):
+                size = min(self.config.max_batch_tokens, len(tokens) - start)
+                chunk = tokens[start : start + self._affordable(sequence, size)]
+                end = start + len(chunk)
+                out[start:end] = self._forward([(sequence, chunk, range(len(chunk)))])
+                start = end
         finally:
             self.cache.release(sequence)
         return out
@@ -238,6 +239,8 @@ class Engine:
             if not tokens and self.model_config.bos_token_id is not None:
                 tokens = [self.model_config.bos_token_id]
         else:
+            if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+                raise RequestError(f"a prompt must be text or a list of token ids, not {prompt!r}")
             tokens = list(prompt)
         if not tokens:
             raise RequestError("the prompt is empty; give at least one token")
@@ -260,6 +263,11 @@ class Engine:
 
     def _require_servable(self, tokens: Sequence[int], params: SamplingParams) -> None:
         self._require_context(len(tokens), 1)
+        if params.stop and self.codec is None:
+            raise RequestError(
+                "stop strings need a tokenizer, which this checkpoint does not have; use "
+                "stop_token_ids"
+            )
         for token in params.stop_token_ids:
             if token >= self.model_config.vocab_size:
                 raise RequestError(
@@ -337,6 +345,15 @@ class Engine:
         self.cache.commit(reservation)
         return logits
 
+    def _affordable(self, sequence: int, tokens: int) -> int:
+        """``tokens``, halved until free pages are enough for them; at least 1."""
+        free = self.cache.free_pages
+        while tokens > 1 and any(
+            cost > have for cost, have in zip(self.cache.cost(sequence, tokens), free, strict=True)
+        ):
+            tokens //= 2
+        return tokens
+
     def _decide(self, sample: Sample, logits: npt.NDArray[np.float32]) -> StepOutput:
         """Choose the next token of a sample from its logits float32 [vocab]."""
         request = sample.request
@@ -344,8 +361,9 @@ class Engine:
         try:
             chosen = choose(logits, request.prompt_tokens, sample.new_tokens, request.params, draw)
         except QuireError as error:
+            piece, _ = self._texts[sample].flush()
             completion = self._finish(sample, "error", None, str(error))
-            return StepOutput(request, sample.index, None, "", completion)
+            return StepOutput(request, sample.index, None, piece, completion)
         return self._accept(sample, chosen)
 
     def _accept(self, sample: Sample, chosen: TokenLogprob) -> StepOutput:
@@ -396,29 +414,52 @@ class Engine:
         self._leave_cache(sample)
         sample.status = Status.FINISHED
         text = self._texts.pop(sample)
-        if reason in ("cancelled", "error"):
+        if reason == "cancelled":
             text.flush()
         completion = _completion(sample, text.text, reason, stopped_by, error)
         sample.completion = completion
         return completion
 
-    def _pieces(self, request: Request) -> Iterator[str]:
-        ready: deque[str] = deque()
-        try:
-            while not request.finished:
-                ready.extend(o.text for o in self.step() if o.request is request and o.text)
-                while ready:
-                    yield ready.popleft()
-        finally:
-            self.cancel(request)
-        error = request.completions[0].error
-        if error is not None:
-            raise QuireError(error)
+
+class _Pieces(Iterator[str]):
+    """What :meth:`Engine.stream` returns: a cursor into the text of one sample.
+
+    Others may step the engine between two pieces; nothing is lost.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine, self._request, self._text = engine, request, engine._texts[request.samples[0]]
+        self._given = 0
+
+    def __next__(self) -> str:
+        while not (piece := self._text.text[self._given :]):
+            if self._request.finished:
+                error = self._request.completions[0].error
+                if error is not None:
+                    raise QuireError(error)
+                raise StopIteration
+            try:
+                self._engine.step()
+            except BaseException:
+                self.close()
+                raise
+        self._given += len(piece)
+        return piece
+
+    def close(self) -> None:
+        """Cancel the request."""
+        self._engine.cancel(self._request)
+        self._given = len(self._text.text)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _as_list(prompts: Sequence[Prompt] | Prompt) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts must be text or a list, not {prompts!r}")
     listed = list(prompts)
     if listed and all(isinstance(item, int | np.integer) for item in listed):
         return [listed]  # type: ignore[list-item]

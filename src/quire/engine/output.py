@@ -17,12 +17,7 @@ class TextStream:
         self._decoder = None if codec is None else StreamDecoder(codec)
         self._stop = tuple(stop)
         self._held = ""
-        self._shown: list[str] = []
-
-    @property
-    def text(self) -> str:
-        """All text given out so far."""
-        return "".join(self._shown)
+        self.text = ""  # all that was given out so far
 
     def push(self, token_id: int) -> tuple[str, str | None]:
         """(text to show now, the stop string that was met or None)."""
@@ -36,8 +31,8 @@ class TextStream:
             return "", None
         piece, stopped = self._release(self._decoder.flush())
         if stopped is None:
+            self.text += self._held
             piece, self._held = piece + self._held, ""
-            self._shown[-1] = piece
         return piece, stopped
 
     def _release(self, new: str) -> tuple[str, str | None]:
@@ -46,12 +41,12 @@ class TextStream:
         if found:
             at, stop = min(found)
             self._held = ""
-            self._shown.append(text[:at])
+            self.text += text[:at]
             return text[:at], stop
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        self._shown.append(text[: len(text) - keep])
-        return self._shown[-1], None
+        piece, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        self.text += piece
+        return piece, None
 
 
 def _overlap(text: str, stop: str) -> int:

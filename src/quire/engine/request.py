@@ -4,11 +4,10 @@ A :class:`Request` is one prompt; each of its ``n`` samples is a :class:`Sample`
 scheduler runs.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 from quire.config import settings
 from quire.errors import RequestError
@@ -28,7 +27,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
     if not ok or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
         left = "above" if open_low else "from"
         raise RequestError(f"{name} must be a number {left} {low:g} to {high:g}, not {value!r}")
@@ -39,6 +38,12 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> Non
     if not ok or value < low or (high is not None and value > high):  # type: ignore[operator]
         limit = "" if high is None else f" and at most {high}"
         raise RequestError(f"{name} must be an int of at least {low}{limit}, not {value!r}")
+
+
+def _items(name: str, value: object) -> tuple[Any, ...]:
+    if not isinstance(value, Iterable):
+        raise RequestError(f"{name} must be a list, not {value!r}")
+    return tuple(value)
 
 
 @settings
@@ -86,21 +91,24 @@ class SamplingParams:
         _integer("top_k", self.top_k, 0)
         _number("top_p", self.top_p, 0, 1, open_low=True)
         _number("min_p", self.min_p, 0, 1)
-        _number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _number("presence_penalty", self.presence_penalty, -100, 100)
         _number("frequency_penalty", self.frequency_penalty, -100, 100)
-        _integer("n", self.n, 1)
+        _integer("n", self.n, 1, 1024)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise RequestError(f"stop must hold strings that are not empty, not {self.stop!r}")
         object.__setattr__(self, "stop", stop)
-        for token in self.stop_token_ids:
+        stop_tokens = _items("stop_token_ids", self.stop_token_ids)
+        for token in stop_tokens:
             _integer("a stop token id", token, 0)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", stop_tokens)
 
 
 @dataclass(frozen=True)

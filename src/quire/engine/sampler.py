@@ -19,7 +19,8 @@ def uniform(seed: int, sample: int, position: int) -> float:
 
     Keyed by (seed, sample), counted by the position of the token to choose.
     """
-    bits = np.random.Philox(key=[seed, sample], counter=[position, 0, 0, 0])
+    key = np.array([seed, sample], dtype=np.uint64)  # a list with a seed of 2**63 becomes float64
+    bits = np.random.Philox(key=key, counter=[position, 0, 0, 0])
     return float(np.random.Generator(bits).random())
 
 
@@ -57,7 +58,8 @@ def adjust(
     if params.temperature == 0:
         return logits
     # Shifting first keeps a tiny temperature from overflowing to inf - inf.
-    logits = (logits - logits.max()) / params.temperature
+    with np.errstate(over="ignore"):
+        logits = (logits - logits.max()) / params.temperature
     if 0 < params.top_k < logits.size:
         kth = np.partition(logits, -params.top_k)[-params.top_k]
         logits = np.where(logits < kth, -np.inf, logits)

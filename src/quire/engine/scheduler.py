@@ -5,8 +5,9 @@ A pure function of the queues, the limits and a view of the cache; it changes no
 Policy: first come, first served. Samples are served in order of arrival; those that decode get
 their one token before prefills share what is left of the budget. A sample that finds no free pages
 takes those of the youngest sample behind it, which is computed again later; if none is behind it,
-it waits in place. So the oldest always makes progress. A waiting sample is admitted when all its
-tokens fit beside what the running ones were promised and one spare page for each of them.
+it waits in place. So the oldest always makes progress. A waiting sample is admitted when there is
+budget left, so that every running one got all it asked for, and when all its tokens fit beside one
+spare page for each running sample.
 """
 
 from bisect import bisect_right
@@ -83,8 +84,9 @@ def plan_step(
     active = list(running)
     at = 0
     while at < len(active):
-        later = sum(1 for sample in active[at + 1 :] if sample.pending == 1)
-        planner.serve(active, at, planner.budget - later)
+        decodes = sum(1 for sample in active[at + 1 :] if sample.pending == 1)
+        kept = 0 if active[at].pending == 1 else decodes
+        planner.serve(active, at, max(planner.budget - kept, 1 if at == 0 else 0))
         at += 1
     admitted = planner.admit(active, waiting, limits.max_sequences)
     return StepPlan(tuple(planner.chunks), admitted, tuple(planner.preempted))
@@ -115,20 +117,16 @@ class _Planner:
     ) -> tuple[Sample, ...]:
         """Start waiting samples while budget, sequence slots and pages last."""
         admitted: list[Sample] = []
-        promised = self._promised(active)
         for sample in waiting:
             running = len(active) + len(admitted)
             if self.preempted or self.budget == 0 or running >= max_sequences:
                 break
             spare = tuple(running for _ in self.free)
-            need = _add(self.cache.growth(None, sample.pending), _add(promised, spare))
-            if not _within(need, self.free):
+            if not _within(_add(self.cache.growth(None, sample.pending), spare), self.free):
                 break
             tokens = self._fitting(None, min(sample.pending, self.budget))
             if tokens == 0:
                 break
-            before = self.cache.growth(None, sample.pending)
-            promised = _add(promised, _subtract(before, self.cache.cost(None, tokens)))
             self._take(sample, tokens)
             admitted.append(sample)
         return tuple(admitted)
@@ -155,14 +153,3 @@ class _Planner:
         )
         self.preempted.append(Preemption(victim, reason))
         self.free = _add(self.free, self.cache.freed_by_release(victim.sequence))
-
-    def _promised(self, active: Sequence[Sample]) -> Pages:
-        """Pages that running samples still need for tokens they already have, beyond this step."""
-        planned = {id(sample): tokens for sample, tokens in self.chunks}
-        promised = tuple(0 for _ in self.free)
-        for sample in active:
-            whole = self.cache.growth(sample.sequence, sample.pending)
-            now = self.cache.cost(sample.sequence, planned.get(id(sample), 0))
-            left = tuple(max(0, w - n) for w, n in zip(whole, now, strict=True))
-            promised = _add(promised, left)
-        return promised
