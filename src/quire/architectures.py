@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
@@ -107,8 +107,10 @@ class _Keys:
             raise CheckpointError(f"{self.where}: {key!r} must be an int, not {value!r}")
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{self.where} lacks {key!r}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise CheckpointError(f"{self.where}: {key!r} must be a number, not {value!r}")
         return float(value)
@@ -152,14 +154,14 @@ def _rope(keys: _Keys) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "linear":
-        return RopeConfig(kind="linear", factor=inner.number("factor", 1.0), theta=theta)
+        return RopeConfig(kind="linear", factor=inner.number("factor"), theta=theta)
     if kind == "llama3":
         return RopeConfig(
             kind="llama3",
-            factor=inner.number("factor", 8.0),
-            low_freq_factor=inner.number("low_freq_factor", 1.0),
-            high_freq_factor=inner.number("high_freq_factor", 4.0),
-            original_max_position=inner.integer("original_max_position_embeddings", 8192),
+            factor=inner.number("factor"),
+            low_freq_factor=inner.number("low_freq_factor"),
+            high_freq_factor=inner.number("high_freq_factor"),
+            original_max_position=inner.integer("original_max_position_embeddings"),
             theta=theta,
         )
     raise UnsupportedArchitecture(
@@ -174,7 +176,7 @@ def _windows(keys: _Keys, num_layers: int, default: tuple[int | None, ...]) -> t
         return default
     window = keys.get("sliding_window")
     known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(types, list) or not all(kind in known for kind in types):
+    if not isinstance(types, list) or not all(t in known for t in map(str, types)):
         raise UnsupportedArchitecture(
             f"{keys.where}: layer_types {types!r} are not supported (supported: {sorted(known)})"
         )
@@ -248,7 +250,7 @@ def _gpt2(keys: _Keys, **common: Any) -> ModelConfig:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=hidden // heads,
+        head_dim=hidden // max(heads, 1),
         max_position=keys.integer("n_positions"),
         norm_eps=keys.number("layer_norm_epsilon", 1e-5),
         activation=_activation(keys, "activation_function", "gelu_new"),

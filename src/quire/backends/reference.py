@@ -128,7 +128,7 @@ class ReferenceBackend:
 
     def heads(self, x: Array, num_heads: int) -> Array:
         """[T, num_heads * D] -> [T, num_heads, D]."""
-        return x.reshape(len(x), num_heads, -1)
+        return x.reshape(len(x), num_heads, x.shape[1] // num_heads)
 
     def append(self, pool: PagePool, slots: Array, key: Array, value: Array) -> None:
         """Slots int64 [T], key and value [T, G, D], into the pool in its format."""
@@ -145,7 +145,7 @@ class ReferenceBackend:
             rows = slice(int(batch.query_indptr[s]), int(batch.query_indptr[s + 1]))
             if rows.start < rows.stop:
                 out[rows] = _attend_one(query[rows], batch.positions[rows], pool, tables, s)
-        return out.reshape(len(query), -1)
+        return out.reshape(len(query), query.shape[1] * pool.shape.value_dim)
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""

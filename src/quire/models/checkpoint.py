@@ -30,6 +30,9 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
+# What reading a header that is not what it should be may raise.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
 _FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
@@ -116,7 +119,8 @@ def _weight_files(directory: Path) -> list[Path]:
         foreign = [file for file in files if Path(file).name != file]
         if foreign:
             raise CheckpointError(f"{index} names {foreign[0]!r}, which is not a plain file name")
-        missing = [file for file in files if not (directory / file).is_file()]
+        present = {path.name for path in directory.iterdir() if path.is_file()}
+        missing = [file for file in files if file not in present]
         if missing:
             raise CheckpointError(
                 f"{directory}: {len(missing)} of {len(files)} shards are missing, first "
@@ -143,14 +147,17 @@ def _read_header(path: Path) -> Iterator[tuple[str, _Stored]]:
     (https://github.com/huggingface/safetensors). What is not checked here, such as overlapping
     tensors, the safetensors library checks.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path} is truncated or no safetensors file: {size} bytes, header of {length}"
-            )
-        text = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file: {size} bytes, header of {length}"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     try:
         header = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
         for name, entry in header.items():
@@ -163,7 +170,7 @@ def _read_header(path: Path) -> Iterator[tuple[str, _Stored]]:
             yield name, _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
         with safe_open(path, framework="numpy"):
             pass
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (*_DAMAGE, SafetensorError) as error:
         raise CheckpointError(f"{path} has a damaged safetensors header: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """Text in and out: the checkpoint's tokenizer, its chat template, and decoding piece by piece."""
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +24,8 @@ class TextCodec:
     def __init__(
         self, tokenizer: Tokenizer, chat_template: str | None, special: Mapping[str, str]
     ) -> None:
+        tokenizer.no_truncation()  # a prompt is never cut or filled up in silence
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._template = chat_template
         self._special = dict(special)
@@ -63,18 +66,26 @@ class TextCodec:
             raise RequestError(
                 "this checkpoint has no chat template; use generate with a prompt instead"
             )
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        env = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         env.globals.update(raise_exception=_refuse, strftime_now=_strftime_now)
+        env.filters["tojson"] = _to_json
         try:
             return env.from_string(self._template).render(
                 messages=list(messages), add_generation_prompt=True, **self._special
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise RequestError(f"the checkpoint's chat template failed: {error}") from error
 
 
 def _refuse(message: str) -> None:
     raise TemplateError(message)
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    """As transformers writes it; Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _strftime_now(format: str) -> str:
@@ -140,12 +151,17 @@ def load_text_codec(directory: Path) -> TextCodec | None:
 def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"the chat template {path} cannot be read: {error}") from error
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if isinstance(template, list) and all(isinstance(entry, Mapping) for entry in template):
+        named = [entry for entry in template if entry.get("name") == "default"]  # of several
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{directory}: chat_template must be text, not {template!r}")
+    return template
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,113 @@
+"""Every op in the most obvious way, in a precision of choice: float64 is the truth.
+
+Sums run over one term after the other, as a loop would, so that in float32 this is "plain
+low-precision arithmetic". Nothing is paged, tiled or masked here: a query gets the keys it sees.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def total(terms: Array) -> Array:
+    """Sum over the last axis, term by term, rounded after each."""
+    return np.cumsum(terms, axis=-1, dtype=terms.dtype)[..., -1]
+
+
+def linear(x: Array, weight: Array, bias: Array | None, dtype: Any) -> Array:
+    """[T, in], [out, in], [out] -> [T, out]."""
+    x, weight = x.astype(dtype), weight.astype(dtype)
+    out = np.stack([total(row * weight) for row in x]) if len(x) else np.empty((0, len(weight)))
+    return (out if bias is None else out + bias.astype(dtype)).astype(dtype)
+
+
+def rms_norm(x: Array, weight: Array, eps: float, dtype: Any) -> Array:
+    """[..., n], [n] -> [..., n]."""
+    x = x.astype(dtype)
+    mean = total(x * x)[..., None] / dtype(x.shape[-1])
+    return x / np.sqrt(mean + dtype(eps)) * weight.astype(dtype)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float, dtype: Any) -> Array:
+    """[..., n], [n], [n] -> [..., n]."""
+    x, n = x.astype(dtype), dtype(x.shape[-1])
+    centred = x - total(x)[..., None] / n
+    variance = total(centred * centred)[..., None] / n
+    return centred / np.sqrt(variance + dtype(eps)) * weight.astype(dtype) + bias.astype(dtype)
+
+
+def rope(x: Array, positions: Array, inv_freq: Array, dtype: Any) -> Array:
+    """[T, heads, D]; the angle is a float32 product in any precision, by definition."""
+    out, half = np.empty(x.shape, dtype), x.shape[-1] // 2
+    for t, position in enumerate(positions):
+        for i in range(half):
+            angle = dtype(np.float32(position) * inv_freq[i])
+            low, high = x[t, :, i].astype(dtype), x[t, :, i + half].astype(dtype)
+            out[t, :, i] = low * np.cos(angle) - high * np.sin(angle)
+            out[t, :, i + half] = high * np.cos(angle) + low * np.sin(angle)
+    return out
+
+
+def inverse_frequencies(
+    theta: float, dim: int, dtype: Any, scale: Callable[[Any], Any] = lambda frequency: frequency
+) -> Array:
+    """[dim / 2]; ``scale`` stretches one frequency at a time."""
+    base = (dtype(theta) ** -(dtype(2 * i) / dtype(dim)) for i in range(dim // 2))
+    return np.array([scale(frequency) for frequency in base], dtype)
+
+
+def llama3_scale(
+    frequency: Any, factor: float, low: float, high: float, original: int, dtype: Any
+) -> Any:
+    """One frequency as in section 3.2.2 of arXiv:2407.21783 and its published code."""
+    wavelength = dtype(2 * math.pi) / frequency
+    if wavelength < original / high:
+        return frequency
+    if wavelength > original / low:
+        return frequency / dtype(factor)
+    smooth = (dtype(original) / wavelength - dtype(low)) / dtype(high - low)
+    return (dtype(1) - smooth) * frequency / dtype(factor) + smooth * frequency
+
+
+def activate(x: Array, kind: str, dtype: Any) -> Array:
+    """Any shape."""
+    x = x.astype(dtype)
+    one, half = dtype(1), dtype(0.5)
+    if kind == "relu":
+        return np.where(x > 0, x, dtype(0))
+    if kind == "silu":
+        with np.errstate(over="ignore"):
+            return x / (one + np.exp(-x))
+    if kind == "gelu":
+        return half * x * (one + _erf(x / dtype(math.sqrt(2))).astype(dtype))
+    inner = dtype(math.sqrt(2 / math.pi)) * (x + dtype(0.044715) * x * x * x)
+    return half * x * (one + np.tanh(inner))
+
+
+def attend(query: Array, keys: Array, values: Array, window: int | None, dtype: Any) -> Array:
+    """The last queries of one sequence: [n, H, D] over [length, G, D] -> [n, H * D].
+
+    Query i stands at position ``length - n + i`` and sees the keys up to there.
+    """
+    n, num_heads, dim = query.shape
+    length, num_kv_heads, _ = keys.shape
+    out = np.empty((n, num_heads, values.shape[-1]), dtype)
+    for i in range(n):
+        position = length - n + i
+        first = 0 if window is None else max(0, position - window + 1)
+        for head in range(num_heads):
+            shared = head // (num_heads // num_kv_heads)
+            seen = keys[first : position + 1, shared].astype(dtype)
+            mixed = values[first : position + 1, shared].astype(dtype)
+            scores = total(query[i, head].astype(dtype) * seen) / np.sqrt(dtype(dim))
+            weights = np.exp(scores - scores.max())
+            weights /= total(weights)
+            out[i, head] = total((weights[:, None] * mixed).T)
+    return out.reshape(n, num_heads * values.shape[-1])
