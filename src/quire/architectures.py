@@ -72,6 +72,8 @@ _NEUTRAL: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("num_local_experts", (None, 0)),
 )
 
+_DEFAULT_WINDOW = 4096  # of Mistral and Qwen, where config.json does not say
+
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 
@@ -210,20 +212,24 @@ def _decoder(keys: _Keys, **flags: Any) -> ModelConfig:
 
 
 def _llama(keys: _Keys, **common: Any) -> ModelConfig:
+    if "sliding_attention" in str(keys.get("layer_types")):
+        raise UnsupportedArchitecture(f"{keys.where}: Llama has no sliding layers")
     bias = keys.flag("attention_bias", False)
     mlp_bias = keys.flag("mlp_bias", False)
     return _decoder(keys, qkv_bias=bias, output_bias=bias, mlp_bias=mlp_bias, **common)
 
 
 def _mistral(keys: _Keys, **common: Any) -> ModelConfig:
-    windows = (keys.get("sliding_window"),) * keys.integer("num_hidden_layers")
+    window = keys.get("sliding_window", _DEFAULT_WINDOW)
+    windows = (window,) * keys.integer("num_hidden_layers")
     return _decoder(keys, windows=windows, **common)
 
 
 def _qwen_windows(keys: _Keys) -> tuple[int | None, ...]:
     """Qwen slides in the layers from ``max_window_layers`` on, if ``use_sliding_window``."""
     layers = keys.integer("num_hidden_layers")
-    window = keys.get("sliding_window") if keys.flag("use_sliding_window", False) else None
+    sliding = keys.flag("use_sliding_window", False)
+    window = keys.get("sliding_window", _DEFAULT_WINDOW) if sliding else None
     first = keys.integer("max_window_layers", 28)
     return tuple(window if layer >= first else None for layer in range(layers))
 

@@ -232,6 +232,7 @@ class EngineConfig:
     """How the engine runs.
 
     backend            ``"auto"`` or the name of a backend (``quire doctor`` lists them).
+    threads            threads of the native backend; None is what the machine allows.
     cache              a :class:`CacheConfig`.
     max_batch_tokens   tokens computed in one step, over all sequences; longer prompts are
                        prefilled in chunks.
@@ -239,6 +240,7 @@ class EngineConfig:
     """
 
     backend: str = "auto"
+    threads: int | None = None
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     max_batch_tokens: int = 512
     max_sequences: int = 64
@@ -246,6 +248,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require_int("EngineConfig", "max_batch_tokens", self.max_batch_tokens)
         _require_int("EngineConfig", "max_sequences", self.max_sequences)
+        if self.threads is not None:
+            _require_int("EngineConfig", "threads", self.threads)
         if not isinstance(self.cache, CacheConfig):
             raise ConfigError(f"EngineConfig: cache must be a CacheConfig, not {self.cache!r}")
         if not isinstance(self.backend, str):

@@ -1,13 +1,17 @@
-"""What every backend must do. A new backend is one more row of :data:`SUBJECTS`."""
+"""What every backend must do. A new backend, or variant of one, is a row of :data:`SUBJECTS`."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from quire.backends import Backend, backend_status, create_backend
+from quire.backends import Backend
+from quire.backends.reference import ReferenceBackend
 
 __all__ = ["ALL_SUBJECTS", "Subject", "activations", "assert_as_good_as_plain", "backend_of"]
 
@@ -16,26 +20,43 @@ __all__ = ["ALL_SUBJECTS", "Subject", "activations", "assert_as_good_as_plain", 
 class Subject:
     """A backend under test.
 
+    make        the backend
     arithmetic  the precision that its sums and products claim
     exact       True if it claims the exactness law bit for bit
+    narrow      True if it multiplies bf16 weights, keys and values with operands rounded to bf16
     """
 
     name: str
-    arithmetic: type[np.floating[Any]]
-    exact: bool
+    make: Callable[[], Backend]
+    arithmetic: type[np.floating[Any]] = np.float32
+    exact: bool = True
+    narrow: bool = False
+
+    def operand(self, format: str) -> Any:
+        """The dtype that numbers are rounded to before they meet stored ones of a format."""
+        return ml_dtypes.bfloat16 if self.narrow and format == "bf16" else self.arithmetic
 
 
-SUBJECTS = (Subject("reference", np.float32, True),)
+def _subjects() -> list[Subject]:
+    subjects = [Subject("reference", ReferenceBackend)]
+    try:
+        from quire.backends.native import NativeBackend
+    except ImportError:  # built without a compiler
+        return subjects
+    return subjects + [
+        Subject(f"native-{variant}", partial(NativeBackend, variant, threads=2), narrow=True)
+        for variant in NativeBackend.variants()
+    ]
+
+
+SUBJECTS = _subjects()
 
 ALL_SUBJECTS = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 
 
 def backend_of(subject: Subject) -> Backend:
-    """The backend, or a skip that says why it is off on this machine."""
-    for status in backend_status():
-        if status.name == subject.name and not status.available:
-            pytest.skip(f"{subject.name}: {status.detail}")
-    return create_backend(subject.name)
+    """A backend of its own for a test."""
+    return subject.make()
 
 
 def activations(backend: Backend, x: np.ndarray) -> Any:

@@ -21,9 +21,9 @@ def total(terms: Array) -> Array:
     return np.cumsum(terms, axis=-1, dtype=terms.dtype)[..., -1]
 
 
-def linear(x: Array, weight: Array, bias: Array | None, dtype: Any) -> Array:
-    """[T, in], [out, in], [out] -> [T, out]."""
-    x, weight = x.astype(dtype), weight.astype(dtype)
+def linear(x: Array, weight: Array, bias: Array | None, dtype: Any, operand: Any = None) -> Array:
+    """[T, in], [out, in], [out] -> [T, out]; x is rounded to ``operand`` before."""
+    x, weight = x.astype(dtype if operand is None else operand).astype(dtype), weight.astype(dtype)
     out = np.stack([total(row * weight) for row in x]) if len(x) else np.empty((0, len(weight)))
     return (out if bias is None else out + bias.astype(dtype)).astype(dtype)
 
@@ -91,11 +91,16 @@ def activate(x: Array, kind: str, dtype: Any) -> Array:
     return half * x * (one + np.tanh(inner))
 
 
-def attend(query: Array, keys: Array, values: Array, window: int | None, dtype: Any) -> Array:
+def attend(
+    query: Array, keys: Array, values: Array, window: int | None, dtype: Any, operand: Any = None
+) -> Array:
     """The last queries of one sequence: [n, H, D] over [length, G, D] -> [n, H * D].
 
-    Query i stands at position ``length - n + i`` and sees the keys up to there.
+    Query i stands at position ``length - n + i`` and sees the keys up to there. Queries and
+    weights are rounded to ``operand`` before they are multiplied; by default they are not.
     """
+    operand = dtype if operand is None else operand
+    query = query.astype(operand)
     n, num_heads, dim = query.shape
     length, num_kv_heads, _ = keys.shape
     out = np.empty((n, num_heads, values.shape[-1]), dtype)
@@ -109,5 +114,6 @@ def attend(query: Array, keys: Array, values: Array, window: int | None, dtype: 
             scores = total(query[i, head].astype(dtype) * seen) / np.sqrt(dtype(dim))
             weights = np.exp(scores - scores.max())
             weights /= total(weights)
+            weights = weights.astype(operand).astype(dtype)
             out[i, head] = total((weights[:, None] * mixed).T)
     return out.reshape(n, num_heads * values.shape[-1])

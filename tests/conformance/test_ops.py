@@ -17,6 +17,7 @@ from conformance import (
 )
 from quire.backends.rope import inverse_frequencies
 from quire.config import RopeConfig
+from quire.pages import page_format
 
 pytestmark = ALL_SUBJECTS
 
@@ -46,6 +47,20 @@ def test_linear(subject: Subject, rows: int, inner: int, out: int, bias: bool) -
     got = backend.linear(activations(backend, x), backend.weight(weight), taken)
     plain = naive.linear(x, weight, add, subject.arithmetic)
     exact = naive.linear(x, weight, add, np.float64)
+    assert_as_good_as_plain(backend.to_host(got), plain, exact)
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("rows", "inner", "out"), [(1, 64, 33), (13, 271, 65), (30, 640, 40)])
+def test_linear_with_stored_weights(
+    subject: Subject, rows: int, inner: int, out: int, format: str
+) -> None:
+    backend = backend_of(subject)
+    weight = draw(2, out, inner).astype(page_format(format).dtype)
+    x = draw(1, rows, inner)
+    got = backend.linear(activations(backend, x), backend.weight(weight))
+    plain = naive.linear(x, weight, None, subject.arithmetic, subject.operand(format))
+    exact = naive.linear(x, weight, None, np.float64)
     assert_as_good_as_plain(backend.to_host(got), plain, exact)
 
 
@@ -256,7 +271,7 @@ def test_no_op_changes_its_arguments(subject: Subject) -> None:
     x, y = activations(backend, draw(1, 4, 8)), activations(backend, draw(2, 4, 8))
     weight = backend.weight(draw(3, 8))
     before = [backend.to_host(a).copy() for a in (x, y, weight)]
-    backend.linear(x, y, None)
+    backend.linear(x, backend.weight(draw(4, 3, 8)))
     backend.rms_norm(x, weight, 1e-6)
     backend.layer_norm(x, weight, weight, 1e-6)
     backend.rope(backend.heads(x, 1), np.arange(4), inverse_frequencies(RopeConfig(), 8))

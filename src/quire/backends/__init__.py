@@ -1,5 +1,6 @@
 """Backends by name, and why one is not available here."""
 
+import warnings
 from dataclasses import dataclass
 
 from quire.backends.base import Backend
@@ -20,18 +21,30 @@ class BackendStatus:
 
 def backend_status() -> tuple[BackendStatus, ...]:
     """Every backend that Quire knows, the preferred first."""
-    absent = "not part of this version of Quire"
     return (
-        BackendStatus("native", False, absent),
-        BackendStatus("cuda", False, absent),
+        _native_status(),
+        BackendStatus("cuda", False, "not part of this version of Quire"),
         BackendStatus("reference", True, "NumPy, float32, exact; slow by design"),
     )
 
 
-def create_backend(name: str = "auto") -> Backend:
+def _native_status() -> BackendStatus:
+    try:
+        from quire.backends.native import NativeBackend
+    except ImportError as error:
+        return BackendStatus("native", False, f"its extension is not there ({error})")
+    best, *others = NativeBackend.variants()
+    return BackendStatus(
+        "native", True, f"C++ kernels, {best} (also runs here: {', '.join(others) or 'none'})"
+    )
+
+
+def create_backend(name: str = "auto", threads: int | None = None) -> Backend:
     """The backend called ``name``; ``"auto"`` is the first one available.
 
-    Raises BackendError, with the names there are, for one that is unknown or off.
+    ``threads`` None is what the machine allows. Warns when ``"auto"`` has to do without the native
+    backend. Raises BackendError, with the names there are, for one that is unknown or off, and for
+    threads that it cannot take.
     """
     known = {status.name: status for status in backend_status()}
     available = [status.name for status in known.values() if status.available]
@@ -45,5 +58,20 @@ def create_backend(name: str = "auto") -> Backend:
         raise BackendError(
             f"backend {name!r} is off: {known[chosen].detail} (available: auto, "
             f"{', '.join(available)})"
+        )
+    if name == "auto" and chosen == "reference":
+        warnings.warn(
+            f"the native backend is off: {known['native'].detail}; using the reference backend, "
+            "which is many times as slow. Install Quire with a C++ compiler at hand.",
+            stacklevel=2,
+        )
+    if chosen == "native":
+        from quire.backends.native import NativeBackend
+
+        return NativeBackend(threads=threads)
+    if threads is not None:
+        raise BackendError(
+            f"the reference backend takes its threads from BLAS, not threads={threads}; set "
+            "OPENBLAS_NUM_THREADS instead"
         )
     return ReferenceBackend()

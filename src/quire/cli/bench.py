@@ -119,6 +119,11 @@ def _setting(engine: "Engine", repeats: int) -> dict[str, Any]:
     }
 
 
+def _spread(row: dict[str, Any], name: str) -> str:
+    low, high = row[f"{name}_range"]
+    return f"±{50 * (high - low) / row[name]:.0f}%"
+
+
 def _print(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -128,19 +133,17 @@ def _print(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     table = Table(
         title=f"{setting['model']} on {setting['backend']}, {setting['kv_format']} pages of "
         f"{setting['page_size']} tokens, {setting['cpu']}, {setting['threads']} threads",
-        caption=f"median of {setting['repeats']} (least to greatest)",
+        caption=f"median of {setting['repeats']}, ± half of greatest less least",
     )
     for name in ("tokens", "first token s", "prefill tok/s", "decode tok/s", "KV", "peak memory"):
         table.add_column(name, justify="right")
     for row in rows:
-        low, high = row["ttft_s_range"]
-        slow, fast = row["decode_tokens_per_s_range"]
         memory = row["memory_bytes_peak"]
         table.add_row(
             str(row["tokens"]),
-            f"{row['ttft_s']:.3f} ({low:.3f} to {high:.3f})",
+            f"{row['ttft_s']:.3f} {_spread(row, 'ttft_s')}",
             f"{row['prefill_tokens_per_s']:.0f}",
-            f"{row['decode_tokens_per_s']:.1f} ({slow:.1f} to {fast:.1f})",
+            f"{row['decode_tokens_per_s']:.1f} {_spread(row, 'decode_tokens_per_s')}",
             format_bytes(row["kv_bytes_peak"]),
             "unknown" if memory is None else format_bytes(memory),
         )

@@ -31,6 +31,12 @@ _ENGINE = (
         help="What computes; `quire doctor` lists them.",
     ),
     click.option(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="Threads of the native backend.  [default: what affinity and quota allow]",
+    ),
+    click.option(
         "--kv-format",
         default="auto",
         show_default=True,
@@ -116,6 +122,7 @@ def make_engine(options: dict[str, Any]) -> "Engine":
         engine = Engine(
             model,
             backend=options.pop("backend"),
+            threads=options.pop("threads"),
             cache=cache,
             max_batch_tokens=options.pop("max_batch_tokens"),
             progress=progress,

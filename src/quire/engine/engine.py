@@ -65,16 +65,18 @@ class Engine:
         model: str | Path | None = None,
         *,
         backend: str = "auto",
+        threads: int | None = None,
         cache: CacheConfig | None = None,
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
         progress: Progress | None = None,
         **unknown: object,
     ) -> None:
-        known = ["backend", "cache", "max_batch_tokens", "max_sequences", "progress"]
+        known = ["backend", "threads", "cache", "max_batch_tokens", "max_sequences", "progress"]
         refuse_unknown("Engine", unknown, known)
         self.config = EngineConfig(
             backend=backend,
+            threads=threads,
             cache=CacheConfig() if cache is None else cache,
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
@@ -82,7 +84,7 @@ class Engine:
         if self.config.cache.kv_format != "auto":
             page_format(self.config.cache.kv_format)  # a wrong name is an error before loading
         self.directory = resolve_model(model)
-        self.backend = create_backend(backend)
+        self.backend = create_backend(backend, threads)
         self._loaded = load_model(self.directory, self.backend, progress)
         self.model_config = self._loaded.config
         self.codec = self._loaded.codec

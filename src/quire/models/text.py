@@ -6,7 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -67,7 +69,7 @@ class TextCodec:
                 "this checkpoint has no chat template; use generate with a prompt instead"
             )
         env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         env.globals.update(raise_exception=_refuse, strftime_now=_strftime_now)
         env.filters["tojson"] = _to_json
@@ -83,9 +85,20 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
+def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
     """As transformers writes it; Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+class _Generation(Extension):
+    """``{% generation %}...{% endgeneration %}`` marks replies for training; here, its body."""
+
+    tags = {"generation"}  # noqa: RUF012  (the name and form that Jinja asks for)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _strftime_now(format: str) -> str:

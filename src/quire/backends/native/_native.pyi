@@ -1,0 +1,49 @@
+"""The compiled kernels. Arrays must be C-contiguous; a wrong shape or dtype raises."""
+
+import numpy as np
+import numpy.typing as npt
+
+_Floats = npt.NDArray[np.float32]
+_Ints = npt.NDArray[np.int64]
+_Bytes = npt.NDArray[np.uint8]
+
+def variants() -> list[str]: ...
+
+class Weight:
+    rows: int
+    columns: int
+    def __init__(self, data: _Bytes, dtype: int, rows: int, columns: int) -> None: ...
+
+class Pool:
+    interleaved: bool
+    def __init__(self, key: _Bytes, value: _Bytes, dtype: int, shape: list[int]) -> None: ...
+
+class Tables:
+    def __init__(
+        self,
+        positions: _Ints,
+        query_indptr: _Ints,
+        indptr: _Ints,
+        indices: _Ints,
+        last_page_len: _Ints,
+        first_page: _Ints,
+        page_size: int,
+        window: int,
+    ) -> None: ...
+
+class Native:
+    threads: int
+    variant: str
+    def __init__(self, variant: str, threads: int) -> None: ...
+    def linear(self, x: _Floats, weight: Weight, bias: _Floats | None, y: _Floats) -> None: ...
+    def append(self, pool: Pool, slots: _Ints, key: _Floats, value: _Floats) -> None: ...
+    def attend(self, query: _Floats, pool: Pool, tables: Tables, out: _Floats) -> None: ...
+    def rms_norm(self, x: _Floats, weight: _Floats, eps: float, y: _Floats) -> None: ...
+    def layer_norm(
+        self, x: _Floats, weight: _Floats, bias: _Floats, eps: float, y: _Floats
+    ) -> None: ...
+    def rope(self, x: _Floats, cos: _Floats, sin: _Floats, y: _Floats) -> None: ...
+    def activate(self, x: _Floats, kind: int, y: _Floats) -> None: ...
+    def multiply(self, x: _Floats, z: _Floats, y: _Floats) -> None: ...
+    def add(self, x: _Floats, z: _Floats, y: _Floats) -> None: ...
+    def embed(self, table: Weight, ids: _Ints, y: _Floats) -> None: ...

@@ -1,0 +1,40 @@
+// One variant of all kernels. Compiled several times, with QUIRE_VARIANT naming the result and the
+// compiler flags choosing the instruction set.
+#include "kernels.hpp"
+
+#include <type_traits>
+#include <vector>
+
+#include "simd.hpp"
+
+namespace quire {
+namespace {
+// Sixteen floats to bf16, rounded to nearest even.
+inline void store_bf16(const float* x, uint16_t* to) {
+#if defined(__AVX512BF16__)
+    __m256bh h = _mm512_cvtneps_pbh(_mm512_loadu_ps(x));
+    std::memcpy(to, &h, 32);
+#else
+    for (int i = 0; i < 16; ++i) to[i] = float_to_bf16(x[i]);
+#endif
+}
+}  // namespace
+}  // namespace quire
+
+#include "linear.inl"
+#include "rows.inl"
+#include "attention.inl"
+
+#define QUIRE_TEXT_(x) #x
+#define QUIRE_TEXT(x) QUIRE_TEXT_(x)
+#define QUIRE_JOIN_(a, b) a##b
+#define QUIRE_JOIN(a, b) QUIRE_JOIN_(a, b)
+
+namespace quire {
+const Kernels* QUIRE_JOIN(QUIRE_VARIANT, _kernels)() {
+    static const Kernels kernels{QUIRE_TEXT(QUIRE_VARIANT), linear, to_pairs, attend,   merge_item,
+                                 append, rms_norm, layer_norm, rope, activate, multiply, add,
+                                 widen};
+    return &kernels;
+}
+}  // namespace quire

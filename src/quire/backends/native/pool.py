@@ -1,0 +1,67 @@
+"""Storage of one layer's pages in the layout that the native kernels read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.backends.native import _native
+from quire.errors import BackendError
+from quire.pages import PageShape
+
+__all__ = ["DTYPES", "NativePool"]
+
+Array = npt.NDArray[Any]
+
+# The extension's dtype codes.
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+class NativePool:
+    """K and V of one layer, keys dimension-major inside a page.
+
+    interleaved  bf16 with pages of a multiple of 16 tokens: K ``[page, head, dim / 2, token, 2]``
+                 and V ``[page, head, token / 2, dim, 2]``: pairs that are multiplied together lie
+                 side by side
+    plain        else: K ``[page, head, dim, token]`` and V ``[page, head, token, dim]``
+    """
+
+    def __init__(self, shape: PageShape, num_pages: int) -> None:
+        self.shape, self.num_pages = shape, num_pages
+        heads, size, dtype = shape.num_kv_heads, shape.page_size, shape.format.dtype
+        try:
+            self.key = np.zeros((num_pages, heads * size * shape.key_dim), dtype)
+            self.value = np.zeros((num_pages, heads * size * shape.value_dim), dtype)
+        except MemoryError as error:
+            raise BackendError(
+                f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
+            ) from error
+        self.handle = _native.Pool(
+            self.key.reshape(-1).view(np.uint8),
+            self.value.reshape(-1).view(np.uint8),
+            DTYPES[dtype.name],
+            [num_pages, size, heads, shape.key_dim, shape.value_dim],
+        )
+
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        self.key[list(target)] = self.key[list(source)]
+        self.value[list(target)] = self.value[list(source)]
+
+    def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
+        """See :class:`quire.pages.PagePool`."""
+        ids = np.asarray(pages, dtype=np.int64)
+        heads, size = self.shape.num_kv_heads, self.shape.page_size
+        key, value = self.key[ids], self.value[ids]
+        if self.handle.interleaved:
+            key = key.reshape(-1, heads, self.shape.key_dim // 2, size, 2).transpose(0, 3, 1, 2, 4)
+            value = value.reshape(-1, heads, size // 2, self.shape.value_dim, 2)
+            value = value.transpose(0, 2, 4, 1, 3)
+        else:
+            key = key.reshape(-1, heads, self.shape.key_dim, size).transpose(0, 3, 1, 2)
+            value = value.reshape(-1, heads, size, self.shape.value_dim).transpose(0, 2, 1, 3)
+        return (
+            key.reshape(-1, size, heads, self.shape.key_dim),
+            value.reshape(-1, size, heads, self.shape.value_dim),
+        )

@@ -1,0 +1,138 @@
+// Norms, rotary embedding, activations and copies: each works on one row, in a fixed order.
+
+namespace quire {
+namespace {
+
+inline float sum_of(const float* x, int64_t n, float shift, bool squared) {
+    F16 acc = F16::zero(), minus = F16::set(shift);
+    for (int64_t i = 0; i < n; i += 16) {
+        int some = int(n - i < 16 ? n - i : 16);
+        F16 v = some == 16 ? F16::load(x + i) : load_some(x + i, some);
+        if (squared) {
+            v = keep(v - minus, 0, some, F16::zero());
+            acc = fma(v, v, acc);
+        } else {
+            acc = acc + v;
+        }
+    }
+    return sum(acc);
+}
+
+template <class Op>
+inline void each_lane(int64_t n, float* y, Op op) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) op(i, 16).store(y + i);
+    if (i < n) store_some(op(i, int(n - i)), y + i, int(n - i));
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* y) {
+    F16 scale = F16::set(1.0f / std::sqrt(sum_of(x, n, 0.0f, true) / float(n) + eps));
+    each_lane(n, y, [&](int64_t i, int m) {
+        return load_some(x + i, m) * scale * load_some(weight + i, m);
+    });
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t n,
+                float* y) {
+    float mean = sum_of(x, n, 0.0f, false) / float(n);
+    F16 centre = F16::set(mean);
+    F16 scale = F16::set(1.0f / std::sqrt(sum_of(x, n, mean, true) / float(n) + eps));
+    each_lane(n, y, [&](int64_t i, int m) {
+        return fma((load_some(x + i, m) - centre) * scale, load_some(weight + i, m),
+                   load_some(bias + i, m));
+    });
+}
+
+void rope(const float* x, const float* cos, const float* sin, int64_t half, float* y) {
+    each_lane(half, y, [&](int64_t i, int m) {
+        return load_some(x + i, m) * load_some(cos + i, m) -
+               load_some(x + half + i, m) * load_some(sin + i, m);
+    });
+    each_lane(half, y + half, [&](int64_t i, int m) {
+        return load_some(x + half + i, m) * load_some(cos + i, m) +
+               load_some(x + i, m) * load_some(sin + i, m);
+    });
+}
+
+inline F16 sigmoid(F16 x) {
+    return F16::set(1.0f) / (F16::set(1.0f) + exp(F16::zero() - x));
+}
+
+void activate(const float* x, int kind, int64_t n, float* y) {
+    switch (kind) {
+        case 0:  // silu
+            each_lane(n, y, [&](int64_t i, int m) {
+                F16 v = load_some(x + i, m);
+                return v * sigmoid(v);
+            });
+            return;
+        case 1:  // gelu, tanh form: 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
+            each_lane(n, y, [&](int64_t i, int m) {
+                F16 v = load_some(x + i, m);
+                F16 u = F16::set(1.5957691216057308f) * fma(F16::set(0.044715f) * v * v, v, v);
+                return v * sigmoid(u);
+            });
+            return;
+        case 2:  // gelu, exact
+            for (int64_t i = 0; i < n; ++i)
+                y[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678118654752f));
+            return;
+        default:  // relu
+            each_lane(n, y, [&](int64_t i, int m) { return max(load_some(x + i, m), F16::zero()); });
+    }
+}
+
+void multiply(const float* x, const float* z, int64_t n, float* y) {
+    each_lane(n, y, [&](int64_t i, int m) { return load_some(x + i, m) * load_some(z + i, m); });
+}
+
+void add(const float* x, const float* z, int64_t n, float* y) {
+    each_lane(n, y, [&](int64_t i, int m) { return load_some(x + i, m) + load_some(z + i, m); });
+}
+
+void widen(const void* x, Dtype dtype, int64_t n, float* y) {
+    if (dtype == Dtype::f32) {
+        std::memcpy(y, x, size_t(n) * 4);
+        return;
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(x);
+    for (int64_t i = 0; i < n; ++i)
+        y[i] = dtype == Dtype::bf16 ? bf16_to_float(from[i]) : fp16_to_float(from[i]);
+}
+
+void to_pairs(const float* x, uint16_t* out, int64_t k, int64_t stride) {
+    for (int64_t i = 0; i < k; ++i) out[i] = float_to_bf16(x[i]);
+    for (int64_t i = k; i < stride; ++i) out[i] = 0;
+}
+
+template <class Number, class Round>
+inline void append_as(const Pool& pool, int64_t slot, const float* key, const float* value,
+                      Round round) {
+    int64_t page = slot / pool.page_size, offset = slot % pool.page_size, size = pool.page_size;
+    for (int64_t h = 0; h < pool.heads; ++h) {
+        Number* k = static_cast<Number*>(pool.key) + (page * pool.heads + h) * pool.key_dim * size;
+        Number* v =
+            static_cast<Number*>(pool.value) + (page * pool.heads + h) * pool.value_dim * size;
+        for (int64_t d = 0; d < pool.key_dim; ++d) {
+            int64_t at = pool.interleaved ? (d / 2 * size + offset) * 2 + d % 2 : d * size + offset;
+            k[at] = round(key[h * pool.key_dim + d]);
+        }
+        for (int64_t d = 0; d < pool.value_dim; ++d) {
+            int64_t at = pool.interleaved ? (offset / 2 * pool.value_dim + d) * 2 + offset % 2
+                                     : offset * pool.value_dim + d;
+            v[at] = round(value[h * pool.value_dim + d]);
+        }
+    }
+}
+
+void append(const Pool& pool, int64_t slot, const float* key, const float* value) {
+    switch (pool.dtype) {
+        case Dtype::f32:
+            return append_as<float>(pool, slot, key, value, [](float x) { return x; });
+        case Dtype::bf16: return append_as<uint16_t>(pool, slot, key, value, float_to_bf16);
+        case Dtype::f16: return append_as<uint16_t>(pool, slot, key, value, float_to_fp16);
+    }
+}
+
+}  // namespace
+}  // namespace quire

@@ -1,0 +1,330 @@
+// Sixteen float32 lanes, whatever the machine: AVX-512, two AVX2 registers, or a plain array.
+//
+// Every kernel is written once against F16 and Pairs and compiled once per variant with other
+// flags, so that layouts and reduction orders are those of 16 lanes everywhere. Within a variant an
+// operation gives the same bits wherever it is used; between variants they may differ (fused
+// multiply-adds, AVX-512-BF16's own rounding).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace quire {
+namespace {
+
+constexpr int LANES = 16;
+
+inline float bf16_to_float(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+// Round to nearest, ties to even; NaN stays a (quiet) NaN. The rule of ml_dtypes.
+inline uint16_t float_to_bf16(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float fp16_to_float(uint16_t h) {
+    uint32_t sign = uint32_t(h & 0x8000) << 16, exp = (h >> 10) & 31, man = h & 0x3ff, bits;
+    if (exp == 31) {
+        bits = sign | 0x7f800000u | (man << 13);
+    } else if (exp) {
+        bits = sign | ((exp + 112) << 23) | (man << 13);
+    } else if (man) {  // denormal: normalise
+        int shift = 0;
+        while (!(man & 0x400)) man <<= 1, ++shift;
+        bits = sign | ((113 - shift) << 23) | ((man & 0x3ff) << 13);
+    } else {
+        bits = sign;
+    }
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline uint16_t float_to_fp16(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+    uint32_t mag = bits & 0x7fffffffu;
+    if (mag > 0x7f800000u) return uint16_t(sign | 0x7e00 | ((mag >> 13) & 0x3ff));
+    if (mag >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // rounds to infinity
+    if (mag < 0x38800000u) {  // denormal or zero: let the float unit round
+        float scaled;
+        std::memcpy(&scaled, &mag, 4);
+        scaled += 0.5f;
+        uint32_t out;
+        std::memcpy(&out, &scaled, 4);
+        return uint16_t(sign | (out - 0x3f000000u));
+    }
+    return uint16_t(sign | ((mag - 0x38000000u + 0xfffu + ((mag >> 13) & 1)) >> 13));
+}
+
+#if defined(__AVX512F__)
+
+struct F16 {
+    __m512 v;
+    static F16 zero() { return {_mm512_setzero_ps()}; }
+    static F16 set(float x) { return {_mm512_set1_ps(x)}; }
+    static F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static F16 load_bf16(const uint16_t* p) {
+        __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+    }
+    static F16 load_fp16(const uint16_t* p) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+};
+inline F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F16 operator/(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F16 round_even(F16 a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a * 2^n for integral n; overflow goes to infinity, underflow to zero.
+inline F16 scale_by_power(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// Lanes from `low` to `high - 1` of a, `other` elsewhere.
+inline F16 keep(F16 a, int low, int high, F16 other) {
+    uint32_t mask = (high >= 16 ? 0xffffu : (1u << (high > 0 ? high : 0)) - 1) &
+                    ~((1u << (low < 0 ? 0 : low > 16 ? 16 : low)) - 1);
+    return {_mm512_mask_blend_ps(__mmask16(mask), other.v, a.v)};
+}
+inline F16 load_some(const float* p, int n) {
+    return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)};
+}
+inline void store_some(F16 a, float* p, int n) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), a.v);
+}
+
+#elif defined(__AVX2__)
+
+struct F16 {
+    __m256 a, b;
+    static F16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static F16 set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+    static F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static __m256 widen(const uint16_t* p) {
+        __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+    }
+    static F16 load_bf16(const uint16_t* p) { return {widen(p), widen(p + 8)}; }
+    static F16 load_fp16(const uint16_t* p) {
+        return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+                _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+    }
+    void store(float* p) const { _mm256_storeu_ps(p, a), _mm256_storeu_ps(p + 8, b); }
+};
+#define QUIRE_BOTH(op) {op(x.a, y.a), op(x.b, y.b)}
+inline F16 operator+(F16 x, F16 y) { return QUIRE_BOTH(_mm256_add_ps); }
+inline F16 operator-(F16 x, F16 y) { return QUIRE_BOTH(_mm256_sub_ps); }
+inline F16 operator*(F16 x, F16 y) { return QUIRE_BOTH(_mm256_mul_ps); }
+inline F16 operator/(F16 x, F16 y) { return QUIRE_BOTH(_mm256_div_ps); }
+inline F16 max(F16 x, F16 y) { return QUIRE_BOTH(_mm256_max_ps); }
+inline F16 min(F16 x, F16 y) { return QUIRE_BOTH(_mm256_min_ps); }
+#undef QUIRE_BOTH
+inline F16 fma(F16 x, F16 y, F16 z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline F16 round_even(F16 x) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+}
+inline __m256 half_scale(__m256 x, __m256 n) {  // in two steps, each within the exponent's range
+    __m256i whole = _mm256_cvtps_epi32(n), first = _mm256_srai_epi32(whole, 1);
+    auto power = [](__m256i e) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+    };
+    return _mm256_mul_ps(_mm256_mul_ps(x, power(first)), power(_mm256_sub_epi32(whole, first)));
+}
+inline F16 scale_by_power(F16 x, F16 n) { return {half_scale(x.a, n.a), half_scale(x.b, n.b)}; }
+inline __m256 lanes_between(int low, int high, int base) {
+    __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(base));
+    return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(low), lane),
+                                                   _mm256_cmpgt_epi32(_mm256_set1_epi32(high), lane)));
+}
+inline F16 keep(F16 x, int low, int high, F16 other) {
+    return {_mm256_blendv_ps(other.a, x.a, lanes_between(low, high, 0)),
+            _mm256_blendv_ps(other.b, x.b, lanes_between(low, high, 8))};
+}
+inline F16 load_some(const float* p, int n) {
+    return {_mm256_maskload_ps(p, _mm256_castps_si256(lanes_between(0, n, 0))),
+            _mm256_maskload_ps(p + 8, _mm256_castps_si256(lanes_between(0, n, 8)))};
+}
+inline void store_some(F16 x, float* p, int n) {
+    _mm256_maskstore_ps(p, _mm256_castps_si256(lanes_between(0, n, 0)), x.a);
+    _mm256_maskstore_ps(p + 8, _mm256_castps_si256(lanes_between(0, n, 8)), x.b);
+}
+
+#else
+
+struct F16 {
+    float v[16];
+    static F16 zero() { return set(0.0f); }
+    static F16 set(float x) {
+        F16 r;
+        for (float& lane : r.v) lane = x;
+        return r;
+    }
+    static F16 load(const float* p) {
+        F16 r;
+        std::memcpy(r.v, p, sizeof r.v);
+        return r;
+    }
+    static F16 load_bf16(const uint16_t* p) {
+        F16 r;
+        for (int i = 0; i < 16; ++i) r.v[i] = bf16_to_float(p[i]);
+        return r;
+    }
+    static F16 load_fp16(const uint16_t* p) {
+        F16 r;
+        for (int i = 0; i < 16; ++i) r.v[i] = fp16_to_float(p[i]);
+        return r;
+    }
+    void store(float* p) const { std::memcpy(p, v, sizeof v); }
+};
+template <class Op>
+inline F16 each(F16 a, F16 b, Op op) {
+    for (int i = 0; i < 16; ++i) a.v[i] = op(a.v[i], b.v[i]);
+    return a;
+}
+inline F16 operator+(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x + y; }); }
+inline F16 operator-(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x - y; }); }
+inline F16 operator*(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x * y; }); }
+inline F16 operator/(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x / y; }); }
+inline F16 fma(F16 a, F16 b, F16 c) { return a * b + c; }  // two roundings: compiled uncontracted
+inline F16 max(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x > y ? x : y; }); }
+inline F16 min(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x < y ? x : y; }); }
+inline F16 round_even(F16 a) {
+    for (float& lane : a.v) lane = std::nearbyint(lane);
+    return a;
+}
+inline F16 scale_by_power(F16 a, F16 n) {
+    for (int i = 0; i < 16; ++i) a.v[i] = std::ldexp(a.v[i], int(n.v[i]));
+    return a;
+}
+inline F16 keep(F16 a, int low, int high, F16 other) {
+    for (int i = 0; i < 16; ++i)
+        if (i < low || i >= high) a.v[i] = other.v[i];
+    return a;
+}
+inline F16 load_some(const float* p, int n) {
+    F16 r = F16::zero();
+    for (int i = 0; i < n; ++i) r.v[i] = p[i];
+    return r;
+}
+inline void store_some(F16 a, float* p, int n) {
+    for (int i = 0; i < n; ++i) p[i] = a.v[i];
+}
+
+#endif
+
+// Sum and maximum over the lanes, always in the same order.
+inline float sum(F16 a) {
+    alignas(64) float v[16];
+    a.store(v);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    return v[0];
+}
+inline float max(F16 a) {
+    alignas(64) float v[16];
+    a.store(v);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+    return v[0];
+}
+
+// e^x with error below 2 ulp; -inf gives 0, NaN stays NaN (of a NaN, min and max give the second).
+// Cephes' reduction and polynomial (Moshier, 1992).
+inline F16 exp(F16 x) {
+    x = min(F16::set(89.0f), max(F16::set(-104.0f), x));
+    F16 n = round_even(x * F16::set(1.44269504088896341f));
+    F16 r = fma(n, F16::set(-0.693359375f), x);
+    r = fma(n, F16::set(2.12194440e-4f), r);
+    F16 p = F16::set(1.9875691500e-4f);
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                    5.0000001201e-1f})
+        p = fma(p, r, F16::set(c));
+    p = fma(p, r * r, r + F16::set(1.0f));
+    return scale_by_power(p, n);
+}
+
+// Sixteen pairs of bf16 numbers: one 64-byte line. Lane i holds the pair (2i, 2i + 1).
+struct Pairs {
+#if defined(__AVX512F__)
+    __m512i v;
+    static Pairs load(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+    static Pairs set(uint32_t pair) { return {_mm512_set1_epi32(int(pair))}; }
+    F16 first() const { return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16))}; }
+    F16 second() const {
+        return {_mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000u))))};
+    }
+#elif defined(__AVX2__)
+    __m256i a, b;
+    static Pairs load(const uint16_t* p) {
+        return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16))};
+    }
+    static Pairs set(uint32_t pair) {
+        return {_mm256_set1_epi32(int(pair)), _mm256_set1_epi32(int(pair))};
+    }
+    F16 first() const {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
+                _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+    }
+    F16 second() const {
+        __m256i mask = _mm256_set1_epi32(int(0xffff0000u));
+        return {_mm256_castsi256_ps(_mm256_and_si256(a, mask)),
+                _mm256_castsi256_ps(_mm256_and_si256(b, mask))};
+    }
+#else
+    uint16_t v[32];
+    static Pairs load(const uint16_t* p) {
+        Pairs r;
+        std::memcpy(r.v, p, sizeof r.v);
+        return r;
+    }
+    static Pairs set(uint32_t pair) {
+        Pairs r;
+        for (int i = 0; i < 16; ++i) r.v[2 * i] = uint16_t(pair), r.v[2 * i + 1] = uint16_t(pair >> 16);
+        return r;
+    }
+    F16 first() const {
+        F16 r;
+        for (int i = 0; i < 16; ++i) r.v[i] = bf16_to_float(v[2 * i]);
+        return r;
+    }
+    F16 second() const {
+        F16 r;
+        for (int i = 0; i < 16; ++i) r.v[i] = bf16_to_float(v[2 * i + 1]);
+        return r;
+    }
+#endif
+};
+
+// acc + x.first * y.first + x.second * y.second in each lane.
+inline F16 dot_pairs(F16 acc, Pairs x, Pairs y) {
+#if defined(__AVX512BF16__)
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)x.v, (__m512bh)y.v)};
+#else
+    return fma(x.second(), y.second(), fma(x.first(), y.first(), acc));
+#endif
+}
+
+}  // namespace
+}  // namespace quire

@@ -1,0 +1,213 @@
+"""The native backend beyond the conformance suite: variants, threads, arguments, fallback."""
+
+import subprocess
+import sys
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import quire
+from quire.backends import backend_status, create_backend
+from quire.errors import BackendError
+from quire.pages import PageShape, page_format
+
+native = pytest.importorskip("quire.backends.native")
+extension = pytest.importorskip("quire.backends.native._native")
+
+NativeBackend = native.NativeBackend
+VARIANTS = NativeBackend.variants()
+
+
+def test_auto_is_native_with_the_fastest_variant() -> None:
+    backend = create_backend("auto")
+    assert backend.name == "native"
+    assert backend.variant == VARIANTS[0]
+    assert VARIANTS[-1] == "portable"
+
+
+def test_status_names_the_variant_and_the_others() -> None:
+    status = next(s for s in backend_status() if s.name == "native")
+    assert status.available
+    assert VARIANTS[0] in status.detail
+
+
+def test_an_unknown_variant_and_absurd_threads_are_refused() -> None:
+    with pytest.raises(BackendError, match=r"variant 'sse9'.*available: .*portable"):
+        NativeBackend("sse9")
+    for threads in (0, -1, 2000):
+        with pytest.raises(BackendError, match=f"threads must be .* not {threads}"):
+            NativeBackend(threads=threads)
+
+
+def test_without_the_extension_auto_falls_back_loudly() -> None:
+    code = (
+        "import sys; sys.modules['quire.backends.native._native'] = None\n"
+        "import quire\n"
+        "engine = quire.Engine()\n"
+        "print(engine.backend.name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "reference\n"
+    assert "native backend is off" in done.stderr
+    assert "slow" in done.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_threads_do_not_change_a_bit(variant: str, threads: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((70, 300)).astype(np.float32)
+    weight = rng.standard_normal((500, 300)).astype(ml_dtypes.bfloat16)
+    one = NativeBackend(variant, threads=1)
+    many = NativeBackend(variant, threads=threads)
+    expected = one.linear(x, one.weight(weight))
+    for _ in range(20):
+        assert np.array_equal(many.linear(x, many.weight(weight)), expected)
+
+
+def test_several_python_threads_may_share_a_backend() -> None:
+    rng = np.random.default_rng(0)
+    backend = NativeBackend(threads=2)
+    weight = backend.weight(rng.standard_normal((400, 200)).astype(ml_dtypes.bfloat16))
+    inputs = [rng.standard_normal((9, 200)).astype(np.float32) for _ in range(8)]
+    expected = [backend.linear(x, weight) for x in inputs]
+    wrong = []
+
+    def work(at: int) -> None:
+        for _ in range(50):
+            if not np.array_equal(backend.linear(inputs[at], weight), expected[at]):
+                wrong.append(at)
+
+    threads = [threading.Thread(target=work, args=(at,)) for at in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# -- malformed arguments raise, never crash --------------------------------------------------------
+
+
+@pytest.fixture
+def kernels() -> "extension.Native":
+    return extension.Native(VARIANTS[0], 2)
+
+
+def weight_of(rows: int, columns: int) -> "extension.Weight":
+    return extension.Weight(np.zeros(rows * columns * 4, np.uint8), 0, rows, columns)
+
+
+def test_a_weight_must_fill_its_bytes() -> None:
+    for size, code, rows, columns in ((7, 0, 1, 2), (8, 3, 1, 2), (8, 0, -1, 2), (0, 0, 0, 0)):
+        with pytest.raises(ValueError, match=r"weight|dtype code"):
+            extension.Weight(np.zeros(size, np.uint8), code, rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (np.zeros((2, 4), np.float32), np.zeros((2, 3), np.float32)),
+        (np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32)),
+        (np.zeros((2, 4), np.float32), np.zeros((1, 5), np.float32)),
+        (np.zeros(4, np.float32), np.zeros((1, 5), np.float32)),
+        (np.zeros((2, 4)), np.zeros((2, 5), np.float32)),
+        (np.zeros((4, 2), np.float32).T, np.zeros((2, 5), np.float32)),
+        (np.zeros((2, 8), np.float32)[:, ::2], np.zeros((2, 5), np.float32)),
+        (None, np.zeros((2, 5), np.float32)),
+    ],
+)
+def test_linear_refuses_wrong_shapes_dtypes_and_strides(
+    kernels: "extension.Native", x: object, y: np.ndarray
+) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        kernels.linear(x, weight_of(5, 4), None, y)
+
+
+def test_a_read_only_result_is_refused(kernels: "extension.Native") -> None:
+    y = np.zeros((2, 5), np.float32)
+    y.setflags(write=False)
+    with pytest.raises((ValueError, TypeError)):
+        kernels.linear(np.zeros((2, 4), np.float32), weight_of(5, 4), None, y)
+
+
+def new_pool(pages: int = 4) -> "native.pool.NativePool":
+    return NativeBackend(threads=1).pool(PageShape(16, 2, 32, 32, page_format("bf16")), pages)
+
+
+@pytest.mark.parametrize("slot", [-1, 64, 2**40])
+def test_append_refuses_slots_outside_the_pool(kernels: "extension.Native", slot: int) -> None:
+    new = np.zeros((1, 2, 32), np.float32)
+    with pytest.raises(ValueError, match=f"slot {slot} is outside the pool"):
+        kernels.append(new_pool().handle, np.array([slot]), new, new)
+
+
+def tables(**changes: object) -> "extension.Tables":
+    arrays = {
+        "positions": [20],
+        "query_indptr": [0, 1],
+        "indptr": [0, 2],
+        "indices": [3, 1],
+        "last_page_len": [5],
+        "first_page": [0],
+    }
+    arrays.update({k: v for k, v in changes.items() if k in arrays})  # type: ignore[misc]
+    made = {name: np.array(values, dtype=np.int64) for name, values in arrays.items()}
+    return extension.Tables(
+        **made, page_size=changes.get("page_size", 16), window=changes.get("window", 0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"indices": [3, -1]}, "page id -1 is negative"),
+        ({"positions": [21]}, "position 21 sees tokens outside 0..21"),
+        ({"first_page": [1]}, "sees tokens outside 16..37"),
+        ({"first_page": [-1]}, "first_page is negative"),
+        ({"last_page_len": [17]}, "last_page_len 17 is not in 1..16"),
+        ({"last_page_len": [0]}, "last_page_len 0 is not in 1..16"),
+        ({"indptr": [0, 3]}, "indptr must run from 0"),
+        ({"indptr": [0, 0], "indices": []}, "sequence 0: last_page_len"),
+        ({"query_indptr": [0, 2]}, "indptr must run from 0"),
+        ({"query_indptr": [0]}, "disagree in length"),
+        ({"page_size": 0}, "page_size must be positive"),
+        ({"window": -1}, "window not negative"),
+        ({"positions": [20, 20], "query_indptr": [0, 2]}, "positions must ascend"),
+    ],
+)
+def test_tables_that_would_read_elsewhere_are_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    assert tables() is not None
+    with pytest.raises(ValueError, match=message):
+        tables(**changes)
+
+
+def test_attend_refuses_pages_outside_the_pool_and_wrong_shapes(
+    kernels: "extension.Native",
+) -> None:
+    query, out = np.zeros((1, 4, 32), np.float32), np.zeros((1, 128), np.float32)
+    kernels.attend(query, new_pool().handle, tables(), out)
+    with pytest.raises(ValueError, match="page id 3 is outside the pool of 3 pages"):
+        kernels.attend(query, new_pool(3).handle, tables(), out)
+    for bad in (np.zeros((2, 4, 32)), np.zeros((1, 3, 32)), np.zeros((1, 4, 16))):
+        with pytest.raises(ValueError, match="attend"):
+            kernels.attend(bad.astype(np.float32), new_pool().handle, tables(), out)
+    with pytest.raises(ValueError, match="out has the wrong size"):
+        kernels.attend(query, new_pool().handle, tables(), out[:, :64].copy())
+
+
+def test_embed_refuses_ids_outside_the_table(kernels: "extension.Native") -> None:
+    with pytest.raises(ValueError, match="id 5 is outside the table"):
+        kernels.embed(weight_of(5, 4), np.array([5]), np.zeros((1, 4), np.float32))
+
+
+def test_the_engine_takes_threads_and_the_reference_backend_refuses_them() -> None:
+    assert quire.Engine(threads=1).backend.threads == 1
+    with pytest.raises(BackendError, match="reference backend takes its threads from BLAS"):
+        quire.Engine(backend="reference", threads=1)

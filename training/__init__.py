@@ -1,0 +1,1 @@
+"""Training of quill, the small language model that ships with Quire."""
