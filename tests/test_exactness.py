@@ -1,8 +1,9 @@
-"""The exactness law on the reference backend, bit for bit.
+"""The exactness law on the reference backend and every native variant, bit for bit.
 
 A token's logits are a function of its own prefix, the weights and the page format. Random
 schedules draw everything else: company, chunks, page size, pool size, placement, cancellations.
 What they compute, recomputation after a preemption included, must equal the same tokens alone.
+Engines of the native backend take turns with one, two and three threads.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ import numpy.typing as npt
 import pytest
 
 import quire
+from conformance import SUBJECTS
+from quire.backends import Backend
 from quire.backends.reference import BLOCK, ROWS, ReferenceBackend
 from quire.engine.request import Sample
 from tiny import VOCAB, WINDOW, random_prompt, tiny_engine, write_llama, write_mixed, write_sliding
@@ -28,7 +33,24 @@ WRITERS: dict[str, Callable[..., Path]] = {
     "full": write_llama,
     "mixed": write_mixed,
     "sliding": write_sliding,
+    # Heads of whole vectors, which native kernels multiply as pairs; more than one split of keys.
+    "wide": partial(write_mixed, head_dim=32, max_position_embeddings=1100, sliding_window=300),
 }
+
+
+@pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)
+def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines made in the test compute with the backend in turn, whatever they ask for."""
+    subject, threads = request.param, cycle((1, 2, 3))
+
+    def create(name: str, number: int | None = None) -> Backend:
+        if subject.name == "reference":
+            return ReferenceBackend()
+        from quire.backends.native import NativeBackend
+
+        return NativeBackend(subject.name.removeprefix("native-"), next(threads))
+
+    monkeypatch.setattr("quire.engine.engine.create_backend", create)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +103,7 @@ class Schedule:
         self.kv_format = str(random.choice(["auto", "fp32", "fp16"]))
         self.todo = [self._request() for _ in range(random.integers(3, 7))]
         self.page_size: int | str = [1, 2, 3, 4, 5, 7, 8, 16, 17, "whole"][random.integers(10)]
-        slots = 96 if self.page_size == "whole" else int(self.page_size)
+        slots = 1100 if self.page_size == "whole" else int(self.page_size)
         largest = max(len(p) + params.max_new_tokens - 1 for p, params in self.todo)
         smallest = -(-largest // slots)  # pages that the largest request cannot do without
         if directory.name == "sliding":
@@ -172,14 +194,16 @@ def check_schedule(directory: Path, seed: int) -> Schedule:
     return schedule
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("seed", range(24))
-@pytest.mark.parametrize("kind", ["full", "mixed"])
+@pytest.mark.parametrize("kind", ["full", "mixed", "wide"])
 def test_any_schedule_computes_the_bits_of_each_request_alone(
     models: dict[str, Path], kind: str, seed: int
 ) -> None:
     check_schedule(models[kind], seed)
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("seed", range(12))
 def test_any_schedule_computes_the_bits_of_each_request_alone_when_all_layers_slide(
     models: dict[str, Path], seed: int
@@ -188,7 +212,8 @@ def test_any_schedule_computes_the_bits_of_each_request_alone_when_all_layers_sl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 250))
+@pytest.mark.usefixtures("every_backend")
+@pytest.mark.parametrize("seed", range(100, 140))
 @pytest.mark.parametrize("kind", list(WRITERS))
 def test_many_more_schedules_compute_the_bits_of_each_request_alone(
     models: dict[str, Path], kind: str, seed: int
@@ -211,7 +236,8 @@ def test_the_schedules_above_do_preempt_chunk_fork_and_mix(models: dict[str, Pat
     assert {schedule.roomy for schedule in schedules} == {False, True}
 
 
-@pytest.mark.parametrize("kind", ["full", "mixed"])
+@pytest.mark.usefixtures("every_backend")
+@pytest.mark.parametrize("kind", ["full", "mixed", "wide"])
 def test_recomputation_after_a_preemption_has_the_same_bits(
     models: dict[str, Path], kind: str
 ) -> None:
@@ -234,6 +260,21 @@ def test_recomputation_after_a_preemption_has_the_same_bits(
         assert completion.token_ids == alone.token_ids
 
 
+@pytest.mark.usefixtures("every_backend")
+@pytest.mark.parametrize(("context", "sizes"), [(900, (16, 5, 48)), (257, (1, 3, 64))])
+def test_logits_over_several_splits_of_keys_are_the_same_bits(
+    models: dict[str, Path], context: int, sizes: tuple[int, ...]
+) -> None:
+    tokens = random_prompt(context, seed=7)
+    whole = tiny_engine(models["wide"], page_size="whole", num_pages=1).logits(tokens)
+    for page_size, chunk in zip(sizes, (512, 190, 33), strict=True):
+        engine = tiny_engine(
+            models["wide"], page_size=page_size, num_pages=1100, max_batch_tokens=chunk
+        )
+        assert same_bits(engine.logits(tokens), whole), (page_size, chunk)
+
+
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("kind", list(WRITERS))
 def test_logits_are_the_same_bits_in_any_chunks_and_pages(
     models: dict[str, Path], kind: str
@@ -247,6 +288,7 @@ def test_logits_are_the_same_bits_in_any_chunks_and_pages(
         assert same_bits(engine.logits(tokens), whole), (page_size, chunk)
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("kind", list(WRITERS))
 def test_logits_do_not_depend_on_tokens_that_follow(models: dict[str, Path], kind: str) -> None:
     engine = tiny_engine(models[kind])
@@ -256,6 +298,7 @@ def test_logits_do_not_depend_on_tokens_that_follow(models: dict[str, Path], kin
         assert same_bits(engine.logits(tokens[:length]), whole[:length])
 
 
+@pytest.mark.usefixtures("every_backend")
 def test_seeded_samples_are_the_same_in_any_company(models: dict[str, Path]) -> None:
     params = quire.SamplingParams(max_new_tokens=24, temperature=1.3, top_k=20, seed=99, n=2)
     prompt = random_prompt(12, seed=1)

@@ -147,6 +147,14 @@ class NativeBackend:
         """The array itself."""
         return x
 
+    def probe_read(self, buffer: Array) -> None:
+        """Read every byte of uint8 ``buffer`` [a multiple of 1 MiB]; time it for bytes a second."""
+        self._native.probe_read(buffer)
+
+    def probe_multiply(self, steps: int) -> float:
+        """Multiply-adds of bf16 pairs in registers; returns how many floating-point operations."""
+        return self._native.probe_multiply(steps)
+
     def _tables(self, batch: PagedBatch) -> list[_native.Tables]:
         """The batch's page tables, checked and handed over once a step."""
         if self._last is None or self._last[0] is not batch:

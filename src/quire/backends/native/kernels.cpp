@@ -34,7 +34,7 @@ namespace quire {
 const Kernels* QUIRE_JOIN(QUIRE_VARIANT, _kernels)() {
     static const Kernels kernels{QUIRE_TEXT(QUIRE_VARIANT), linear, to_pairs, attend,   merge_item,
                                  append, rms_norm, layer_norm, rope, activate, multiply, add,
-                                 widen};
+                                 widen, read, multiply_add};
     return &kernels;
 }
 }  // namespace quire

@@ -84,7 +84,12 @@ struct Kernels {
     void (*multiply)(const float* x, const float* z, int64_t n, float* y);
     void (*add)(const float* x, const float* z, int64_t n, float* y);
     void (*widen)(const void* x, Dtype dtype, int64_t n, float* y);
+    // The machine's limits: read every byte; do `steps` rounds of multiply-adds in registers.
+    float (*read)(const uint8_t* x, int64_t bytes);
+    float (*multiply_add)(int64_t steps);
 };
+
+constexpr int PROBE_CHAINS = 24;  // independent multiply-adds of a round, of 16 pairs each
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();

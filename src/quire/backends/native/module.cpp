@@ -7,7 +7,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <cmath>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -271,6 +274,25 @@ public:
         });
     }
 
+    // Reads every byte of x, on all threads.
+    float probe_read(Bytes x) {
+        constexpr int64_t STEP = 1 << 20;
+        std::atomic<float> most{0};
+        nb::gil_scoped_release released;
+        threads_.run(int64_t(x.size()) / STEP, [&](int64_t i) {
+            most = kernels_->read(x.data() + i * STEP, STEP);
+        });
+        return most;
+    }
+
+    // Multiply-adds in registers on all threads; returns how many floating-point operations.
+    double probe_multiply(int64_t steps) {
+        std::atomic<float> result{0};
+        nb::gil_scoped_release released;
+        threads_.run(threads(), [&](int64_t) { result = kernels_->multiply_add(steps); });
+        return double(steps) * threads() * PROBE_CHAINS * 16 * 2 * 2;
+    }
+
 private:
     int64_t same_rows(const Floats& x, const Output& y, int64_t n) {
         require(n > 0 && x.size() % size_t(n) == 0 && y.size() == x.size(),
@@ -405,5 +427,7 @@ NB_MODULE(_native, m) {
         .def("activate", &Native::activate, "x"_a.noconvert(), "kind"_a, "y"_a.noconvert())
         .def("multiply", &Native::multiply, "x"_a.noconvert(), "z"_a.noconvert(), "y"_a.noconvert())
         .def("add", &Native::add, "x"_a.noconvert(), "z"_a.noconvert(), "y"_a.noconvert())
+        .def("probe_read", &Native::probe_read, "x"_a.noconvert())
+        .def("probe_multiply", &Native::probe_multiply, "steps"_a)
         .def("embed", &Native::embed, "table"_a, "ids"_a.noconvert(), "y"_a.noconvert());
 }

@@ -100,6 +100,26 @@ void widen(const void* x, Dtype dtype, int64_t n, float* y) {
         y[i] = dtype == Dtype::bf16 ? bf16_to_float(from[i]) : fp16_to_float(from[i]);
 }
 
+float read(const uint8_t* x, int64_t bytes) {
+    F16 acc[8];
+    for (F16& a : acc) a = F16::zero();
+    for (int64_t i = 0; i + 512 <= bytes; i += 512)
+        for (int j = 0; j < 8; ++j)
+            acc[j] = max(acc[j], F16::load(reinterpret_cast<const float*>(x + i) + 16 * j));
+    for (int j = 1; j < 8; ++j) acc[0] = max(acc[0], acc[j]);
+    return max(acc[0]);
+}
+
+float multiply_add(int64_t steps) {
+    F16 acc[PROBE_CHAINS];
+    for (F16& a : acc) a = F16::zero();
+    Pairs x = Pairs::set(0x3f803f80u), y = Pairs::set(0x2e802e80u);
+    for (int64_t s = 0; s < steps; ++s)
+        for (F16& a : acc) a = dot_pairs(a, x, y);
+    for (int i = 1; i < PROBE_CHAINS; ++i) acc[0] = acc[0] + acc[i];
+    return sum(acc[0]);
+}
+
 void to_pairs(const float* x, uint16_t* out, int64_t k, int64_t stride) {
     for (int64_t i = 0; i < k; ++i) out[i] = float_to_bf16(x[i]);
     for (int64_t i = k; i < stride; ++i) out[i] = 0;
