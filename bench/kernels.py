@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -105,7 +106,9 @@ def linear(bench: Bench, rows: int, out: int, inner: int) -> None:
     x = rng.standard_normal((rows, inner), np.float32)
     turn, theirs = iter(range(10**9)), None
     if torch is not None:
-        tensors = [torch.from_numpy(matrix.view(np.int16)).view(torch.bfloat16) for matrix in stored]
+        tensors = [
+            torch.from_numpy(matrix.view(np.int16)).view(torch.bfloat16) for matrix in stored
+        ]
         tx = torch.from_numpy(x).bfloat16()
         theirs = lambda: torch.nn.functional.linear(tx, tensors[next(turn) % copies])  # noqa: E731
     few = rows < 64
@@ -175,8 +178,8 @@ def main() -> None:
     for context in (2048, 4096):
         attention(bench, 1, context, context, 64)
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([asdict(row) for row in bench.rows], file, indent=1)
+        rows = [asdict(row) for row in bench.rows]
+        Path(options.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

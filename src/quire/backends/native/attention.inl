@@ -308,9 +308,22 @@ void mix_apart(const Tile& tile, const Block<PAIRED>* blocks, int64_t count, int
     }
 }
 
+// Ask for what comes next: pages are scattered, so the hardware cannot guess it. Keys of the block
+// after the next, and values of this block, which are used once all scores are there.
+template <bool PAIRED>
+inline void fetch(const Block<PAIRED>* blocks, int64_t b, int64_t count, int64_t key_dim,
+                  int64_t value_dim) {
+    constexpr int64_t LINE = 64 / sizeof(typename Block<PAIRED>::Number);
+    for (int64_t i = 0; i < BLOCK * value_dim; i += LINE)
+        __builtin_prefetch(blocks[b].value + i, 0, 2);
+    if (b + 2 >= count) return;
+    for (int64_t d = 0; d < (PAIRED ? key_dim / 2 : key_dim); ++d)
+        __builtin_prefetch(blocks[b + 2].key + d * blocks[b + 2].key_stride, 0, 2);
+}
+
 // One tile over one split: per row best[r], total[r], mixed[r].
 template <bool PAIRED>
-void attend_split(const Attention& a, const Tile& tile, int64_t split,
+void attend_split(const Attention& a, const Tile& tile, int64_t split, bool fresh,
                   const Block<PAIRED>* blocks, float* best, float* total, float* mixed) {
     alignas(64) float scores[TILE * SPLIT];
     int64_t low = tile.low[0], high = tile.high[tile.rows - 1];
@@ -318,9 +331,11 @@ void attend_split(const Attention& a, const Tile& tile, int64_t split,
     int64_t first = low > begin ? (low - begin) / BLOCK : 0;
     int64_t last = high - begin < SPLIT ? ceil_div(high - begin, BLOCK) : SPLIT / BLOCK;
     int64_t count = last > first ? last - first : 0;
-    for (int64_t b = 0; b < count; ++b)
+    for (int64_t b = 0; b < count; ++b) {
+        if (fresh) fetch<PAIRED>(blocks + first, b, count, a.pool.key_dim, a.pool.value_dim);
         score_tile<PAIRED, TILE>(tile, blocks[first + b], begin + (first + b) * BLOCK,
                                  a.pool.key_dim, a.scale, scores + b * BLOCK);
+    }
     for (int r = 0; r < tile.rows; ++r)
         soften<PAIRED>(scores + r * SPLIT, count, best[r], total[r]);
     for (int64_t b = 0; b < count; ++b) {
@@ -404,7 +419,7 @@ void attend_item(const Attention& a, const AttentionItem& item) {
             const Tile& now = tile[size_t(t)];
             if (now.low[0] >= begin + SPLIT || now.high[now.rows - 1] <= begin) continue;
             float best2[TILE], total2[TILE];
-            attend_split<PAIRED>(a, now, split, blocks, best2, total2, mixed2.data());
+            attend_split<PAIRED>(a, now, split, t == 0, blocks, best2, total2, mixed2.data());
             for (int r = 0; r < now.rows; ++r) {
                 int64_t row = t * TILE + r;
                 merge_row(state[size_t(row)], total[row], mixed + row * dim, best2[r], total2[r],

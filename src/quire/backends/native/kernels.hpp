@@ -18,7 +18,8 @@ constexpr int ROW_BLOCK = 64;   // query rows of one item of attention
 constexpr int MAX_HEAD = 512;   // largest head dimension
 
 // y [m, n] = x [m, k] @ weight [n, k]^T + bias [n]. For bf16 weights x comes rounded to bf16, in rows
-// of `pairs_stride` elements padded with zeros to a multiple of 32; else as float.
+// of `pairs_stride` elements padded with zeros (a multiple of 32, and off the powers of two that
+// would put all rows into one set of the cache); else as float.
 struct Linear {
     const void* weight;
     Dtype dtype;

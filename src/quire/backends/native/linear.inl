@@ -11,6 +11,8 @@ constexpr int ROWS = 12;  // 24 accumulators
 constexpr int ROWS = 2;
 #endif
 
+constexpr int AHEAD = 512;  // bytes of a row that are asked for before they are needed
+
 // out[j][i] = rows[i][j] for 16 x 16 numbers of 32 bits.
 inline void transpose(const uint32_t* const rows[16], uint32_t* out, int64_t stride) {
 #if defined(__AVX512F__)
@@ -80,10 +82,14 @@ void pack(const Linear& a, int64_t panel, int64_t k, int64_t k_end, uint32_t* pa
         int64_t column = panel * PANEL + half;
         for (int64_t at = k; at < k_end; at += 16 * PER_WORD) {
             const uint32_t* rows[16];
-            for (int i = 0; i < 16; ++i)
+            for (int i = 0; i < 16; ++i) {
                 rows[i] = column + i < a.n
                               ? words<D>(a.weight, column + i, a.k, at, k_end, spare[i])
                               : nothing;
+                // Sixteen rows are more streams than the hardware follows. A wrong address is no
+                // fault: this only asks.
+                __builtin_prefetch(reinterpret_cast<const char*>(rows[i]) + AHEAD, 0, 2);
+            }
             transpose(rows, packed + (at - k) / PER_WORD * PANEL + half, PANEL);
         }
     }

@@ -142,7 +142,7 @@ public:
         require(!bias || int64_t(bias->size()) == weight.n, "linear: bias has the wrong size");
         if (m == 0) return;
         Linear a{weight.array.data(), weight.dtype, m,       weight.n, weight.k, x.data(), nullptr,
-                 (weight.k + 31) / 32 * 32, bias ? bias->data() : nullptr, y.data()};
+                 (weight.k + 31) / 32 * 32 + 32, bias ? bias->data() : nullptr, y.data()};
         nb::gil_scoped_release released;
         std::lock_guard<std::mutex> one(mutex_);
         if (weight.dtype == Dtype::bf16) {

@@ -114,8 +114,10 @@ float multiply_add(int64_t steps) {
     F16 acc[PROBE_CHAINS];
     for (F16& a : acc) a = F16::zero();
     Pairs x = Pairs::set(0x3f803f80u), y = Pairs::set(0x2e802e80u);
-    for (int64_t s = 0; s < steps; ++s)
-        for (F16& a : acc) a = dot_pairs(a, x, y);
+    for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 24  // so that every accumulator is a register
+        for (int i = 0; i < PROBE_CHAINS; ++i) acc[i] = dot_pairs(acc[i], x, y);
+    }
     for (int i = 1; i < PROBE_CHAINS; ++i) acc[0] = acc[0] + acc[i];
     return sum(acc[0]);
 }
