@@ -7,6 +7,7 @@ import pytest
 
 from checkpoints import tiny_config, write_with_transformers
 from quire import CacheConfig, Engine, SamplingParams
+from quire.backends import backend_status
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -52,15 +53,17 @@ def theirs(directory: Path, prompts: list[list[int]]) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, "whole"])
 @pytest.mark.parametrize("max_batch_tokens", [5, 512])
+@pytest.mark.parametrize("backend", [s.name for s in backend_status() if s.available])
 def test_a_batch_of_four_gets_the_same_50_greedy_tokens(
     directory: Path,
     prompts: list[list[int]],
     theirs: list[tuple[int, ...]],
     page_size: int | str,
     max_batch_tokens: int,
+    backend: str,
 ) -> None:
     cache = CacheConfig(page_size=page_size, kv_memory="8MiB")  # type: ignore[arg-type]
-    engine = Engine(directory, backend="reference", cache=cache, max_batch_tokens=max_batch_tokens)
+    engine = Engine(directory, backend=backend, cache=cache, max_batch_tokens=max_batch_tokens)
     done = engine.generate(prompts, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
     assert [completion.token_ids for completion in done] == theirs
     assert [completion.prompt_tokens for completion in done] == list(LENGTHS)

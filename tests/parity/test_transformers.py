@@ -6,6 +6,7 @@ at most twice that of transformers' own bf16 run.
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from checkpoints import (
 )
 from quire import CacheConfig, Engine, SamplingParams
 from quire.architectures import model_config
+from quire.backends import backend_status
 from quire.backends.rope import inverse_frequencies
 from quire.config import RopeConfig
 from quire.errors import CheckpointError, UnsupportedArchitecture
@@ -36,7 +38,6 @@ transformers.logging.disable_progress_bar()
 
 Logits = npt.NDArray[np.float32]
 
-BACKEND = "reference"
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -165,16 +166,27 @@ def logits_of(model: Any, tokens: list[int]) -> Logits:
         return model(torch.tensor([tokens])).logits[0].float().numpy()
 
 
-def engine_of(directory: Path, page_size: Any = 16, max_batch_tokens: int = 512) -> Engine:
-    cache = CacheConfig(page_size=page_size, kv_memory="8MiB")
-    return Engine(directory, backend=BACKEND, cache=cache, max_batch_tokens=max_batch_tokens)
+EngineOf = Callable[..., Engine]
+
+
+@pytest.fixture(params=[s.name for s in backend_status() if s.available])
+def engine_of(request: pytest.FixtureRequest) -> EngineOf:
+    """Makes engines on each backend that is available here, in turn."""
+
+    def make(directory: Path, page_size: Any = 16, max_batch_tokens: int = 512) -> Engine:
+        cache = CacheConfig(page_size=page_size, kv_memory="8MiB")
+        return Engine(
+            directory, backend=request.param, cache=cache, max_batch_tokens=max_batch_tokens
+        )
+
+    return make
 
 
 # -- logits --------------------------------------------------------------------------------------
 
 
 @every_model
-def test_logits_in_fp32_are_within_1e_4(models: Models, name: str) -> None:
+def test_logits_in_fp32_are_within_1e_4(models: Models, engine_of: EngineOf, name: str) -> None:
     tokens = prompt(60, seed=7)
     theirs = logits_of(models.theirs(name, "fp32", "fp32"), tokens)
     assert np.ptp(theirs, axis=1).min() > 1, "logits so flat prove nothing"
@@ -184,7 +196,7 @@ def test_logits_in_fp32_are_within_1e_4(models: Models, name: str) -> None:
 
 @every_model
 def test_logits_of_bf16_weights_err_at_most_twice_as_much_as_theirs(
-    models: Models, name: str
+    models: Models, engine_of: EngineOf, name: str
 ) -> None:
     tokens = prompt(60, seed=8)
     exact = logits_of(models.theirs(name, "bf16", "fp32"), tokens)
@@ -197,7 +209,7 @@ def test_logits_of_bf16_weights_err_at_most_twice_as_much_as_theirs(
 
 @pytest.mark.parametrize("name", ["llama GQA", "qwen3", "gpt2"])
 def test_logits_of_fp16_weights_err_at_most_twice_as_much_as_theirs_in_bf16(
-    models: Models, name: str
+    models: Models, engine_of: EngineOf, name: str
 ) -> None:
     """fp16 keeps three bits more than bf16, so the bf16 rule is a lenient one here."""
     tokens = prompt(60, seed=9)
@@ -214,7 +226,7 @@ def test_logits_of_fp16_weights_err_at_most_twice_as_much_as_theirs_in_bf16(
 
 @pytest.mark.parametrize("name", ["llama GQA", "qwen2 mixed windows", "gpt2"])
 def test_a_sharded_checkpoint_of_transformers_loads(
-    models: Models, tmp_path: Path, name: str
+    models: Models, engine_of: EngineOf, tmp_path: Path, name: str
 ) -> None:
     model = models.theirs(name, "fp32", "fp32")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -229,7 +241,7 @@ def test_a_sharded_checkpoint_of_transformers_loads(
 
 @pytest.mark.parametrize(("name", "budget", "page_size"), GRID)
 def test_64_greedy_tokens_of_a_batch_are_theirs(
-    models: Models, name: str, budget: int, page_size: Any
+    models: Models, engine_of: EngineOf, name: str, budget: int, page_size: Any
 ) -> None:
     params = SamplingParams(max_new_tokens=64, ignore_eos=True)
     engine = engine_of(models.directory(name), page_size, budget)
@@ -238,7 +250,9 @@ def test_64_greedy_tokens_of_a_batch_are_theirs(
 
 
 @pytest.mark.parametrize("name", THOROUGH)
-def test_64_greedy_tokens_of_a_prompt_alone_are_theirs(models: Models, name: str) -> None:
+def test_64_greedy_tokens_of_a_prompt_alone_are_theirs(
+    models: Models, engine_of: EngineOf, name: str
+) -> None:
     params = SamplingParams(max_new_tokens=64, ignore_eos=True)
     engine = engine_of(models.directory(name))
     for tokens, theirs in zip(prompts(name), models.greedy(name), strict=True):
@@ -335,7 +349,9 @@ def test_llama3_rope_without_one_of_its_numbers_is_refused_or_theirs(key: str) -
     assert_refused_or_equal(config, {**config, "rope_parameters": theirs})
 
 
-def test_layer_types_of_a_llama_are_refused_or_without_effect(tmp_path: Path) -> None:
+def test_layer_types_of_a_llama_are_refused_or_without_effect(
+    tmp_path: Path, engine_of: EngineOf
+) -> None:
     """transformers' Llama has no windows, so layer_types must not change our logits unsaid."""
     extra = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}
     write_checkpoint(tmp_path, tiny_config("llama", **extra))
@@ -354,14 +370,16 @@ def test_layer_types_of_a_llama_are_refused_or_without_effect(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "name", ["llama rope llama3", "mistral window", "qwen2 mixed windows", "qwen3", "gpt2"]
 )
-def test_nothing_that_transformers_writes_is_unknown(models: Models, name: str) -> None:
+def test_nothing_that_transformers_writes_is_unknown(
+    models: Models, engine_of: EngineOf, name: str
+) -> None:
     assert engine_of(models.directory(name)).model_config.ignored_keys == ()
 
 
 @pytest.mark.parametrize("scaling", [LINEAR, LLAMA3], ids=["linear", "llama3"])
 @pytest.mark.parametrize("spelling", ["rope_type", "type"])
 def test_the_old_spelling_of_rope_scaling_gives_the_same_logits(
-    tmp_path: Path, scaling: Config, spelling: str
+    tmp_path: Path, engine_of: EngineOf, scaling: Config, spelling: str
 ) -> None:
     """transformers itself reads the old spelling, so it is the judge."""
     old = {key: value for key, value in scaling.items() if not key.startswith("rope")}
