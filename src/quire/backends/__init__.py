@@ -4,10 +4,19 @@ import warnings
 from dataclasses import dataclass
 
 from quire.backends.base import Backend
+from quire.backends.blocks import AttentionParams, MlpParams, Projection
 from quire.backends.reference import ReferenceBackend
 from quire.errors import BackendError, did_you_mean
 
-__all__ = ["Backend", "BackendStatus", "backend_status", "create_backend"]
+__all__ = [
+    "AttentionParams",
+    "Backend",
+    "BackendStatus",
+    "MlpParams",
+    "Projection",
+    "backend_status",
+    "create_backend",
+]
 
 
 @dataclass(frozen=True)

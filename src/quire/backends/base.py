@@ -83,6 +83,20 @@ class Backend(Protocol):
         values are read back from the pool, also those appended in this step.
         """
 
+    def block(self, params: Any) -> Any:
+        """Take half a decoder layer's weights: AttentionParams or MlpParams, see ``blocks.py``."""
+
+    def attention_block(
+        self, x: Array, block: Any, batch: PagedBatch, pool: PagePool, group: int
+    ) -> Array:
+        """x [T, hidden] -> x + attention(norm(x)) [T, hidden]; see :func:`blocks.attention_block`.
+
+        Appends the new tokens' keys and values to the pool.
+        """
+
+    def mlp_block(self, x: Array, block: Any) -> Array:
+        """x [T, hidden] -> x + mlp(norm(x)) [T, hidden]; see :func:`blocks.mlp_block`."""
+
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """Rows ``indices`` of x [T, n] -> [len(indices), n]."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quire.backends.blocks import AttentionParams, MlpParams, attention_block, mlp_block
 from quire.batch import GroupBatch, PagedBatch
 from quire.errors import BackendError
 from quire.pages import PagePool, PageShape
@@ -150,6 +151,22 @@ class ReferenceBackend:
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""
         return x[np.asarray(indices, dtype=np.int64)]
+
+    def block(self, params: AttentionParams | MlpParams) -> Any:
+        """The parameters as they are."""
+        return params
+
+    def attention_block(
+        self, x: Array, block: Any, batch: PagedBatch, pool: PagePool, group: int
+    ) -> Array:
+        """[T, hidden] -> [T, hidden], op by op."""
+        result: Array = attention_block(self, x, block, batch, pool, group=group)
+        return result
+
+    def mlp_block(self, x: Array, block: Any) -> Array:
+        """[T, hidden] -> [T, hidden], op by op."""
+        result: Array = mlp_block(self, x, block)
+        return result
 
     def to_host(self, x: Array) -> npt.NDArray[np.float32]:
         """The array itself."""

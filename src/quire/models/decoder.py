@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends import Backend
+from quire.backends import AttentionParams, Backend, MlpParams, Projection
 from quire.backends.rope import inverse_frequencies
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
@@ -26,6 +26,9 @@ class Decoder:
         assert config.rope is not None
         self.config, self.params, self.backend = config, params, backend
         self._inv_freq = inverse_frequencies(config.rope, config.head_dim)
+        layers = range(config.num_layers)
+        self._attention = [backend.block(self._attention_params(layer)) for layer in layers]
+        self._mlp = [backend.block(self._mlp_params(layer)) for layer in layers]
 
     def forward(
         self,
@@ -38,33 +41,38 @@ class Decoder:
         backend, params = self.backend, self.params
         x = backend.embed(params["embed"], tokens)
         for layer, pool in enumerate(pools):
-            x = backend.add(
-                x, self._attention(layer, self._norm(f"layers.{layer}.attn_norm", x), batch, pool)
-            )
-            x = backend.add(x, self._mlp(layer, self._norm(f"layers.{layer}.mlp_norm", x)))
-        x = self._norm("norm", backend.rows(x, rows))
+            group = batch.group_of_layer[layer]
+            x = backend.attention_block(x, self._attention[layer], batch, pool, group)
+            x = backend.mlp_block(x, self._mlp[layer])
+        x = backend.rms_norm(backend.rows(x, rows), params["norm"], self.config.norm_eps)
         return backend.to_host(backend.linear(x, params.get("head", params["embed"])))
 
-    def _norm(self, key: str, x: Any) -> Any:
-        return self.backend.rms_norm(x, self.params[key], self.config.norm_eps)
+    def _projection(self, key: str) -> Projection:
+        return Projection(self.params[key], self.params.get(f"{key}_bias"))
 
-    def _linear(self, key: str, x: Any) -> Any:
-        return self.backend.linear(x, self.params[key], self.params.get(f"{key}_bias"))
+    def _attention_params(self, layer: int) -> AttentionParams:
+        config, at = self.config, f"layers.{layer}."
+        return AttentionParams(
+            norm=self.params[at + "attn_norm"],
+            norm_eps=config.norm_eps,
+            q=self._projection(at + "q"),
+            k=self._projection(at + "k"),
+            v=self._projection(at + "v"),
+            o=self._projection(at + "o"),
+            q_norm=self.params[at + "q_norm"] if config.qk_norm else None,
+            k_norm=self.params[at + "k_norm"] if config.qk_norm else None,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            inv_freq=self._inv_freq,
+        )
 
-    def _attention(self, layer: int, x: Any, batch: PagedBatch, pool: PagePool) -> Any:
-        backend, config, at = self.backend, self.config, f"layers.{layer}."
-        query = backend.heads(self._linear(at + "q", x), config.num_heads)
-        key = backend.heads(self._linear(at + "k", x), config.num_kv_heads)
-        value = backend.heads(self._linear(at + "v", x), config.num_kv_heads)
-        if config.qk_norm:
-            query, key = self._norm(at + "q_norm", query), self._norm(at + "k_norm", key)
-        query = backend.rope(query, batch.positions, self._inv_freq)
-        key = backend.rope(key, batch.positions, self._inv_freq)
-        group = batch.group_of_layer[layer]
-        backend.append(pool, batch.groups[group].slots, key, value)
-        return self._linear(at + "o", backend.attend(query, pool, batch, group))
-
-    def _mlp(self, layer: int, x: Any) -> Any:
-        backend, at = self.backend, f"layers.{layer}."
-        gate = backend.activate(self._linear(at + "gate", x), self.config.activation)
-        return self._linear(at + "down", backend.multiply(gate, self._linear(at + "up", x)))
+    def _mlp_params(self, layer: int) -> MlpParams:
+        at = f"layers.{layer}."
+        return MlpParams(
+            norm=self.params[at + "mlp_norm"],
+            norm_eps=self.config.norm_eps,
+            gate=self._projection(at + "gate"),
+            up=self._projection(at + "up"),
+            down=self._projection(at + "down"),
+            activation=self.config.activation,
+        )

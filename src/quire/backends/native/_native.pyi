@@ -14,6 +14,27 @@ class Weight:
     columns: int
     def __init__(self, data: _Bytes, dtype: int, rows: int, columns: int) -> None: ...
 
+class Layer:
+    def __init__(self, weight: Weight, bias: _Floats | None) -> None: ...
+
+class AttentionWeights:
+    def __init__(
+        self,
+        norm: _Floats,
+        eps: float,
+        q: Layer,
+        k: Layer,
+        v: Layer,
+        o: Layer,
+        q_norm: _Floats | None,
+        k_norm: _Floats | None,
+    ) -> None: ...
+
+class MlpWeights:
+    def __init__(
+        self, norm: _Floats, eps: float, gate: Layer, up: Layer, down: Layer, activation: int
+    ) -> None: ...
+
 class Pool:
     interleaved: bool
     def __init__(self, key: _Bytes, value: _Bytes, dtype: int, shape: list[int]) -> None: ...
@@ -42,10 +63,24 @@ class Native:
     def layer_norm(
         self, x: _Floats, weight: _Floats, bias: _Floats, eps: float, y: _Floats
     ) -> None: ...
-    def rope(self, x: _Floats, cos: _Floats, sin: _Floats, y: _Floats) -> None: ...
+    def rope(
+        self, x: _Floats, positions: _Ints, cos: _Floats, sin: _Floats, y: _Floats
+    ) -> None: ...
     def activate(self, x: _Floats, kind: int, y: _Floats) -> None: ...
     def multiply(self, x: _Floats, z: _Floats, y: _Floats) -> None: ...
     def add(self, x: _Floats, z: _Floats, y: _Floats) -> None: ...
+    def attention_block(
+        self,
+        x: _Floats,
+        weights: AttentionWeights,
+        cos: _Floats,
+        sin: _Floats,
+        pool: Pool,
+        slots: _Ints,
+        tables: Tables,
+        y: _Floats,
+    ) -> None: ...
+    def mlp_block(self, x: _Floats, weights: MlpWeights, y: _Floats) -> None: ...
     def probe_read(self, x: _Bytes) -> float: ...
     def probe_multiply(self, steps: int) -> float: ...
     def embed(self, table: Weight, ids: _Ints, y: _Floats) -> None: ...

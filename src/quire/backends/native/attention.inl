@@ -1,16 +1,28 @@
-// Attention over pages, for prefill and decode alike.
+// Attention over pages.
 //
 // A query row's keys are taken in splits of SPLIT tokens aligned to position 0, whatever the page
 // size, chunk or company. Within a split: all scores, their maximum, the weights, the weighted sum of
 // values; then splits are merged in order (flash-decoding's scheme, with a fixed order). A block of
 // keys that a row cannot see adds exact zeros, so it does not matter which rows share a tile.
+//
+// Prefill works through a sequence head by head, for many rows at a time. Decode walks pages, all
+// heads of each, for the one row of each query head. A row's arithmetic is the same in both.
 
 namespace quire {
 namespace {
 
-constexpr int TILE = 8;       // query rows that share loads of keys
-constexpr int MIX_ROWS = 4;   // query rows that share loads of values
+#if defined(__AVX512F__)
+constexpr int TILE = 12;     // query rows that share loads of keys
+constexpr int MIX_ROWS = 6;  // query rows that share loads of values
+#else
+constexpr int TILE = 4;
+constexpr int MIX_ROWS = 2;
+#endif
 constexpr int MIX_WIDTH = 4;  // vectors of 16 value dimensions at a time
+constexpr int MOST_BLOCKS = 4;  // blocks of keys, on as many pages, that are read side by side
+
+// Blocks of keys that share loads of R rows of queries: as many as there are accumulators for.
+constexpr int blocks_at_a_time(int rows) { return rows * MOST_BLOCKS <= 2 * TILE ? MOST_BLOCKS : 2; }
 constexpr float NOTHING = -INFINITY;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -102,63 +114,95 @@ inline Block<PAIRED> block_at(const Pages& pages, int64_t head, int64_t at, Spar
     return {key, pool.page_size * width, value};
 }
 
-// Scores of R rows against a block: scores[r][0..15] = query[r] . key
-template <bool PAIRED, int R>
-inline void score(const Block<PAIRED>& block, const float* const* query, int64_t dim, float scale,
-                  float* scores) {
-    F16 acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = F16::zero();
-    for (int64_t d = 0; d < (PAIRED ? dim / 2 : dim); ++d) {
+// Scores of R rows, `query` [words][R], against B blocks: scores[r][16 b ..] = query[r] . key
+template <bool PAIRED, int R, int B>
+inline void score(const Block<PAIRED>* blocks, const uint32_t* query, int64_t dim, float* scores) {
+    F16 acc[R][B];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) acc[r][b] = F16::zero();
+    for (int64_t d = 0; d < (PAIRED ? dim / 2 : dim); ++d, query += R) {
         if constexpr (PAIRED) {
-            Pairs key = Pairs::load(block.key + d * block.key_stride);
+            Pairs key[B];
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) key[b] = Pairs::load(blocks[b].key + d * blocks[b].key_stride);
+#pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
-                uint32_t pair;
-                std::memcpy(&pair, query[r] + d, 4);
-                acc[r] = dot_pairs(acc[r], Pairs::set(pair), key);
+                Pairs pair = Pairs::set(query[r]);
+#pragma GCC unroll 4
+                for (int b = 0; b < B; ++b) acc[r][b] = dot_pairs(acc[r][b], pair, key[b]);
             }
         } else {
-            F16 key = F16::load(block.key + d * block.key_stride);
-            for (int r = 0; r < R; ++r) acc[r] = fma(F16::set(query[r][d]), key, acc[r]);
+            F16 key[B];
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) key[b] = F16::load(blocks[b].key + d * blocks[b].key_stride);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                float number;
+                std::memcpy(&number, query + r, 4);
+                F16 wide = F16::set(number);
+#pragma GCC unroll 4
+                for (int b = 0; b < B; ++b) acc[r][b] = fma(wide, key[b], acc[r][b]);
+            }
         }
     }
-    for (int r = 0; r < R; ++r) (acc[r] * F16::set(scale)).store(scores + r * SPLIT);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) acc[r][b].store(scores + r * SPLIT + b * BLOCK);
 }
 
-// mixed[r][0..16 W) += weights[r] . value over the blocks of a split, R rows at a time
+// mixed[r][0..16 W) (+)= weights[r] . value over some blocks, R rows at a time
 template <bool PAIRED, int R, int W>
 inline void mix(const Block<PAIRED>* blocks, int64_t count, const float* weights, int64_t dim,
-                int64_t column, float* mixed) {
+                int64_t column, bool more, float* mixed) {
     F16 acc[R][W];
-    for (int r = 0; r < R; ++r)
-        for (int w = 0; w < W; ++w) acc[r][w] = F16::zero();
     int64_t left = dim - column;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) {
+            const float* from = mixed + r * dim + column + 16 * w;
+            acc[r][w] = !more                   ? F16::zero()
+                        : left >= 16 * (w + 1) ? F16::load(from)
+                                               : load_some(from, int(left - 16 * w));
+        }
     for (int64_t b = 0; b < count; ++b) {
         for (int64_t t = 0; t < (PAIRED ? BLOCK / 2 : BLOCK); ++t) {
             if constexpr (PAIRED) {
                 const uint16_t* from = blocks[b].value + (t * dim + column) * 2;
                 Pairs value[W];
+#pragma GCC unroll 4
                 for (int w = 0; w < W; ++w) value[w] = Pairs::load(from + 32 * w);
+#pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     uint32_t pair;
                     const auto* row = reinterpret_cast<const uint16_t*>(weights + r * SPLIT);
                     std::memcpy(&pair, row + b * BLOCK + 2 * t, 4);
                     Pairs weight = Pairs::set(pair);
+#pragma GCC unroll 4
                     for (int w = 0; w < W; ++w) acc[r][w] = dot_pairs(acc[r][w], weight, value[w]);
                 }
             } else {
                 const float* from = blocks[b].value + t * dim + column;
                 F16 value[W];
+#pragma GCC unroll 4
                 for (int w = 0; w < W; ++w)
                     value[w] = left >= 16 * (w + 1) ? F16::load(from + 16 * w)
                                                     : load_some(from + 16 * w, int(left - 16 * w));
+#pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     F16 weight = F16::set(weights[r * SPLIT + b * BLOCK + t]);
+#pragma GCC unroll 4
                     for (int w = 0; w < W; ++w) acc[r][w] = fma(weight, value[w], acc[r][w]);
                 }
             }
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int w = 0; w < W; ++w) {
             float* to = mixed + r * dim + column + 16 * w;
             if (left >= 16 * (w + 1)) acc[r][w].store(to);
@@ -167,46 +211,50 @@ inline void mix(const Block<PAIRED>* blocks, int64_t count, const float* weights
 }
 
 template <bool PAIRED, int R>
-inline void mix_rows(const Block<PAIRED>* blocks, int64_t count, const float* weights, int64_t dim,
-                     float* mixed) {
+inline void mix_some(const Block<PAIRED>* blocks, int64_t count, const float* weights, int64_t dim,
+                     bool more, float* mixed) {
     int64_t column = 0;
     for (; column + 16 * MIX_WIDTH <= dim; column += 16 * MIX_WIDTH)
-        mix<PAIRED, R, MIX_WIDTH>(blocks, count, weights, dim, column, mixed);
+        mix<PAIRED, R, MIX_WIDTH>(blocks, count, weights, dim, column, more, mixed);
     for (; column < dim; column += 16)
-        mix<PAIRED, R, 1>(blocks, count, weights, dim, column, mixed);
+        mix<PAIRED, R, 1>(blocks, count, weights, dim, column, more, mixed);
 }
 
-// Weights from scores, in place: the row's maximum and the sum of its weights.
+template <bool PAIRED, int R = MIX_ROWS>
+inline void mix_rows(int rows, const Block<PAIRED>* blocks, int64_t count, const float* weights,
+                     int64_t dim, bool more, float* mixed) {
+    if (rows > R) {
+        mix_some<PAIRED, R>(blocks, count, weights, dim, more, mixed);
+        mix_rows<PAIRED>(rows - R, blocks, count, weights + R * SPLIT, dim, more, mixed + R * dim);
+    } else if (rows == R) {
+        mix_some<PAIRED, R>(blocks, count, weights, dim, more, mixed);
+    } else if constexpr (R > 1) {
+        mix_rows<PAIRED, R - 1>(rows, blocks, count, weights, dim, more, mixed);
+    }
+}
+
+// Weights from scores, in place: the row's maximum and the sum of its weights. `scale` has the
+// factor log2(e) in it: weights are powers of two.
 template <bool PAIRED>
-inline void soften(float* scores, int64_t count, float& best, float& total) {
+inline void soften(float* scores, int64_t count, float scale, float& best, float& total) {
     F16 top = F16::set(NOTHING);
     for (int64_t b = 0; b < count; ++b) top = max(top, F16::load(scores + b * BLOCK));
     best = max(top);
-    F16 peak = F16::set(best == NOTHING ? 0.0f : best), sums = F16::zero();
+    F16 peak = F16::set(best == NOTHING ? 0.0f : best), factor = F16::set(scale), sums = F16::zero();
     for (int64_t b = 0; b < count; ++b) {
-        F16 weights = exp(F16::load(scores + b * BLOCK) - peak);
+        F16 weights = exp2((F16::load(scores + b * BLOCK) - peak) * factor);
         if constexpr (PAIRED) {
             // Bf16 weights overwrite the scores from the front. What is summed is what values will
             // be multiplied with, so that roundings of the weights largely cancel.
-            alignas(64) float wide[16];
-            weights.store(wide);
-            auto* to = reinterpret_cast<uint16_t*>(scores) + b * BLOCK;
-            store_bf16(wide, to);
-            weights = F16::load_bf16(to);
+            weights = store_rounded(weights, reinterpret_cast<uint16_t*>(scores) + b * BLOCK);
         } else {
             weights.store(scores + b * BLOCK);
         }
         sums = sums + weights;
     }
+    best = best * scale;
     total = sum(sums);
 }
-
-// The running result of some query rows: maximum, sum of weights, weighted sum of values.
-struct Partial {
-    float* best;
-    float* total;
-    float* mixed;  // [rows][value_dim]
-};
 
 // Add a later split to an earlier result, for one row.
 inline void merge_row(float& best, float& total, float* mixed, float best2, float total2,
@@ -220,7 +268,7 @@ inline void merge_row(float& best, float& total, float* mixed, float best2, floa
     float top = best > best2 ? best : best2;
     alignas(64) float shrink[16] = {};
     shrink[0] = best - top, shrink[1] = best2 - top;
-    exp(F16::load(shrink)).store(shrink);
+    exp2(F16::load(shrink)).store(shrink);
     F16 a = F16::set(shrink[0]), b = F16::set(shrink[1]);
     best = top, total = total * shrink[0] + total2 * shrink[1];
     int64_t d = 0;
@@ -235,35 +283,39 @@ inline void merge_row(float& best, float& total, float* mixed, float best2, floa
 // What a tile of up to TILE rows needs to know: queries, and the positions that each row sees.
 struct Tile {
     int rows;
-    const float* query[TILE];
+    const uint32_t* query;  // [words][rows]
     int64_t low[TILE], high[TILE];
 };
 
-template <bool PAIRED, int R>
-inline void score_tile(const Tile& tile, const Block<PAIRED>& block, int64_t at, int64_t dim,
-                       float scale, float* scores) {
+template <bool PAIRED, int R = TILE>
+inline void score_rows(const Tile& tile, const Block<PAIRED>* blocks, int64_t count, int64_t dim,
+                       float* scores) {
+    constexpr int B = blocks_at_a_time(R);
     if (tile.rows == R) {
-        score<PAIRED, R>(block, tile.query, dim, scale, scores);
-        for (int r = 0; r < R; ++r) {
-            if (tile.low[r] <= at && tile.high[r] >= at + BLOCK) continue;
-            float* row = scores + r * SPLIT;
-            auto clamp = [](int64_t x) { return int(x < 0 ? 0 : x > 16 ? 16 : x); };
-            keep(F16::load(row), clamp(tile.low[r] - at), clamp(tile.high[r] - at),
-                 F16::set(NOTHING))
-                .store(row);
-        }
+        int64_t b = 0;
+        for (; b + B <= count; b += B)
+            score<PAIRED, R, B>(blocks + b, tile.query, dim, scores + b * BLOCK);
+        for (; b < count; ++b) score<PAIRED, R, 1>(blocks + b, tile.query, dim, scores + b * BLOCK);
     } else if constexpr (R > 1) {
-        score_tile<PAIRED, R - 1>(tile, block, at, dim, scale, scores);
+        score_rows<PAIRED, R - 1>(tile, blocks, count, dim, scores);
     }
 }
 
-template <bool PAIRED, int R>
-inline void mix_tile(int rows, const Block<PAIRED>* blocks, int64_t count, const float* weights,
-                     int64_t dim, float* mixed) {
-    if (rows == R) {
-        mix_rows<PAIRED, R>(blocks, count, weights, dim, mixed);
-    } else if constexpr (R > 1) {
-        mix_tile<PAIRED, R - 1>(rows, blocks, count, weights, dim, mixed);
+// Scores of a tile against `count` blocks from position `at` on; what a row does not see is -inf.
+template <bool PAIRED>
+inline void score_tile(const Tile& tile, const Block<PAIRED>* blocks, int64_t count, int64_t at,
+                       int64_t dim, float* scores) {
+    score_rows<PAIRED>(tile, blocks, count, dim, scores);
+    auto clamp = [](int64_t x) { return int(x < 0 ? 0 : x > BLOCK ? BLOCK : x); };
+    for (int r = 0; r < tile.rows; ++r) {
+        int64_t low = tile.low[r] - at, high = tile.high[r] - at;  // relative to the first block
+        if (low <= 0 && high >= count * BLOCK) continue;
+        for (int64_t b = 0; b < count; ++b) {
+            if (low <= b * BLOCK && high >= (b + 1) * BLOCK) continue;
+            float* row = scores + r * SPLIT + b * BLOCK;
+            keep(F16::load(row), clamp(low - b * BLOCK), clamp(high - b * BLOCK), F16::set(NOTHING))
+                .store(row);
+        }
     }
 }
 
@@ -304,151 +356,237 @@ void mix_apart(const Tile& tile, const Block<PAIRED>* blocks, int64_t count, int
         for (int64_t b = 0; b < count; ++b)
             seen[size_t(b)] = seen_only<PAIRED>(blocks[b], tile.low[r], tile.high[r],
                                                 at + b * BLOCK, dim, spare[size_t(b)]);
-        mix_rows<PAIRED, 1>(seen.data(), count, weights + r * SPLIT, dim, mixed + r * dim);
+        mix_rows<PAIRED, 1>(1, seen.data(), count, weights + r * SPLIT, dim, false, mixed + r * dim);
     }
 }
 
-// Ask for what comes next: pages are scattered, so the hardware cannot guess it. Keys of the block
-// after the next, and values of this block, which are used once all scores are there.
-template <bool PAIRED>
-inline void fetch(const Block<PAIRED>* blocks, int64_t b, int64_t count, int64_t key_dim,
-                  int64_t value_dim) {
-    constexpr int64_t LINE = 64 / sizeof(typename Block<PAIRED>::Number);
-    for (int64_t i = 0; i < BLOCK * value_dim; i += LINE)
-        __builtin_prefetch(blocks[b].value + i, 0, 2);
-    if (b + 2 >= count) return;
-    for (int64_t d = 0; d < (PAIRED ? key_dim / 2 : key_dim); ++d)
-        __builtin_prefetch(blocks[b + 2].key + d * blocks[b + 2].key_stride, 0, 2);
+// The blocks of a split that positions [low, high) lie in: first and how many.
+struct Span {
+    int64_t first, count;
+};
+inline Span blocks_seen(int64_t low, int64_t high, int64_t split) {
+    int64_t begin = split * SPLIT, end = high - begin < SPLIT ? high - begin : SPLIT;
+    int64_t first = low > begin ? (low - begin) / BLOCK : 0, last = ceil_div(end, BLOCK);
+    return {first, last > first ? last - first : 0};
 }
 
 // One tile over one split: per row best[r], total[r], mixed[r].
 template <bool PAIRED>
-void attend_split(const Attention& a, const Tile& tile, int64_t split, bool fresh,
-                  const Block<PAIRED>* blocks, float* best, float* total, float* mixed) {
+void attend_split(const Attention& a, const Tile& tile, int64_t split, const Block<PAIRED>* blocks,
+                  float* best, float* total, float* mixed) {
     alignas(64) float scores[TILE * SPLIT];
-    int64_t low = tile.low[0], high = tile.high[tile.rows - 1];
-    int64_t begin = split * SPLIT;
-    int64_t first = low > begin ? (low - begin) / BLOCK : 0;
-    int64_t last = high - begin < SPLIT ? ceil_div(high - begin, BLOCK) : SPLIT / BLOCK;
-    int64_t count = last > first ? last - first : 0;
-    for (int64_t b = 0; b < count; ++b) {
-        if (fresh) fetch<PAIRED>(blocks + first, b, count, a.pool.key_dim, a.pool.value_dim);
-        score_tile<PAIRED, TILE>(tile, blocks[first + b], begin + (first + b) * BLOCK,
-                                 a.pool.key_dim, a.scale, scores + b * BLOCK);
-    }
+    Span span = blocks_seen(tile.low[0], tile.high[tile.rows - 1], split);
+    int64_t at = split * SPLIT + span.first * BLOCK, dim = a.pool.value_dim;
+    blocks += span.first;
+    score_tile<PAIRED>(tile, blocks, span.count, at, a.pool.key_dim, scores);
     for (int r = 0; r < tile.rows; ++r)
-        soften<PAIRED>(scores + r * SPLIT, count, best[r], total[r]);
-    for (int64_t b = 0; b < count; ++b) {
-        int64_t at = begin + (first + b) * BLOCK;
-        if (is_wild<PAIRED>(tile, blocks[first + b], at, a.pool.value_dim))
-            return mix_apart<PAIRED>(tile, blocks + first, count, begin + first * BLOCK, scores,
-                                     a.pool.value_dim, mixed);
-    }
-    for (int r = 0; r < tile.rows; r += MIX_ROWS)
-        mix_tile<PAIRED, MIX_ROWS>(tile.rows - r < MIX_ROWS ? tile.rows - r : MIX_ROWS,
-                                   blocks + first, count, scores + r * SPLIT, a.pool.value_dim,
-                                   mixed + r * a.pool.value_dim);
+        soften<PAIRED>(scores + r * SPLIT, span.count, a.scale, best[r], total[r]);
+    for (int64_t b = 0; b < span.count; ++b)
+        if (is_wild<PAIRED>(tile, blocks[b], at + b * BLOCK, dim))
+            return mix_apart<PAIRED>(tile, blocks, span.count, at, scores, dim, mixed);
+    mix_rows<PAIRED>(tile.rows, blocks, span.count, scores, dim, false, mixed);
 }
 
-// The rows of an item: their queries in the form that `score` reads, and what they see.
+// Rows [row, row + rows) of one sequence and KV head: their queries in the form that `score` reads
+// (room for MAX_HEAD * rows words), and what they see.
 template <bool PAIRED>
-void make_tile(const Attention& a, const AttentionItem& item, int64_t row, int rows, Tile& tile,
-               float* queries) {
+Tile make_tile(const Attention& a, int64_t sequence, int64_t head, int64_t row, int rows,
+               uint32_t* query) {
     int64_t share = a.num_heads / a.pool.heads, dim = a.pool.key_dim;
-    tile.rows = rows;
+    Tile tile;
+    tile.rows = rows, tile.query = query;
     for (int r = 0; r < rows; ++r) {
-        int64_t at = item.row + row + r;
-        int64_t token = a.query_indptr[item.sequence] + at / share;
-        const float* from = a.query + (token * a.num_heads + item.head * share + at % share) * dim;
-        float* to = queries + r * MAX_HEAD;
-        if constexpr (PAIRED) {
-            auto* pairs = reinterpret_cast<uint16_t*>(to);
-            for (int64_t d = 0; d < dim; ++d) pairs[d] = float_to_bf16(from[d]);
-            tile.query[r] = to;
-        } else {
-            tile.query[r] = from;
-        }
+        int64_t at = row + r, token = a.query_indptr[sequence] + at / share;
+        const float* from = a.query + (token * a.num_heads + head * share + at % share) * dim;
+        for (int64_t d = 0; d < (PAIRED ? dim / 2 : dim); ++d)
+            query[d * rows + r] = word_of(from, PAIRED ? Dtype::bf16 : Dtype::f32, dim, d);
         tile.high[r] = a.positions[token] + 1;
         tile.low[r] = a.window && tile.high[r] > a.window ? tile.high[r] - a.window : 0;
     }
+    return tile;
+}
+
+inline Pages pages_of(const Attention& a, int64_t sequence) {
+    const Pool& pool = a.pool;
+    int64_t start = a.first_page[sequence] * pool.page_size;
+    int64_t held = a.indptr[sequence + 1] - a.indptr[sequence];
+    return {pool, a.indices + a.indptr[sequence], start,
+            start + (held - 1) * pool.page_size + a.last_page_len[sequence]};
 }
 
 // The end: weighted sums divided by the sum of weights.
-inline void write_rows(const Attention& a, const AttentionItem& item, const float* total,
-                       const float* mixed) {
-    int64_t share = a.num_heads / a.pool.heads, dim = a.pool.value_dim;
-    for (int64_t r = 0; r < item.rows; ++r) {
-        int64_t at = item.row + r, token = a.query_indptr[item.sequence] + at / share;
-        float* to = a.out + (token * a.num_heads + item.head * share + at % share) * dim;
-        for (int64_t d = 0; d < dim; ++d) to[d] = mixed[r * dim + d] / total[r];
-    }
+inline void write_row(const Attention& a, int64_t token, int64_t head, float total,
+                      const float* mixed) {
+    int64_t dim = a.pool.value_dim;
+    float* to = a.out + (token * a.num_heads + head) * dim;
+    for (int64_t d = 0; d < dim; ++d) to[d] = mixed[d] / total;
 }
 
+// ---- many rows of one head -------------------------------------------------------------------------
+
 template <bool PAIRED>
-void attend_item(const Attention& a, const AttentionItem& item) {
+void prefill_item(const Attention& a, const PrefillItem& item) {
     const Pool& pool = a.pool;
-    int64_t s = item.sequence, dim = pool.value_dim;
-    int64_t start = a.first_page[s] * pool.page_size;
-    int64_t held = a.indptr[s + 1] - a.indptr[s];
-    Pages pages{pool, a.indices + a.indptr[s], start,
-                start + (held - 1) * pool.page_size + a.last_page_len[s]};
+    int64_t dim = pool.value_dim, share = a.num_heads / pool.heads;
+    Pages pages = pages_of(a, item.sequence);
     int64_t tiles = ceil_div(item.rows, TILE);
-    std::vector<float> queries(size_t(item.rows) * MAX_HEAD), state(size_t(item.rows) * (dim + 2));
+    std::vector<uint32_t> queries(size_t(item.rows * pool.key_dim));
+    std::vector<float> state(size_t(item.rows * (dim + 2)));
     std::vector<Tile> tile(static_cast<size_t>(tiles));
     std::vector<float> mixed2(size_t(TILE * dim));
-    float* total = state.data() + item.rows;
-    float* mixed = total + item.rows;
-    for (int64_t r = 0; r < item.rows; ++r) state[size_t(r)] = NOTHING;
+    float *best = state.data(), *total = best + item.rows, *mixed = total + item.rows;
+    for (int64_t r = 0; r < item.rows; ++r) best[r] = NOTHING;
     for (int64_t t = 0; t < tiles; ++t) {
-        int rows = int(item.rows - t * TILE < TILE ? item.rows - t * TILE : TILE);
-        make_tile<PAIRED>(a, item, t * TILE, rows, tile[size_t(t)],
-                          queries.data() + t * TILE * MAX_HEAD);
+        int64_t from = t * TILE, rows = item.rows - from < TILE ? item.rows - from : TILE;
+        tile[size_t(t)] = make_tile<PAIRED>(a, item.sequence, item.head, item.row + from, int(rows),
+                                            queries.data() + from * pool.key_dim);
     }
     // Blocks outside whole pages are copied: at most a split of them.
     static thread_local std::vector<Spare> spare(SPLIT / BLOCK);
     Block<PAIRED> blocks[SPLIT / BLOCK];
-    int64_t low = tile[0].low[0], high = tile[size_t(tiles - 1)].high[tile[size_t(tiles - 1)].rows - 1];
-    for (int64_t split = item.split; split < item.split_end; ++split) {
-        int64_t begin = split * SPLIT;
-        for (int64_t b = 0; b < SPLIT / BLOCK; ++b) {
-            int64_t at = begin + b * BLOCK;
-            if (at + BLOCK > low && at < high)
-                blocks[b] = block_at<PAIRED>(pages, item.head, at, spare[size_t(b)]);
-        }
+    const Tile &front = tile.front(), &back = tile.back();
+    int64_t low = front.low[0], high = back.high[back.rows - 1];
+    for (int64_t split = low / SPLIT; split * SPLIT < high; ++split) {
+        Span span = blocks_seen(low, high, split);
+        for (int64_t b = span.first; b < span.first + span.count; ++b)
+            blocks[b] = block_at<PAIRED>(pages, item.head, split * SPLIT + b * BLOCK, spare[size_t(b)]);
         for (int64_t t = 0; t < tiles; ++t) {
             const Tile& now = tile[size_t(t)];
-            if (now.low[0] >= begin + SPLIT || now.high[now.rows - 1] <= begin) continue;
+            if (now.low[0] >= (split + 1) * SPLIT || now.high[now.rows - 1] <= split * SPLIT) continue;
             float best2[TILE], total2[TILE];
-            attend_split<PAIRED>(a, now, split, t == 0, blocks, best2, total2, mixed2.data());
+            attend_split<PAIRED>(a, now, split, blocks, best2, total2, mixed2.data());
             for (int r = 0; r < now.rows; ++r) {
                 int64_t row = t * TILE + r;
-                merge_row(state[size_t(row)], total[row], mixed + row * dim, best2[r], total2[r],
+                merge_row(best[row], total[row], mixed + row * dim, best2[r], total2[r],
                           mixed2.data() + r * dim, dim);
             }
         }
     }
-    if (item.partial) {
-        std::memcpy(item.partial, state.data(), state.size() * 4);
-        return;
+    for (int64_t r = 0; r < item.rows; ++r) {
+        int64_t at = item.row + r, token = a.query_indptr[item.sequence] + at / share;
+        write_row(a, token, item.head * share + at % share, total[r], mixed + r * dim);
     }
-    write_rows(a, item, total, mixed);
 }
 
-void merge_item(const Attention& a, const AttentionItem& item) {
-    int64_t dim = a.pool.value_dim, size = item.rows * (dim + 2);
-    float* first = item.partial;
-    for (int64_t split = 1; split < item.split_end - item.split; ++split) {
-        const float* next = item.partial + split * size;
-        for (int64_t r = 0; r < item.rows; ++r)
-            merge_row(first[r], first[item.rows + r], first + 2 * item.rows + r * dim, next[r],
-                      next[item.rows + r], next + 2 * item.rows + r * dim, dim);
+// ---- one token of a sequence, all heads of a page together -------------------------------------------
+
+// What one split of one token gives: of every query head the maximum, the sum of weights and the
+// weighted sum of values.
+struct Partial {
+    float *best, *total, *mixed;
+    Partial(const Attention& a, const DecodeItem& item, int64_t split)
+        : best(item.partials + (split - item.first_split) * partial_size(a)),
+          total(best + a.num_heads), mixed(total + a.num_heads) {}
+};
+
+// A token's query heads of some KV heads as tiles, and room for their scores.
+template <bool PAIRED>
+struct Heads {
+    std::vector<Tile> tile;
+    std::vector<int64_t> kv_head, query_head;
+    std::vector<uint32_t> queries;
+
+    Heads(const Attention& a, const DecodeItem& item) {
+        int64_t share = a.num_heads / a.pool.heads, count = item.head_end - item.head;
+        queries.resize(size_t(count * share * a.pool.key_dim));
+        static thread_local std::vector<float> room;  // kept: clearing it would cost a pass
+        if (room.size() < size_t(count * share * SPLIT) + 16) room.resize(size_t(count * share * SPLIT) + 16);
+        scores = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) &
+                                          ~uintptr_t(63));
+        for (int64_t h = item.head; h < item.head_end; ++h)
+            for (int64_t r = 0; r < share; r += TILE) {
+                int64_t done = (h - item.head) * share + r;
+                tile.push_back(make_tile<PAIRED>(a, item.sequence, h, r,
+                                                 int(share - r < TILE ? share - r : TILE),
+                                                 queries.data() + done * a.pool.key_dim));
+                kv_head.push_back(h), query_head.push_back(h * share + r);
+            }
+        first = query_head[0];
     }
-    write_rows(a, item, first + item.rows, first + 2 * item.rows);
+    float* scores_of(size_t t) const { return scores + (query_head[t] - first) * SPLIT; }
+
+private:
+    int64_t first;
+    float* scores;
+};
+
+constexpr int64_t GROUP = 4;  // blocks of one head before the next head's
+
+// A page's heads lie side by side: walking some pages together, head after head, reads memory in as
+// many long stretches, which the hardware follows. Every row's arithmetic is that of `attend_split`.
+template <bool PAIRED>
+void decode_split(const Attention& a, const DecodeItem& item, int64_t split, Heads<PAIRED>& heads) {
+    static thread_local std::vector<Spare> spare(GROUP);
+    const Pages pages = pages_of(a, item.sequence);
+    int64_t low = heads.tile[0].low[0], high = heads.tile[0].high[0], dim = a.pool.value_dim;
+    Span span = blocks_seen(low, high, split);
+    int64_t at = split * SPLIT + span.first * BLOCK;
+    Partial partial(a, item, split);
+    Block<PAIRED> blocks[GROUP];
+    auto blocks_of = [&](size_t t, int64_t b, int64_t count) {
+        for (int64_t i = 0; i < count; ++i)
+            blocks[i] = block_at<PAIRED>(pages, heads.kv_head[t], at + (b + i) * BLOCK,
+                                         spare[size_t(i)]);
+    };
+    for (int64_t b = 0; b < span.count; b += GROUP) {
+        int64_t count = span.count - b < GROUP ? span.count - b : GROUP;
+        for (size_t t = 0; t < heads.tile.size(); ++t) {
+            blocks_of(t, b, count);
+            score_tile<PAIRED>(heads.tile[t], blocks, count, at + b * BLOCK, a.pool.key_dim,
+                               heads.scores_of(t) + b * BLOCK);
+        }
+    }
+    for (size_t t = 0; t < heads.tile.size(); ++t)
+        for (int r = 0; r < heads.tile[t].rows; ++r)
+            soften<PAIRED>(heads.scores_of(t) + r * SPLIT, span.count, a.scale,
+                           partial.best[heads.query_head[t] + r],
+                           partial.total[heads.query_head[t] + r]);
+    for (int64_t b = 0; b < span.count; b += GROUP) {
+        int64_t count = span.count - b < GROUP ? span.count - b : GROUP;
+        for (size_t t = 0; t < heads.tile.size(); ++t) {
+            blocks_of(t, b, count);
+            for (int64_t i = 0; i < count; ++i)
+                if (is_wild<PAIRED>(heads.tile[t], blocks[i], at + (b + i) * BLOCK, dim))
+                    blocks[i] = seen_only<PAIRED>(blocks[i], low, high, at + (b + i) * BLOCK, dim,
+                                                  spare[size_t(i)]);
+            const auto* weights = reinterpret_cast<const float*>(
+                reinterpret_cast<const char*>(heads.scores_of(t)) + b * BLOCK * (PAIRED ? 2 : 4));
+            mix_rows<PAIRED>(heads.tile[t].rows, blocks, count, weights, dim, b > 0,
+                             partial.mixed + heads.query_head[t] * dim);
+        }
+    }
 }
 
-void attend(const Attention& a, const AttentionItem& item) {
-    if (a.pool.paired) attend_item<true>(a, item);
-    else attend_item<false>(a, item);
+template <bool PAIRED>
+void decode_item(const Attention& a, const DecodeItem& item) {
+    Heads<PAIRED> heads(a, item);
+    for (int64_t split = item.split; split < item.split_end; ++split)
+        decode_split<PAIRED>(a, item, split, heads);
+}
+
+// The splits of one token merged in order, for the query heads of some KV heads.
+void decode_merge(const Attention& a, const DecodeItem& item) {
+    int64_t dim = a.pool.value_dim, share = a.num_heads / a.pool.heads;
+    Partial first(a, item, item.first_split);
+    for (int64_t head = item.head * share; head < item.head_end * share; ++head) {
+        float* mixed = first.mixed + head * dim;
+        for (int64_t split = item.first_split + 1; split < item.split_end; ++split) {
+            Partial next(a, item, split);
+            merge_row(first.best[head], first.total[head], mixed, next.best[head], next.total[head],
+                      next.mixed + head * dim, dim);
+        }
+        write_row(a, a.query_indptr[item.sequence], head, first.total[head], mixed);
+    }
+}
+
+void prefill(const Attention& a, const PrefillItem& item) {
+    if (a.pool.paired) prefill_item<true>(a, item);
+    else prefill_item<false>(a, item);
+}
+
+void decode(const Attention& a, const DecodeItem& item) {
+    if (a.pool.paired) decode_item<true>(a, item);
+    else decode_item<false>(a, item);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quire.backends.blocks import AttentionParams, MlpParams, Projection
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool
 from quire.batch import PagedBatch
@@ -45,7 +46,7 @@ class NativeBackend:
             )
         self._native = _native.Native(variant or variants[0], threads)
         self._last: tuple[PagedBatch, list[_native.Tables]] | None = None
-        self._angles: dict[bytes, tuple[Array, Array]] = {}
+        self._angles: tuple[Array, Array, Array] | None = None
 
     @staticmethod
     def variants() -> list[str]:
@@ -66,7 +67,7 @@ class NativeBackend:
         """A matrix stays where it is, in its dtype; a vector becomes float32."""
         if array.ndim == 1:
             return np.ascontiguousarray(array, dtype=np.float32)
-        array = np.ascontiguousarray(array)
+        array = np.require(array, requirements=["C", "ALIGNED"])
         data = array.reshape(-1).view(np.uint8)
         return _native.Weight(data, DTYPES[array.dtype.name], *array.shape)
 
@@ -100,9 +101,9 @@ class NativeBackend:
 
     def rope(self, x: Array, positions: Array, inv_freq: Array) -> Array:
         """[T, heads, D], int64 [T], float32 [D/2] -> [T, heads, D]."""
-        cos, sin = self._table(inv_freq, int(positions.max(initial=-1)) + 1)
+        cos, sin = self._table(inv_freq, positions)
         out = np.empty_like(x)
-        self._native.rope(x, cos[positions], sin[positions], out)
+        self._native.rope(x, positions, cos, sin, out)
         return out
 
     def activate(self, x: Array, kind: str) -> Array:
@@ -137,6 +138,36 @@ class NativeBackend:
         assert isinstance(pool, NativePool)
         out = np.empty((len(query), query.shape[1] * pool.shape.value_dim), np.float32)
         self._native.attend(query, pool.handle, self._tables(batch)[group], out)
+        return out
+
+    def block(self, params: AttentionParams | MlpParams) -> Any:
+        """The weights as the kernels take them."""
+        if isinstance(params, MlpParams):
+            gate, up, down = map(_layer, (params.gate, params.up, params.down))
+            kind = _ACTIVATIONS[params.activation]
+            return _native.MlpWeights(params.norm, params.norm_eps, gate, up, down, kind)
+        q, k, v, o = map(_layer, (params.q, params.k, params.v, params.o))
+        weights = _native.AttentionWeights(
+            params.norm, params.norm_eps, q, k, v, o, params.q_norm, params.k_norm
+        )
+        return weights, params.inv_freq
+
+    def attention_block(
+        self, x: Array, block: Any, batch: PagedBatch, pool: PagePool, group: int
+    ) -> Array:
+        """[T, hidden] -> [T, hidden]."""
+        assert isinstance(pool, NativePool)
+        weights, inv_freq = block
+        cos, sin = self._table(inv_freq, batch.positions)
+        out = np.empty_like(x)
+        tables, slots = self._tables(batch)[group], batch.groups[group].slots
+        self._native.attention_block(x, weights, cos, sin, pool.handle, slots, tables, out)
+        return out
+
+    def mlp_block(self, x: Array, block: Any) -> Array:
+        """[T, hidden] -> [T, hidden]."""
+        out = np.empty_like(x)
+        self._native.mlp_block(x, block, out)
         return out
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
@@ -174,13 +205,20 @@ class NativeBackend:
             self._last = batch, tables
         return self._last[1]
 
-    def _table(self, inv_freq: Array, length: int) -> tuple[Array, Array]:
-        """cos and sin float32 [at least length, D/2] of float32 angles; grows by doubling."""
-        key = inv_freq.tobytes()
-        found = self._angles.get(key)
-        if found is None or len(found[0]) < length:
-            positions = np.arange(max(1024, 2 * length), dtype=np.float32)
-            angles = (positions[:, None] * inv_freq).astype(np.float64)
-            found = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-            self._angles[key] = found
-        return found
+    def _table(self, inv_freq: Array, positions: Array) -> tuple[Array, Array]:
+        """cos and sin float32 [beyond the last position, D/2]; grows by doubling."""
+        if self._angles is not None and self._angles[0] is inv_freq:
+            _, cos, sin = self._angles
+            if len(positions) == 0 or positions.max() < len(cos):
+                return cos, sin
+        length = int(positions.max(initial=0)) + 1
+        angles = (np.arange(max(1024, 2 * length), dtype=np.float32)[:, None] * inv_freq).astype(
+            np.float64
+        )
+        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        self._angles = inv_freq, cos, sin
+        return cos, sin
+
+
+def _layer(projection: Projection) -> _native.Layer:
+    return _native.Layer(projection.weight, projection.bias)

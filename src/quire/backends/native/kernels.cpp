@@ -18,6 +18,20 @@ inline void store_bf16(const float* x, uint16_t* to) {
     for (int i = 0; i < 16; ++i) to[i] = float_to_bf16(x[i]);
 #endif
 }
+
+// The same from lanes; gives what was stored.
+inline F16 store_rounded(F16 x, uint16_t* to) {
+#if defined(__AVX512BF16__)
+    __m256i h = (__m256i)_mm512_cvtneps_pbh(x.v);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), h);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+#else
+    alignas(64) float wide[16];
+    x.store(wide);
+    store_bf16(wide, to);
+    return F16::load_bf16(to);
+#endif
+}
 }  // namespace
 }  // namespace quire
 
@@ -32,7 +46,7 @@ inline void store_bf16(const float* x, uint16_t* to) {
 
 namespace quire {
 const Kernels* QUIRE_JOIN(QUIRE_VARIANT, _kernels)() {
-    static const Kernels kernels{QUIRE_TEXT(QUIRE_VARIANT), linear, to_pairs, attend,   merge_item,
+    static const Kernels kernels{QUIRE_TEXT(QUIRE_VARIANT), linear_few, linear_many, row_words, tile_words, tile_rows, prefill, decode, decode_merge,
                                  append, rms_norm, layer_norm, rope, activate, multiply, add,
                                  widen, read, multiply_add};
     return &kernels;

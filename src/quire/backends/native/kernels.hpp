@@ -11,22 +11,29 @@ namespace quire {
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 constexpr int PANEL = 32;       // output columns that one item of a linear layer computes
-constexpr int DEPTH = 256;      // weights of a panel are packed this many at a time along K
+constexpr int CHUNK = 1024;     // words along K whose lanes are summed before the next chunk's
 constexpr int BLOCK = 16;       // tokens that fill a vector
 constexpr int SPLIT = 256;      // tokens whose softmax is computed at a time, aligned to position 0
-constexpr int ROW_BLOCK = 64;   // query rows of one item of attention
+constexpr int ROW_BLOCK = 96;   // query rows of one item of prefill
 constexpr int MAX_HEAD = 512;   // largest head dimension
 
-// y [m, n] = x [m, k] @ weight [n, k]^T + bias [n]. For bf16 weights x comes rounded to bf16, in rows
-// of `pairs_stride` elements padded with zeros (a multiple of 32, and off the powers of two that
-// would put all rows into one set of the cache); else as float.
+// Words of a row of k numbers: pairs of bf16 or floats, padded with zeros to whole vectors.
+constexpr int64_t words_of(Dtype dtype, int64_t k) {
+    return ((dtype == Dtype::bf16 ? (k + 1) / 2 : k) + 15) / 16 * 16;
+}
+
+// Words of one lane of a packed panel; the padding keeps lanes out of each other's cache sets.
+constexpr int64_t lane_stride(int64_t steps) { return steps * PANEL + 16; }
+
+// y [m, n] = x [m, k] @ weight [n, k]^T + bias [n]. x comes as words: pairs of bf16 for bf16 weights,
+// else floats; for few rows row by row at `x_stride` words (off the powers of two that would put all
+// rows into one set of the cache), for many in tiles of `tile` rows, see `tile_words`.
 struct Linear {
     const void* weight;
     Dtype dtype;
     int64_t m, n, k;
-    const float* x;
-    const uint16_t* pairs;
-    int64_t pairs_stride;
+    const uint32_t* x;
+    int64_t x_stride, tile;
     const float* bias;
     float* y;
 };
@@ -59,23 +66,38 @@ struct Attention {
     const int64_t* last_page_len;  // [sequences]
     const int64_t* first_page;     // [sequences]
     int64_t num_heads, window;     // window 0: none
-    float scale;
+    float scale;                   // of scores, times log2(e)
 };
 
-// Rows [row, row + rows) of one sequence and KV head, over splits [split, split_end). A row is a
-// (token, query head) pair, token-major. `partial` null: finish and write `out`; else store the
-// partial results of the one split: per row the maximum, the sum, and value_dim numbers.
-struct AttentionItem {
-    int64_t sequence, head, row, rows, split, split_end;
-    float* partial;
+// Rows [row, row + rows) of one sequence and KV head. A row is a (token, query head) pair,
+// token-major.
+struct PrefillItem {
+    int64_t sequence, head, row, rows;
 };
+
+// The one new token of a sequence and KV heads [head, head_end), over splits [split, split_end).
+// What each split gives goes to `partials`, one `partial_size` after another from `first_split` on;
+// merging reads them all.
+struct DecodeItem {
+    int64_t sequence, head, head_end, first_split, split, split_end;
+    float* partials;
+};
+
+inline int64_t partial_size(const Attention& a) { return a.num_heads * (a.pool.value_dim + 2); }
 
 struct Kernels {
     const char* name;
-    void (*linear)(const Linear&, int64_t panel, int64_t row, int64_t row_end);
-    void (*to_pairs)(const float* x, uint16_t* out, int64_t k, int64_t stride);  // one row
-    void (*attend)(const Attention&, const AttentionItem&);
-    void (*merge)(const Attention&, const AttentionItem&);  // partials of splits, in order
+    // Both give the same bits; few: outputs [column, column + columns) of all rows.
+    void (*linear_few)(const Linear&, int64_t column, int64_t columns);
+    void (*linear_many)(const Linear&, int64_t panel, int64_t panel_end, int64_t row,
+                        int64_t row_end);
+    void (*row_words)(const float* x, Dtype dtype, int64_t k, int64_t stride, uint32_t* out);
+    void (*tile_words)(const float* x, Dtype dtype, int64_t m, int64_t k, int64_t row, int64_t rows,
+                       uint32_t* out);
+    int64_t (*tile_rows)(int64_t m);
+    void (*prefill)(const Attention&, const PrefillItem&);
+    void (*decode)(const Attention&, const DecodeItem&);
+    void (*decode_merge)(const Attention&, const DecodeItem&);
     void (*append)(const Pool&, int64_t slot, const float* key, const float* value);  // one token
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
     void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,

@@ -1,6 +1,11 @@
-// Linear layers. Weights are read where they lie, row-major as in the checkpoint; a panel of 32
-// output columns is turned column-major, DEPTH numbers at a time, in the cache of the core that uses
-// it. Every output is then summed along K in order, whatever the number of rows or threads.
+// Linear layers. Weights are read where they lie, row-major as in the checkpoint.
+//
+// The order of summation is that of a dot product along K in a vector of sixteen lanes, whatever the
+// number of rows: the numbers along K are words (pairs of bf16, or floats); within a chunk of CHUNK
+// words lane l sums the words l, l + 16, l + 32, ... in order, then the lanes are added in order, then
+// the chunks. Two kernels keep it. With few rows each output is such a dot product, straight from the
+// weights, sixteen outputs side by side. With many, a panel of PANEL columns is turned lane-major in
+// the core's own cache and multiplied with ROWS rows at a time, lane by lane.
 
 namespace quire {
 namespace {
@@ -11,9 +16,12 @@ constexpr int ROWS = 12;  // 24 accumulators
 constexpr int ROWS = 2;
 #endif
 
-constexpr int AHEAD = 512;  // bytes of a row that are asked for before they are needed
+constexpr int AHEAD = 1024;  // bytes of a stream of weights that are asked for before they are needed
 
-// out[j][i] = rows[i][j] for 16 x 16 numbers of 32 bits.
+template <Dtype D>
+constexpr int PER_WORD = D == Dtype::bf16 ? 2 : 1;
+
+// out[j][i] = rows[i][j] for 16 x 16 words.
 inline void transpose(const uint32_t* const rows[16], uint32_t* out, int64_t stride) {
 #if defined(__AVX512F__)
     __m512i r[16], t[16];
@@ -39,137 +47,379 @@ inline void transpose(const uint32_t* const rows[16], uint32_t* out, int64_t str
         _mm512_storeu_si512(out + (i + 12) * stride, _mm512_shuffle_i32x4(c, d, 0xdd));
     }
 #else
-    for (int i = 0; i < 16; ++i)
-        for (int j = 0; j < 16; ++j) out[j * stride + i] = rows[i][j];
+    for (int i = 0; i < 16; ++i) {
+        uint32_t row[16];  // rows of an odd number of bf16 are not aligned to words
+        std::memcpy(row, rows[i], 64);
+        for (int j = 0; j < 16; ++j) out[j * stride + i] = row[j];
+    }
 #endif
 }
 
-// One row's 16 words (pairs of bf16, or floats) from depth `k` on, zero beyond `k_end`.
+// The 16 words of a row of weights at word `at`, zero beyond the end: in place where they can be.
 template <Dtype D>
-inline const uint32_t* words(const void* weight, int64_t row, int64_t stride, int64_t k,
-                             int64_t k_end, uint32_t* spare) {
-    constexpr int PER_WORD = D == Dtype::bf16 ? 2 : 1;
-    int64_t count = k_end - k < 16 * PER_WORD ? k_end - k : 16 * PER_WORD;
+inline const uint32_t* words(const Linear& a, int64_t row, int64_t at, uint32_t* spare) {
+    int64_t k = at * PER_WORD<D>, left = a.k - k, whole = LANES * PER_WORD<D>;
+    size_t count = size_t(left < whole ? left : whole);
     if constexpr (D == Dtype::f32) {
-        const float* from = static_cast<const float*>(weight) + row * stride + k;
-        if (count == 16) return reinterpret_cast<const uint32_t*>(from);
+        const float* from = static_cast<const float*>(a.weight) + row * a.k + k;
+        if (left >= whole) return reinterpret_cast<const uint32_t*>(from);
         std::memset(spare, 0, 64);
-        std::memcpy(spare, from, size_t(count) * 4);
+        std::memcpy(spare, from, count * 4);
+    } else if constexpr (D == Dtype::bf16) {
+        const uint16_t* from = static_cast<const uint16_t*>(a.weight) + row * a.k + k;
+        if (left >= whole) return reinterpret_cast<const uint32_t*>(from);
+        std::memset(spare, 0, 64);
+        std::memcpy(spare, from, count * 2);
     } else {
-        const uint16_t* from = static_cast<const uint16_t*>(weight) + row * stride + k;
-        if constexpr (D == Dtype::bf16) {
-            if (count == 32) return reinterpret_cast<const uint32_t*>(from);
-            std::memset(spare, 0, 64);
-            std::memcpy(spare, from, size_t(count) * 2);
-        } else {
-            uint16_t padded[16] = {};
-            std::memcpy(padded, from, size_t(count) * 2);
-            float wide[16];
-            F16::load_fp16(padded).store(wide);
-            std::memcpy(spare, wide, 64);
+        const uint16_t* from = static_cast<const uint16_t*>(a.weight) + row * a.k + k;
+        uint16_t padded[16] = {};
+        if (left < whole) {
+            std::memcpy(padded, from, count * 2);
+            from = padded;
         }
+        F16::load_fp16(from).store(reinterpret_cast<float*>(spare));
     }
     return spare;
 }
 
-// packed[step][column] for the columns of a panel, `steps` words deep (a multiple of 16).
+// A vector of words as operands of a multiply-add.
 template <Dtype D>
-void pack(const Linear& a, int64_t panel, int64_t k, int64_t k_end, uint32_t* packed) {
-    constexpr int PER_WORD = D == Dtype::bf16 ? 2 : 1;
-    static const uint32_t nothing[16] = {};
-    uint32_t spare[16][16];
-    for (int half = 0; half < PANEL; half += 16) {
-        int64_t column = panel * PANEL + half;
-        for (int64_t at = k; at < k_end; at += 16 * PER_WORD) {
-            const uint32_t* rows[16];
-            for (int i = 0; i < 16; ++i) {
-                rows[i] = column + i < a.n
-                              ? words<D>(a.weight, column + i, a.k, at, k_end, spare[i])
-                              : nothing;
-                // Sixteen rows are more streams than the hardware follows. A wrong address is no
-                // fault: this only asks.
-                __builtin_prefetch(reinterpret_cast<const char*>(rows[i]) + AHEAD, 0, 2);
-            }
-            transpose(rows, packed + (at - k) / PER_WORD * PANEL + half, PANEL);
-        }
+struct Operand {
+    std::conditional_t<D == Dtype::bf16, Pairs, F16> v;
+    static Operand load(const uint32_t* p) {
+        if constexpr (D == Dtype::bf16) return {Pairs::load(reinterpret_cast<const uint16_t*>(p))};
+        else return {F16::load(reinterpret_cast<const float*>(p))};
     }
+    static Operand stored(const char* p) {
+        if constexpr (D == Dtype::f16) return {F16::load_fp16(reinterpret_cast<const uint16_t*>(p))};
+        else return load(reinterpret_cast<const uint32_t*>(p));
+    }
+    F16 add_to(F16 acc, Operand w) const {
+        if constexpr (D == Dtype::bf16) return dot_pairs(acc, v, w.v);
+        else return fma(v, w.v, acc);
+    }
+};
+
+// ---- few rows ------------------------------------------------------------------------------------
+
+// What a visit to rows of weights asks for meanwhile: every `visits`th line, `ahead` bytes on.
+struct Ask {
+    int64_t visit, visits, ahead;
+};
+
+// lanes[r][n][16] (+)= the lanes' sums over words [at, end) for R rows of x and N rows of weights
+template <Dtype D, int R, int N>
+inline void dot(const Linear& a, const uint32_t* x, const int64_t* columns, int64_t at, int64_t end,
+                Ask ask, float* lanes) {
+    constexpr int WIDTH = D == Dtype::f32 ? 4 : 2;  // bytes of a stored number
+    F16 acc[R][N];
+    const char* from[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+        from[n] = static_cast<const char*>(a.weight) + columns[n] * a.k * WIDTH;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+            acc[r][n] = at % CHUNK ? F16::load(lanes + (r * LANES + n) * LANES) : F16::zero();
+    }
+    int64_t whole = a.k / (LANES * PER_WORD<D>) * LANES, w = at, turn = ask.visit;
+    auto step = [&](auto weights) {
+        Operand<D> number[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) number[r] = Operand<D>::load(x + r * a.x_stride + w);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            Operand<D> weight = weights(n);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) acc[r][n] = number[r].add_to(acc[r][n], weight);
+        }
+    };
+    for (; w < (end < whole ? end : whole); w += LANES) {
+        int64_t byte = w * PER_WORD<D> * WIDTH;
+        if (turn == 0) {  // a wrong address is no fault: this only asks
+            for (int n = 0; n < N; ++n) __builtin_prefetch(from[n] + byte + ask.ahead, 0, 2);
+            turn = ask.visits;
+        }
+        --turn;
+        step([&](int n) { return Operand<D>::stored(from[n] + byte); });
+    }
+    uint32_t spare[LANES];
+    if (w < end) step([&](int n) { return Operand<D>::load(words<D>(a, columns[n], w, spare)); });
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r][n].store(lanes + (r * LANES + n) * LANES);
 }
 
-// Accumulate R rows of x over the packed panel: y[r][0..31] += x[r] . packed
-template <Dtype D, int R>
-void multiply_rows(const Linear& a, const uint32_t* packed, int64_t steps, int64_t k, int64_t row,
-                   int64_t column, bool first, bool last) {
-    int64_t width = a.n - column < PANEL ? a.n - column : PANEL;
-    int low = int(width < 16 ? width : 16), high = int(width - low);
-    F16 acc[R][2];
-    for (int r = 0; r < R; ++r) {
-        const float* y = a.y + (row + r) * a.n + column;
-        acc[r][0] = first ? F16::zero() : load_some(y, low);
-        acc[r][1] = first ? F16::zero() : load_some(y + 16, high);
-    }
-    for (int64_t s = 0; s < steps; ++s) {
-        if constexpr (D == Dtype::bf16) {
-            Pairs w0 = Pairs::load(reinterpret_cast<const uint16_t*>(packed + s * PANEL));
-            Pairs w1 = Pairs::load(reinterpret_cast<const uint16_t*>(packed + s * PANEL + 16));
-            for (int r = 0; r < R; ++r) {
-                uint32_t pair;
-                std::memcpy(&pair, a.pairs + (row + r) * a.pairs_stride + k + 2 * s, 4);
-                Pairs x = Pairs::set(pair);
-                acc[r][0] = dot_pairs(acc[r][0], x, w0);
-                acc[r][1] = dot_pairs(acc[r][1], x, w1);
-            }
-        } else {
-            const float* w = reinterpret_cast<const float*>(packed + s * PANEL);
-            F16 w0 = F16::load(w), w1 = F16::load(w + 16);
-            for (int r = 0; r < R; ++r) {
-                F16 x = F16::set(a.x[(row + r) * a.k + k + s]);
-                acc[r][0] = fma(x, w0, acc[r][0]);
-                acc[r][1] = fma(x, w1, acc[r][1]);
-            }
-        }
-    }
-    for (int r = 0; r < R; ++r) {
-        float* y = a.y + (row + r) * a.n + column;
-        if (last && a.bias) {
-            acc[r][0] = acc[r][0] + load_some(a.bias + column, low);
-            acc[r][1] = acc[r][1] + load_some(a.bias + column + 16, high);
-        }
-        store_some(acc[r][0], y, low);
-        store_some(acc[r][1], y + 16, high);
-    }
-}
-
-template <Dtype D, int R>
-void multiply_some(const Linear& a, const uint32_t* packed, int64_t steps, int64_t k, int64_t row,
-                   int64_t rows, int64_t column, bool first, bool last) {
+template <Dtype D, int R, int N>
+inline void dot_some(const Linear& a, int64_t rows, const uint32_t* x, const int64_t* columns,
+                     int64_t at, int64_t end, Ask ask, float* lanes) {
     if (rows == R) {
-        multiply_rows<D, R>(a, packed, steps, k, row, column, first, last);
+        for (int n = 0; n < LANES; n += N)
+            dot<D, R, N>(a, x, columns + n, at, end, ask, lanes + n * LANES);
     } else if constexpr (R > 1) {
-        multiply_some<D, R - 1>(a, packed, steps, k, row, rows, column, first, last);
+        dot_some<D, R - 1, N>(a, rows, x, columns, at, end, ask, lanes);
+    }
+}
+
+// total[0..15] += sixteen outputs' lanes, each in order
+inline void add_lanes(const float* lanes, float* total) {
+    alignas(64) uint32_t turned[LANES * LANES];
+    const uint32_t* from[LANES];
+    for (int i = 0; i < LANES; ++i) from[i] = reinterpret_cast<const uint32_t*>(lanes + i * LANES);
+    transpose(from, turned, LANES);
+    F16 sum = F16::load(total);
+    for (int l = 0; l < LANES; ++l)
+        sum = sum + F16::load(reinterpret_cast<float*>(turned) + l * LANES);
+    sum.store(total);
+}
+
+// All rows of x with sixteen columns. A stretch of x and weights stays in the first caches while up to
+// R rows of x at a time visit it.
+template <Dtype D, int R, int N>
+void few_rows(const Linear& a, const int64_t* columns, int64_t stretch, float* lanes,
+              float* totals) {
+    int64_t total_words = words_of(D, a.k), visits = (a.m + R - 1) / R;
+    int64_t share = (a.m + visits - 1) / visits;
+    for (int64_t w = 0; w < total_words; w += stretch) {
+        int64_t end = w + stretch < total_words ? w + stretch : total_words;
+        for (int64_t v = 0; v < visits; ++v) {
+            int64_t row = v * share, rows = a.m - row < share ? a.m - row : share;
+            dot_some<D, R, N>(a, rows, a.x + row * a.x_stride, columns, w, end,
+                              {v, visits, visits == 1 ? AHEAD : stretch * 4},
+                              lanes + row * LANES * LANES);
+        }
+        if (end % CHUNK && end < total_words) continue;
+        for (int64_t row = 0; row < a.m; ++row)
+            add_lanes(lanes + row * LANES * LANES, totals + row * LANES);
     }
 }
 
 template <Dtype D>
-void linear_panel(const Linear& a, int64_t panel, int64_t row, int64_t row_end) {
-    alignas(64) uint32_t packed[DEPTH * PANEL];
-    constexpr int PER_WORD = D == Dtype::bf16 ? 2 : 1;
-    for (int64_t k = 0; k < a.k; k += DEPTH) {
-        int64_t k_end = k + DEPTH < a.k ? k + DEPTH : a.k;
-        pack<D>(a, panel, k, k_end, packed);
-        int64_t steps = (k_end - k + PER_WORD - 1) / PER_WORD;
-        for (int64_t r = row; r < row_end; r += ROWS) {
-            int64_t rows = row_end - r < ROWS ? row_end - r : ROWS;
-            multiply_some<D, ROWS>(a, packed, steps, k, r, rows, panel * PANEL, k == 0,
-                                   k_end == a.k);
+void few_columns(const Linear& a, int64_t column, int64_t columns) {
+    int64_t streams = (columns + LANES - 1) / LANES;
+    std::vector<float> scratch(size_t(a.m * LANES * (LANES + 1)));
+    float *lanes = scratch.data(), *totals = lanes + a.m * LANES * LANES;
+    for (int64_t s = 0; s < streams; ++s) {
+        int64_t at[LANES];  // sixteen streams, each of consecutive rows of weights
+        for (int i = 0; i < LANES; ++i) {
+            int64_t mine = i * streams + s;
+            at[i] = column + (mine < columns ? mine : columns - 1);
+        }
+        std::memset(totals, 0, size_t(a.m * LANES) * 4);
+        if (a.m <= 2) few_rows<D, 2, 8>(a, at, CHUNK, lanes, totals);
+        else few_rows<D, 6, 4>(a, at, CHUNK / 2, lanes, totals);
+        for (int64_t row = 0; row < a.m; ++row)
+            for (int i = 0; i < LANES && i * streams + s < columns; ++i) {
+                float sum = totals[row * LANES + i];
+                a.y[row * a.n + at[i]] = a.bias ? sum + a.bias[at[i]] : sum;
+            }
+    }
+}
+
+// ---- many rows -----------------------------------------------------------------------------------
+
+// The lines of a panel's weights over words [at, end), asked for one by one while another panel is
+// multiplied.
+template <Dtype D>
+struct Asking {
+    const char* line = nullptr;
+    int64_t rows = 0, lines = 0, left = 0, skip = 0;
+
+    Asking(const Linear& a, int64_t panel, int64_t at, int64_t end) {
+        constexpr int64_t WIDTH = D == Dtype::f32 ? 4 : 2;
+        int64_t column = panel * PANEL;
+        if (column >= a.n || at >= end) return;
+        rows = a.n - column < PANEL ? a.n - column : PANEL;
+        line = static_cast<const char*>(a.weight) + (column * a.k + at * PER_WORD<D>) * WIDTH;
+        left = lines = (end - at) * PER_WORD<D> * WIDTH / 64;
+        skip = a.k * WIDTH - lines * 64;
+    }
+    void next() {
+        if (rows == 0) return;
+        __builtin_prefetch(line, 0, 2);
+        line += 64;
+        if (--left == 0) line += skip, left = lines, --rows;
+    }
+};
+
+// packed[lane][step][column] for the columns of a panel over words [at, end).
+template <Dtype D>
+void pack(const Linear& a, int64_t panel, int64_t at, int64_t end, bool cold, uint32_t* packed) {
+    static const uint32_t nothing[LANES] = {};
+    uint32_t spare[LANES][LANES];
+    int64_t lane = lane_stride((end - at) / LANES);
+    for (int half = 0; half < PANEL; half += LANES) {
+        int64_t column = panel * PANEL + half;
+        for (int64_t w = at; w < end; w += LANES) {
+            const uint32_t* rows[LANES];
+            for (int i = 0; i < LANES; ++i) {
+                rows[i] = column + i < a.n ? words<D>(a, column + i, w, spare[i]) : nothing;
+                if (cold) __builtin_prefetch(reinterpret_cast<const char*>(rows[i]) + AHEAD / 2, 0, 2);
+            }
+            transpose(rows, packed + (w - at) / LANES * PANEL + half, lane);
         }
     }
 }
 
-void linear(const Linear& a, int64_t panel, int64_t row, int64_t row_end) {
+// R rows of x over a packed panel: total[r][0..31] += x[r] . packed, lane by lane
+template <Dtype D, int R>
+void multiply_tile(const uint32_t* x, const uint32_t* packed, int64_t steps, Asking<D>& ask,
+                   float* total) {
+    for (int l = 0; l < LANES; ++l) {
+        const uint32_t* w = packed + l * lane_stride(steps);
+        F16 acc[R][2];
+        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = F16::zero();
+        for (int64_t s = 0; s < steps; ++s, w += PANEL, x += R) {
+            ask.next();
+            if constexpr (D == Dtype::bf16) {
+                Pairs w0 = Pairs::load(reinterpret_cast<const uint16_t*>(w));
+                Pairs w1 = Pairs::load(reinterpret_cast<const uint16_t*>(w + LANES));
+                for (int r = 0; r < R; ++r) {
+                    Pairs pair = Pairs::set(x[r]);
+                    acc[r][0] = dot_pairs(acc[r][0], pair, w0);
+                    acc[r][1] = dot_pairs(acc[r][1], pair, w1);
+                }
+            } else {
+                F16 w0 = F16::load(reinterpret_cast<const float*>(w));
+                F16 w1 = F16::load(reinterpret_cast<const float*>(w + LANES));
+                for (int r = 0; r < R; ++r) {
+                    float number;
+                    std::memcpy(&number, x + r, 4);
+                    F16 wide = F16::set(number);
+                    acc[r][0] = fma(wide, w0, acc[r][0]);
+                    acc[r][1] = fma(wide, w1, acc[r][1]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            float* to = total + r * PANEL;
+            (F16::load(to) + acc[r][0]).store(to);
+            (F16::load(to + LANES) + acc[r][1]).store(to + LANES);
+        }
+    }
+}
+
+template <Dtype D, int R>
+void multiply_some(int64_t rows, const uint32_t* x, const uint32_t* packed, int64_t steps,
+                   Asking<D>& ask, float* total) {
+    if (rows == R) multiply_tile<D, R>(x, packed, steps, ask, total);
+    else if constexpr (R > 1) multiply_some<D, R - 1>(rows, x, packed, steps, ask, total);
+}
+
+// One chunk of a packed panel with the rows [row, row_end) of x, added to y.
+template <Dtype D>
+void multiply_panel(const Linear& a, int64_t panel, int64_t row, int64_t row_end, int64_t at,
+                    int64_t end, const uint32_t* packed, Asking<D> ask) {
+    int64_t column = panel * PANEL, width = a.n - column < PANEL ? a.n - column : PANEL;
+    int low = int(width < LANES ? width : LANES), high = int(width - low);
+    const float* bias = a.bias && end == words_of(D, a.k) ? a.bias + column : nullptr;
+    for (int64_t r = row; r < row_end; r += a.tile) {
+        int64_t rows = a.m - r < a.tile ? a.m - r : a.tile;
+        alignas(64) float total[ROWS * PANEL] = {};
+        float* y = a.y + r * a.n + column;
+        for (int64_t i = 0; at && i < rows; ++i) {
+            load_some(y + i * a.n, low).store(total + i * PANEL);
+            load_some(y + i * a.n + LANES, high).store(total + i * PANEL + LANES);
+        }
+        multiply_some<D, ROWS>(rows, a.x + at * a.m + r * (end - at), packed, (end - at) / LANES,
+                               ask, total);
+        for (int64_t i = 0; i < rows; ++i) {
+            F16 left = F16::load(total + i * PANEL), right = F16::load(total + i * PANEL + LANES);
+            if (bias) {
+                left = left + load_some(bias, low);
+                right = right + load_some(bias + LANES, high);
+            }
+            store_some(left, y + i * a.n, low);
+            store_some(right, y + i * a.n + LANES, high);
+        }
+    }
+}
+
+template <Dtype D>
+void many_rows(const Linear& a, int64_t panel, int64_t panel_end, int64_t row, int64_t row_end) {
+    static thread_local std::vector<uint32_t> room(LANES * lane_stride(CHUNK / LANES) + LANES);
+    auto* packed = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) &
+                                               ~uintptr_t(63));
+    int64_t total_words = words_of(D, a.k);
+    auto end_of = [&](int64_t at) { return at + CHUNK < total_words ? at + CHUNK : total_words; };
+    for (int64_t p = panel; p < panel_end; ++p)
+        for (int64_t w = 0; w < total_words; w += CHUNK) {
+            int64_t end = end_of(w), next = p + 1 < panel_end ? p + 1 : a.n;
+            pack<D>(a, p, w, end, p == panel && w == 0, packed);
+            Asking<D> ask = end < total_words ? Asking<D>(a, p, end, end_of(end))
+                                              : Asking<D>(a, next, 0, end_of(0));
+            multiply_panel<D>(a, p, row, row_end, w, end, packed, ask);
+        }
+}
+
+// ---- rows of x as words ---------------------------------------------------------------------------
+
+inline uint32_t word_of(const float* x, Dtype dtype, int64_t k, int64_t at) {
+    uint32_t word = 0;
+    if (dtype == Dtype::bf16) {
+        if (2 * at < k) word = float_to_bf16(x[2 * at]);
+        if (2 * at + 1 < k) word |= uint32_t(float_to_bf16(x[2 * at + 1])) << 16;
+    } else if (at < k) {
+        std::memcpy(&word, x + at, 4);
+    }
+    return word;
+}
+
+// One row for `few_rows`: words in order, zeros to the end of the stride.
+void row_words(const float* x, Dtype dtype, int64_t k, int64_t stride, uint32_t* out) {
+    if (dtype == Dtype::bf16) {
+        auto* numbers = reinterpret_cast<uint16_t*>(out);
+        int64_t i = 0;
+        for (; i + LANES <= k; i += LANES) store_bf16(x + i, numbers + i);
+        for (; i < 2 * stride; ++i) numbers[i] = i < k ? float_to_bf16(x[i]) : 0;
+    } else {
+        for (int64_t i = 0; i < stride; ++i) out[i] = word_of(x, dtype, k, i);
+    }
+}
+
+// The rows [row, row + rows) of x [m, k] for `many_rows`: chunk, tile, lane, step, row.
+void tile_words(const float* x, Dtype dtype, int64_t m, int64_t k, int64_t row, int64_t rows,
+                uint32_t* out) {
+    int64_t total_words = words_of(dtype, k);
+    for (int64_t w = 0; w < total_words; w += CHUNK) {
+        int64_t end = w + CHUNK < total_words ? w + CHUNK : total_words;
+        int64_t steps = (end - w) / LANES;
+        uint32_t* to = out + w * m + row * (end - w);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t s = 0; s < steps; ++s) {
+                alignas(64) uint32_t words[LANES];
+                int64_t at = w + s * LANES;
+                if (dtype == Dtype::bf16 && 2 * (at + LANES) <= k) {
+                    const float* from = x + (row + r) * k + 2 * at;
+                    auto* numbers = reinterpret_cast<uint16_t*>(words);
+                    store_bf16(from, numbers), store_bf16(from + LANES, numbers + LANES);
+                } else {
+                    for (int l = 0; l < LANES; ++l) words[l] = word_of(x + (row + r) * k, dtype, k, at + l);
+                }
+                for (int l = 0; l < LANES; ++l) to[(l * steps + s) * rows + r] = words[l];
+            }
+    }
+}
+
+// Rows a tile for m rows: no more than ROWS, and as even as can be.
+int64_t tile_rows(int64_t m) {
+    int64_t tiles = (m + ROWS - 1) / ROWS;
+    return (m + tiles - 1) / tiles;
+}
+
+void linear_few(const Linear& a, int64_t column, int64_t columns) {
     switch (a.dtype) {
-        case Dtype::f32: return linear_panel<Dtype::f32>(a, panel, row, row_end);
-        case Dtype::bf16: return linear_panel<Dtype::bf16>(a, panel, row, row_end);
-        case Dtype::f16: return linear_panel<Dtype::f16>(a, panel, row, row_end);
+        case Dtype::f32: return few_columns<Dtype::f32>(a, column, columns);
+        case Dtype::bf16: return few_columns<Dtype::bf16>(a, column, columns);
+        case Dtype::f16: return few_columns<Dtype::f16>(a, column, columns);
+    }
+}
+
+void linear_many(const Linear& a, int64_t panel, int64_t panel_end, int64_t row, int64_t row_end) {
+    switch (a.dtype) {
+        case Dtype::f32: return many_rows<Dtype::f32>(a, panel, panel_end, row, row_end);
+        case Dtype::bf16: return many_rows<Dtype::bf16>(a, panel, panel_end, row, row_end);
+        case Dtype::f16: return many_rows<Dtype::f16>(a, panel, panel_end, row, row_end);
     }
 }
 

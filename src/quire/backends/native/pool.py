@@ -14,6 +14,8 @@ __all__ = ["DTYPES", "NativePool"]
 
 Array = npt.NDArray[Any]
 
+LINE = 64  # bytes
+
 # The extension's dtype codes.
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
@@ -31,8 +33,8 @@ class NativePool:
         self.shape, self.num_pages = shape, num_pages
         heads, size, dtype = shape.num_kv_heads, shape.page_size, shape.format.dtype
         try:
-            self.key = np.zeros((num_pages, heads * size * shape.key_dim), dtype)
-            self.value = np.zeros((num_pages, heads * size * shape.value_dim), dtype)
+            self.key = _lines((num_pages, heads * size * shape.key_dim), dtype)
+            self.value = _lines((num_pages, heads * size * shape.value_dim), dtype)
         except MemoryError as error:
             raise BackendError(
                 f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
@@ -65,3 +67,11 @@ class NativePool:
             key.reshape(-1, size, heads, self.shape.key_dim),
             value.reshape(-1, size, heads, self.shape.value_dim),
         )
+
+
+def _lines(shape: tuple[int, int], dtype: Any) -> Array:
+    """Zeros that start at a cache line, so that no vector of a page lies across two."""
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    room = np.zeros(size + LINE, np.uint8)
+    start = -room.ctypes.data % LINE
+    return room[start : start + size].view(dtype).reshape(shape)

@@ -43,15 +43,15 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
     });
 }
 
+// y may be x.
 void rope(const float* x, const float* cos, const float* sin, int64_t half, float* y) {
-    each_lane(half, y, [&](int64_t i, int m) {
-        return load_some(x + i, m) * load_some(cos + i, m) -
-               load_some(x + half + i, m) * load_some(sin + i, m);
-    });
-    each_lane(half, y + half, [&](int64_t i, int m) {
-        return load_some(x + half + i, m) * load_some(cos + i, m) +
-               load_some(x + i, m) * load_some(sin + i, m);
-    });
+    for (int64_t i = 0; i < half; i += 16) {
+        int some = int(half - i < 16 ? half - i : 16);
+        F16 a = load_some(x + i, some), b = load_some(x + half + i, some);
+        F16 c = load_some(cos + i, some), s = load_some(sin + i, some);
+        store_some(a * c - b * s, y + i, some);
+        store_some(b * c + a * s, y + half + i, some);
+    }
 }
 
 inline F16 sigmoid(F16 x) {
@@ -120,11 +120,6 @@ float multiply_add(int64_t steps) {
     }
     for (int i = 1; i < PROBE_CHAINS; ++i) acc[0] = acc[0] + acc[i];
     return sum(acc[0]);
-}
-
-void to_pairs(const float* x, uint16_t* out, int64_t k, int64_t stride) {
-    for (int64_t i = 0; i < k; ++i) out[i] = float_to_bf16(x[i]);
-    for (int64_t i = k; i < stride; ++i) out[i] = 0;
 }
 
 template <class Number, class Round>

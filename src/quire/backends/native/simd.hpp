@@ -264,6 +264,17 @@ inline F16 exp(F16 x) {
     return scale_by_power(p, n);
 }
 
+// 2^x for x <= 0, error below 2 ulp; -inf gives 0, NaN stays NaN. Cephes' exp2f polynomial.
+inline F16 exp2(F16 x) {
+    x = max(F16::set(-150.0f), x);
+    F16 n = round_even(x), r = x - n;
+    F16 p = F16::set(1.535336188319500e-4f);
+    for (float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
+                    2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
+        p = fma(p, r, F16::set(c));
+    return scale_by_power(p, n);
+}
+
 // Sixteen pairs of bf16 numbers: one 64-byte line. Lane i holds the pair (2i, 2i + 1).
 struct Pairs {
 #if defined(__AVX512F__)

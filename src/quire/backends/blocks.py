@@ -1,0 +1,102 @@
+"""The two halves of a decoder layer as a backend sees them, and what they compute, op by op.
+
+A backend that can do a half in one call saves passes over memory and calls from Python; these
+compositions say what it must give.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.backends.base import Backend
+from quire.batch import PagedBatch
+from quire.pages import PagePool
+
+__all__ = ["AttentionParams", "MlpParams", "Projection", "attention_block", "mlp_block"]
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer: weight [out, in] and bias [out] or None, both the backend's own."""
+
+    weight: Array
+    bias: Array | None = None
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """Pre-norm attention with rotary embedding (H query and G KV heads of D numbers).
+
+    norm, norm_eps   RMS norm before the projections, [hidden]
+    q, k, v, o       [H * D, hidden], [G * D, hidden], [G * D, hidden], [hidden, H * D]
+    q_norm, k_norm   RMS norms of each head's queries and keys, [D], or None (Qwen3)
+    inv_freq         float32 [D / 2], radians a token
+    """
+
+    norm: Array
+    norm_eps: float
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    q_norm: Array | None
+    k_norm: Array | None
+    num_heads: int
+    num_kv_heads: int
+    inv_freq: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class MlpParams:
+    """Pre-norm gated MLP: ``down(activation(gate(x)) * up(x))``, inner size F.
+
+    gate, up   [F, hidden]; down [hidden, F]
+    """
+
+    norm: Array
+    norm_eps: float
+    gate: Projection
+    up: Projection
+    down: Projection
+    activation: str
+
+
+def _linear(backend: Backend, x: Array, projection: Projection) -> Array:
+    return backend.linear(x, projection.weight, projection.bias)
+
+
+def attention_block(
+    backend: Backend,
+    x: Array,
+    params: AttentionParams,
+    batch: PagedBatch,
+    pool: PagePool,
+    *,
+    group: int,
+) -> Array:
+    """x [T, hidden] -> x + attention(norm(x)); the new keys and values go into the pool."""
+    normed = backend.rms_norm(x, params.norm, params.norm_eps)
+    query = backend.heads(_linear(backend, normed, params.q), params.num_heads)
+    key = backend.heads(_linear(backend, normed, params.k), params.num_kv_heads)
+    value = backend.heads(_linear(backend, normed, params.v), params.num_kv_heads)
+    if params.q_norm is not None:
+        query = backend.rms_norm(query, params.q_norm, params.norm_eps)
+    if params.k_norm is not None:
+        key = backend.rms_norm(key, params.k_norm, params.norm_eps)
+    query = backend.rope(query, batch.positions, params.inv_freq)
+    key = backend.rope(key, batch.positions, params.inv_freq)
+    backend.append(pool, batch.groups[group].slots, key, value)
+    mixed = backend.attend(query, pool, batch, group)
+    return backend.add(x, _linear(backend, mixed, params.o))
+
+
+def mlp_block(backend: Backend, x: Array, params: MlpParams) -> Array:
+    """x [T, hidden] -> x + down(activation(gate(norm(x))) * up(norm(x)))."""
+    normed = backend.rms_norm(x, params.norm, params.norm_eps)
+    gate = backend.activate(_linear(backend, normed, params.gate), params.activation)
+    inner = backend.multiply(gate, _linear(backend, normed, params.up))
+    return backend.add(x, _linear(backend, inner, params.down))

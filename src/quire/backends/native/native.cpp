@@ -1,0 +1,475 @@
+#include "native.hpp"
+
+#include <atomic>
+#include <cmath>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace quire {
+namespace {
+
+constexpr int64_t FEW = 24;        // rows that linear layers multiply straight from the weights
+constexpr int64_t LITTLE = 1 << 15;  // multiply-adds that are not worth waking a thread for
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+float* room(std::vector<float>& scratch, int64_t size) {
+    if (int64_t(scratch.size()) < size) scratch.resize(size_t(size));
+    return scratch.data();
+}
+
+// How one linear layer's outputs are shared out.
+struct Shares {
+    int64_t columns, blocks, rows;  // columns of an item; blocks of rows, and rows of a block
+
+    Shares(const Linear& a, int threads) {
+        if (a.m <= FEW) {
+            constexpr int64_t WIDE = 64;
+            columns = a.n >= 4 * WIDE * threads ? WIDE : 16;
+            rows = a.m;
+        } else {
+            int64_t panels = ceil_div(a.n, PANEL), each = panels / (8 * threads);
+            columns = PANEL * (each > 4 ? 4 : each < 1 ? 1 : each);
+            constexpr int64_t KEPT = 384;  // of x and y that stay in a core's cache
+            rows = a.tile * (KEPT / a.tile > 1 ? KEPT / a.tile : 1);
+        }
+        blocks = ceil_div(a.m, rows);
+    }
+    int64_t items(const Linear& a) const { return ceil_div(a.n, columns) * blocks; }
+};
+
+// The columns and rows of item i.
+struct Share {
+    int64_t column, column_end, row, row_end;
+    Share(const Shares& shares, const Linear& a, int64_t i) {
+        int64_t across = ceil_div(a.n, shares.columns);
+        column = i % across * shares.columns, row = i / across * shares.rows;
+        column_end = column + shares.columns < a.n ? column + shares.columns : a.n;
+        row_end = row + shares.rows < a.m ? row + shares.rows : a.m;
+    }
+};
+
+void compute(const Kernels& kernels, const Linear& a, const Share& s) {
+    if (a.m <= FEW)
+        kernels.linear_few(a, s.column, s.column_end - s.column);
+    else
+        kernels.linear_many(a, s.column / PANEL, ceil_div(s.column_end, PANEL), s.row, s.row_end);
+}
+
+#if defined(__x86_64__)
+bool has_f16c() {  // not every Clang has __builtin_cpu_supports for it
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+}  // namespace
+
+Native::Native(const std::string& variant, int threads) : threads_(threads) {
+    for (auto* kernels : available())
+        if (variant == kernels->name) kernels_ = kernels;
+    require(kernels_ != nullptr, "variant '" + variant + "' is not available here");
+}
+
+std::vector<const Kernels*> Native::available() {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    [[maybe_unused]] bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    [[maybe_unused]] bool avx512 =
+        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(QUIRE_WITH_avx512bf16)
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(avx512bf16_kernels());
+#endif
+#if defined(QUIRE_WITH_avx512)
+    if (avx512) found.push_back(avx512_kernels());
+#endif
+#if defined(QUIRE_WITH_avx2)
+    if (avx2) found.push_back(avx2_kernels());
+#endif
+#endif
+    found.push_back(portable_kernels());
+    return found;
+}
+
+// ---- linear --------------------------------------------------------------------------------------
+
+void Native::to_words(const float* x, Linear& a) {
+    a.x_stride = words_of(a.dtype, a.k) + 16;
+    size_t need = size_t(a.m * a.x_stride);
+    if (words_.size() < need) words_.resize(need);
+    uint32_t* words = words_.data();
+    if (a.m <= FEW) {
+        spread(a.m, a.k, [&](int64_t row) {
+            kernels_->row_words(x + row * a.k, a.dtype, a.k, a.x_stride, words + row * a.x_stride);
+        });
+    } else {
+        a.tile = kernels_->tile_rows(a.m);
+        spread(ceil_div(a.m, a.tile), a.k * a.tile, [&](int64_t i) {
+            int64_t row = i * a.tile, rows = a.m - row < a.tile ? a.m - row : a.tile;
+            kernels_->tile_words(x, a.dtype, a.m, a.k, row, rows, words);
+        });
+    }
+    a.x = words;
+}
+
+std::vector<Linear> Native::prepare(const float* x, int64_t m, const std::vector<Product>& products) {
+    std::vector<Linear> all;
+    for (const Product& p : products)
+        all.push_back({p.weight->array.data(), p.weight->dtype, m, p.weight->n, p.weight->k, nullptr,
+                       0, 0, p.bias, p.y});
+    to_words(x, all[0]);
+    for (Linear& a : all) a.x = all[0].x, a.x_stride = all[0].x_stride, a.tile = all[0].tile;
+    return all;
+}
+
+void Native::project(const float* x, int64_t m, const std::vector<Product>& products) {
+    for (size_t i = 1; i < products.size(); ++i)
+        if (products[i].weight->dtype != products[0].weight->dtype) {  // other words
+            project(x, m, {products.begin(), products.begin() + long(i)});
+            return project(x, m, {products.begin() + long(i), products.end()});
+        }
+    std::vector<Linear> all = prepare(x, m, products);
+    std::vector<Shares> shares;
+    std::vector<int64_t> first{0};
+    int64_t work = 0;
+    for (const Linear& a : all) {
+        shares.emplace_back(a, threads());
+        first.push_back(first.back() + shares.back().items(a));
+        work += a.m * a.n * a.k;
+    }
+    auto item = [&](int64_t i) {
+        size_t p = 0;
+        while (i >= first[p + 1]) ++p;
+        compute(*kernels_, all[p], Share(shares[p], all[p], i - first[p]));
+    };
+    if (work >= LITTLE) return threads_.run(first.back(), item);
+    for (int64_t i = 0; i < first.back(); ++i) item(i);
+}
+
+void Native::project_together(const float* x, int64_t m, const std::vector<Product>& products,
+                              const Then& then) {
+    std::vector<Linear> all = prepare(x, m, products);
+    Shares shares(all[0], threads());
+    auto item = [&](int64_t i) {
+        Share share(shares, all[0], i);
+        for (const Linear& a : all) compute(*kernels_, a, share);
+        then(share.row, share.row_end, share.column, share.column_end);
+    };
+    int64_t items = shares.items(all[0]);
+    if (m * all[0].n * all[0].k >= LITTLE) return threads_.run(items, item);
+    for (int64_t i = 0; i < items; ++i) item(i);
+}
+
+void Native::linear(Floats x, const Weight& weight, std::optional<Floats> bias, Output y) {
+    require(x.ndim() == 2 && y.ndim() == 2 && int64_t(x.shape(1)) == weight.k &&
+                y.shape(0) == x.shape(0) && int64_t(y.shape(1)) == weight.n,
+            "linear: x must be [m, " + std::to_string(weight.k) + "] and y [m, " +
+                std::to_string(weight.n) + "]");
+    require(!bias || int64_t(bias->size()) == weight.n, "linear: bias has the wrong size");
+    int64_t m = int64_t(x.shape(0));
+    if (m == 0) return;
+    nb::gil_scoped_release released;
+    std::lock_guard<std::mutex> one(mutex_);
+    project(x.data(), m, {{&weight, bias ? bias->data() : nullptr, y.data()}});
+}
+
+// ---- attention -----------------------------------------------------------------------------------
+
+void Native::check_slots(const Pool& pool, const Ints& slots) const {
+    for (size_t i = 0; i < slots.size(); ++i)
+        require(slots(i) >= 0 && slots(i) < pool.num_pages * pool.page_size,
+                "append: slot " + std::to_string(slots(i)) + " is outside the pool");
+}
+
+void Native::append(PoolArrays& arrays, Ints slots, Floats key, Floats value) {
+    const Pool& pool = arrays.pool;
+    size_t n = slots.size();
+    require(key.size() == n * size_t(pool.heads * pool.key_dim) &&
+                value.size() == n * size_t(pool.heads * pool.value_dim),
+            "append: keys and values do not have one row a slot");
+    check_slots(pool, slots);
+    nb::gil_scoped_release released;
+    spread(int64_t(n), pool.heads * pool.key_dim * 8, [&](int64_t t) {
+        kernels_->append(pool, slots(size_t(t)), key.data() + t * pool.heads * pool.key_dim,
+                         value.data() + t * pool.heads * pool.value_dim);
+    });
+}
+
+Attention Native::attention(const float* query, int64_t heads, const Pool& pool,
+                            const Tables& tables, float* out) const {
+    require(heads > 0 && heads % pool.heads == 0,
+            "attend: query heads must be a multiple of KV heads");
+    require(tables.page_size == pool.page_size && tables.most < pool.num_pages,
+            "attend: page id " + std::to_string(tables.most) + " is outside the pool of " +
+                std::to_string(pool.num_pages) + " pages, or page sizes differ");
+    constexpr double LOG2_E = 1.4426950408889634;
+    return {pool,
+            query,
+            out,
+            tables.positions.data(),
+            tables.query_indptr.data(),
+            tables.indptr.data(),
+            tables.indices.data(),
+            tables.last_page_len.data(),
+            tables.first_page.data(),
+            heads,
+            tables.window,
+            float(LOG2_E / std::sqrt(double(pool.key_dim)))};
+}
+
+void Native::attend(Floats query, PoolArrays& arrays, const Tables& tables, Output out) {
+    const Pool& pool = arrays.pool;
+    size_t tokens = tables.positions.size();
+    require(query.ndim() == 3 && query.shape(0) == tokens && int64_t(query.shape(2)) == pool.key_dim,
+            "attend: query must be [" + std::to_string(tokens) + ", heads, " +
+                std::to_string(pool.key_dim) + "]");
+    int64_t heads = int64_t(query.shape(1));
+    Attention a = attention(query.data(), heads, pool, tables, out.data());
+    require(out.size() == tokens * size_t(heads * pool.value_dim), "attend: out has the wrong size");
+    nb::gil_scoped_release released;
+    std::lock_guard<std::mutex> one(mutex_);
+    run_attention(a, int64_t(tables.last_page_len.size()));
+}
+
+void Native::run_attention(const Attention& a, int64_t sequences) {
+    std::vector<PrefillItem> many;
+    std::vector<DecodeItem> one, merges;
+    int64_t share = a.num_heads / a.pool.heads, splits = 0;
+    for (int64_t s = 0; s < sequences; ++s) {
+        int64_t from = a.query_indptr[s], tokens = a.query_indptr[s + 1] - from;
+        if (tokens == 1) {
+            int64_t at = a.positions[from];
+            int64_t low = a.window && at >= a.window ? at - a.window + 1 : 0;
+            merges.push_back({s, 0, a.pool.heads, low / SPLIT, low / SPLIT, at / SPLIT + 1, nullptr});
+            splits += at / SPLIT + 1 - low / SPLIT;
+            continue;
+        }
+        // The dearest, late in a prompt, come first.
+        for (int64_t row = (tokens * share - 1) / ROW_BLOCK * ROW_BLOCK; tokens && row >= 0;
+             row -= ROW_BLOCK)
+            for (int64_t head = 0; head < a.pool.heads; ++head)
+                many.push_back({s, head, row,
+                                tokens * share - row < ROW_BLOCK ? tokens * share - row : ROW_BLOCK});
+    }
+    // All heads of a page together are one long read; fewer where there is too little to share out.
+    int64_t heads = a.pool.heads;
+    while (heads > 1 && splits * ceil_div(a.pool.heads, heads) < 8 * threads()) heads = (heads + 1) / 2;
+    float* partials = room(partials_, splits * partial_size(a));
+    for (DecodeItem& merge : merges) {
+        merge.partials = partials;
+        partials += (merge.split_end - merge.split) * partial_size(a);
+        for (int64_t split = merge.split; split < merge.split_end; ++split)
+            for (int64_t head = 0; head < a.pool.heads; head += heads)
+                one.push_back({merge.sequence, head,
+                               head + heads < a.pool.heads ? head + heads : a.pool.heads,
+                               merge.first_split, split, split + 1, merge.partials});
+    }
+    threads_.run(int64_t(many.size()), [&](int64_t i) { kernels_->prefill(a, many[size_t(i)]); });
+    threads_.run(int64_t(one.size()), [&](int64_t i) { kernels_->decode(a, one[size_t(i)]); });
+    spread(int64_t(merges.size()), splits * partial_size(a) / (int64_t(merges.size()) + 1),
+           [&](int64_t i) { kernels_->decode_merge(a, merges[size_t(i)]); });
+}
+
+// ---- rows ----------------------------------------------------------------------------------------
+
+int64_t Native::same_rows(const Floats& x, const Output& y, int64_t n) const {
+    require(n > 0 && x.size() % size_t(n) == 0 && y.size() == x.size(),
+            "x and y must have rows of " + std::to_string(n));
+    return int64_t(x.size()) / n;
+}
+
+void Native::norm_rows(const float* x, const Floats& weight, float eps, int64_t rows, float* y) {
+    int64_t n = int64_t(weight.size());
+    spread(rows, n,
+           [&](int64_t r) { kernels_->rms_norm(x + r * n, weight.data(), eps, n, y + r * n); });
+}
+
+void Native::rms_norm(Floats x, Floats weight, float eps, Output y) {
+    int64_t rows = same_rows(x, y, int64_t(weight.size()));
+    nb::gil_scoped_release released;
+    norm_rows(x.data(), weight, eps, rows, y.data());
+}
+
+void Native::layer_norm(Floats x, Floats weight, Floats bias, float eps, Output y) {
+    int64_t n = int64_t(weight.size()), rows = same_rows(x, y, n);
+    require(bias.size() == weight.size(), "layer_norm: weight and bias differ in size");
+    nb::gil_scoped_release released;
+    spread(rows, n, [&](int64_t r) {
+        kernels_->layer_norm(x.data() + r * n, weight.data(), bias.data(), eps, n, y.data() + r * n);
+    });
+}
+
+void Native::check_rope(const Floats& cos, const Floats& sin, const Ints& positions,
+                        int64_t half) const {
+    require(cos.ndim() == 2 && int64_t(cos.shape(1)) == half && cos.size() == sin.size(),
+            "rope: cos and sin must be [positions, " + std::to_string(half) + "]");
+    for (size_t t = 0; t < positions.size(); ++t)
+        require(positions(t) >= 0 && positions(t) < int64_t(cos.shape(0)),
+                "rope: position " + std::to_string(positions(t)) + " is outside the tables of " +
+                    std::to_string(cos.shape(0)));
+}
+
+// x [tokens, heads, dim], cos and sin [positions, dim / 2]
+void Native::rope(Floats x, Ints positions, Floats cos, Floats sin, Output y) {
+    require(x.ndim() == 3 && x.shape(2) % 2 == 0 && x.shape(0) == positions.size() &&
+                y.size() == x.size(),
+            "rope: x and y must be [" + std::to_string(positions.size()) + ", heads, even dim]");
+    int64_t heads = int64_t(x.shape(1)), half = int64_t(x.shape(2)) / 2;
+    check_rope(cos, sin, positions, half);
+    nb::gil_scoped_release released;
+    spread(int64_t(positions.size()), heads * half * 2, [&](int64_t t) {
+        int64_t angle = positions(size_t(t)) * half;
+        for (int64_t h = 0; h < heads; ++h) {
+            int64_t at = (t * heads + h) * half * 2;
+            kernels_->rope(x.data() + at, cos.data() + angle, sin.data() + angle, half, y.data() + at);
+        }
+    });
+}
+
+void Native::activate(Floats x, int kind, Output y) {
+    elementwise(x, y, [&](int64_t at, int64_t n) {
+        kernels_->activate(x.data() + at, kind, n, y.data() + at);
+    });
+}
+
+void Native::multiply(Floats x, Floats z, Output y) {
+    require(z.size() == x.size(), "multiply: sizes differ");
+    elementwise(x, y, [&](int64_t at, int64_t n) {
+        kernels_->multiply(x.data() + at, z.data() + at, n, y.data() + at);
+    });
+}
+
+void Native::add(Floats x, Floats z, Output y) {
+    require(z.size() == x.size(), "add: sizes differ");
+    elementwise(x, y, [&](int64_t at, int64_t n) {
+        kernels_->add(x.data() + at, z.data() + at, n, y.data() + at);
+    });
+}
+
+// Rows of a table as float.
+void Native::embed(const Weight& table, Ints ids, Output y) {
+    require(int64_t(y.size()) == int64_t(ids.size()) * table.k, "embed: y has the wrong size");
+    for (size_t i = 0; i < ids.size(); ++i)
+        require(ids(i) >= 0 && ids(i) < table.n,
+                "embed: id " + std::to_string(ids(i)) + " is outside the table");
+    nb::gil_scoped_release released;
+    spread(int64_t(ids.size()), table.k, [&](int64_t i) {
+        const uint8_t* row =
+            table.array.data() + ids(size_t(i)) * table.k * int64_t(width(table.dtype));
+        kernels_->widen(row, table.dtype, table.k, y.data() + i * table.k);
+    });
+}
+
+// ---- halves of a decoder layer ---------------------------------------------------------------------
+
+// Norms and rotation of queries and keys of some tokens, then keys and values into the pool.
+void Native::place_rows(const AttentionWeights& w, const Attention& a, const Floats& cos,
+                        const Floats& sin, const int64_t* slots, int64_t row, int64_t row_end) {
+    int64_t dim = a.pool.key_dim, half = dim / 2;
+    for (int64_t t = row; t < row_end; ++t) {
+        auto turn = [&](float* x, int64_t heads, const std::optional<Floats>& norm) {
+            for (int64_t h = 0; h < heads; ++h, x += dim) {
+                if (norm) kernels_->rms_norm(x, norm->data(), w.eps, dim, x);
+                const int64_t angle = a.positions[t] * half;
+                kernels_->rope(x, cos.data() + angle, sin.data() + angle, half, x);
+            }
+        };
+        float *key = k_.data() + t * a.pool.heads * dim,
+              *value = v_.data() + t * a.pool.heads * a.pool.value_dim;
+        turn(q_.data() + t * a.num_heads * dim, a.num_heads, w.q_norm);
+        turn(key, a.pool.heads, w.k_norm);
+        kernels_->append(a.pool, slots[t], key, value);
+    }
+}
+
+void Native::attention_block(Floats x, const AttentionWeights& w, Floats cos, Floats sin,
+                             PoolArrays& arrays, Ints slots, const Tables& tables, Output y) {
+    const Pool& pool = arrays.pool;
+    int64_t m = int64_t(slots.size()), hidden = int64_t(w.norm.size());
+    require(int64_t(x.size()) == m * hidden && y.size() == x.size() &&
+                tables.positions.size() == slots.size(),
+            "attention_block: x and y must be [" + std::to_string(m) + ", " +
+                std::to_string(hidden) + "]");
+    require(w.q.weight.n % pool.key_dim == 0 && w.k.weight.n == pool.heads * pool.key_dim &&
+                w.v.weight.n == pool.heads * pool.value_dim && pool.key_dim % 2 == 0,
+            "attention_block: projections do not fit the pool");
+    int64_t heads = w.q.weight.n / pool.key_dim;
+    require(w.o.weight.k == heads * pool.value_dim &&
+                (!w.q_norm || int64_t(w.q_norm->size()) == pool.key_dim) &&
+                (!w.k_norm || int64_t(w.k_norm->size()) == pool.key_dim),
+            "attention_block: output projection or norms do not fit the heads");
+    check_rope(cos, sin, tables.positions, pool.key_dim / 2);
+    check_slots(pool, slots);
+    if (m == 0) return;
+    nb::gil_scoped_release released;
+    std::lock_guard<std::mutex> one(mutex_);
+    float* q = room(q_, m * w.q.weight.n);
+    Attention a = attention(q, heads, pool, tables, room(mixed_, m * w.o.weight.k));
+    float* norm = room(norm_, m * hidden);
+    norm_rows(x.data(), w.norm, w.eps, m, norm);
+    project(norm, m,
+            {{&w.q.weight, w.q.bias_data(), q},
+             {&w.k.weight, w.k.bias_data(), room(k_, m * w.k.weight.n)},
+             {&w.v.weight, w.v.bias_data(), room(v_, m * w.v.weight.n)}});
+    spread(m, w.q.weight.n * 4,
+           [&](int64_t t) { place_rows(w, a, cos, sin, slots.data(), t, t + 1); });
+    run_attention(a, int64_t(tables.last_page_len.size()));
+    project_together(a.out, m, {{&w.o.weight, w.o.bias_data(), y.data()}}, residual(x, y, hidden));
+}
+
+Native::Then Native::residual(const Floats& x, const Output& y, int64_t n) const {
+    return [this, from = x.data(), to = y.data(), n](int64_t row, int64_t row_end, int64_t column,
+                                                     int64_t column_end) {
+        for (int64_t at = row * n + column; at < row_end * n; at += n)
+            kernels_->add(from + at, to + at, column_end - column, to + at);
+    };
+}
+
+void Native::mlp_block(Floats x, const MlpWeights& w, Output y) {
+    int64_t hidden = int64_t(w.norm.size()), inner = w.gate.weight.n;
+    int64_t m = same_rows(x, y, hidden);
+    if (m == 0) return;
+    nb::gil_scoped_release released;
+    std::lock_guard<std::mutex> one(mutex_);
+    float *norm = room(norm_, m * hidden), *gate = room(gate_, m * inner), *up = room(up_, m * inner);
+    norm_rows(x.data(), w.norm, w.eps, m, norm);
+    project_together(norm, m,
+                     {{&w.gate.weight, w.gate.bias_data(), gate}, {&w.up.weight, w.up.bias_data(), up}},
+                     [&](int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
+                         int64_t n = column_end - column;
+                         for (int64_t r = row; r < row_end; ++r) {
+                             float* g = gate + r * inner + column;
+                             kernels_->activate(g, w.activation, n, g);
+                             kernels_->multiply(g, up + r * inner + column, n, g);
+                         }
+                     });
+    project_together(gate, m, {{&w.down.weight, w.down.bias_data(), y.data()}},
+                     residual(x, y, hidden));
+}
+
+// ---- the machine's limits --------------------------------------------------------------------------
+
+// Reads every byte of x, on all threads.
+float Native::probe_read(Bytes x) {
+    constexpr int64_t STEP = 1 << 20;
+    std::atomic<float> most{0};
+    nb::gil_scoped_release released;
+    threads_.run(int64_t(x.size()) / STEP,
+                 [&](int64_t i) { most = kernels_->read(x.data() + i * STEP, STEP); });
+    return most;
+}
+
+// Multiply-adds in registers on all threads; returns how many floating-point operations.
+double Native::probe_multiply(int64_t steps) {
+    std::atomic<float> result{0};
+    nb::gil_scoped_release released;
+    threads_.run(threads(), [&](int64_t) { result = kernels_->multiply_add(steps); });
+    return double(steps) * threads() * PROBE_CHAINS * 16 * 2 * 2;
+}
+
+}  // namespace quire

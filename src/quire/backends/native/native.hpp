@@ -1,0 +1,99 @@
+// The backend: splits work over threads and calls one variant's kernels. Arguments come checked by
+// their types (arguments.hpp); how they fit together is checked here. The interpreter lock is released
+// while kernels run.
+#pragma once
+
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "arguments.hpp"
+#include "threads.hpp"
+
+namespace quire {
+
+class Native {
+public:
+    Native(const std::string& variant, int threads);
+    static std::vector<const Kernels*> available();
+    int threads() const { return threads_.threads(); }
+    std::string variant() const { return kernels_->name; }
+
+    void linear(Floats x, const Weight& weight, std::optional<Floats> bias, Output y);
+    void append(PoolArrays& arrays, Ints slots, Floats key, Floats value);
+    void attend(Floats query, PoolArrays& arrays, const Tables& tables, Output out);
+    void rms_norm(Floats x, Floats weight, float eps, Output y);
+    void layer_norm(Floats x, Floats weight, Floats bias, float eps, Output y);
+    void rope(Floats x, Ints positions, Floats cos, Floats sin, Output y);
+    void activate(Floats x, int kind, Output y);
+    void multiply(Floats x, Floats z, Output y);
+    void add(Floats x, Floats z, Output y);
+    void embed(const Weight& table, Ints ids, Output y);
+
+    // Halves of a decoder layer in one call: y = x + half(norm(x)); the same bits as op by op.
+    void attention_block(Floats x, const AttentionWeights& weights, Floats cos, Floats sin,
+                         PoolArrays& arrays, Ints slots, const Tables& tables, Output y);
+    void mlp_block(Floats x, const MlpWeights& weights, Output y);
+
+    float probe_read(Bytes x);
+    double probe_multiply(int64_t steps);
+
+private:
+    // One product of a call: y [m, n] = x @ weight^T + bias.
+    struct Product {
+        const Weight* weight;
+        const float* bias;
+        float* y;
+    };
+    // What follows when rows [row, row_end) of columns [column, column_end) of a product are there.
+    using Then = std::function<void(int64_t row, int64_t row_end, int64_t column, int64_t column_end)>;
+
+    void project(const float* x, int64_t m, const std::vector<Product>& products);
+    // Products of one size: an item computes the same columns of all, then calls `then`.
+    void project_together(const float* x, int64_t m, const std::vector<Product>& products,
+                          const Then& then);
+    std::vector<Linear> prepare(const float* x, int64_t m, const std::vector<Product>& products);
+    void to_words(const float* x, Linear& a);
+    Then residual(const Floats& x, const Output& y, int64_t n) const;  // y += x
+    void run_attention(const Attention& a, int64_t sequences);
+    void norm_rows(const float* x, const Floats& weight, float eps, int64_t rows, float* y);
+    void place_rows(const AttentionWeights& w, const Attention& a, const Floats& cos,
+                    const Floats& sin, const int64_t* slots, int64_t row, int64_t row_end);
+
+    void check_rope(const Floats& cos, const Floats& sin, const Ints& positions, int64_t half) const;
+    void check_slots(const Pool& pool, const Ints& slots) const;
+    Attention attention(const float* query, int64_t heads, const Pool& pool, const Tables& tables,
+                        float* out) const;
+    int64_t same_rows(const Floats& x, const Output& y, int64_t n) const;
+
+    // work(row) for every row, on one thread if it is little.
+    template <class Work>
+    void spread(int64_t rows, int64_t numbers_a_row, Work work) {
+        constexpr int64_t LITTLE = 1 << 14;
+        int64_t step = LITTLE / (numbers_a_row > 0 ? numbers_a_row : 1) + 1;
+        threads_.run((rows + step - 1) / step, [&](int64_t i) {
+            int64_t end = (i + 1) * step < rows ? (i + 1) * step : rows;
+            for (int64_t row = i * step; row < end; ++row) work(row);
+        });
+    }
+    template <class Work>
+    void elementwise(const Floats& x, const Output& y, Work work) {
+        require(x.size() == y.size(), "sizes differ");
+        constexpr int64_t STEP = 1 << 14;
+        int64_t n = int64_t(x.size());
+        nb::gil_scoped_release released;
+        threads_.run((n + STEP - 1) / STEP, [&](int64_t i) {
+            work(i * STEP, (i + 1) * STEP < n ? STEP : n - i * STEP);
+        });
+    }
+
+    const Kernels* kernels_ = nullptr;
+    ThreadPool threads_;
+    std::mutex mutex_;  // guards the scratch memory below
+    std::vector<uint32_t> words_;
+    std::vector<float> partials_, norm_, q_, k_, v_, mixed_, gate_, up_;
+};
+
+}  // namespace quire
