@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire import QuireError, SamplingParams
-from quire.engine.sampler import adjust, choose, uniform
+from quire.engine.sampler import adjust, choose, logprobs_of, uniform
 
 ALMOST_ONE = float(np.nextafter(1.0, 0.0))
 WORD = 2**64
@@ -82,7 +82,7 @@ def test_uniform_has_no_state() -> None:
 def test_greedy_takes_the_lowest_of_tied_tokens() -> None:
     logits = float32([1, 5, -2, 5, 5])
     for draw in (0.0, 0.5, ALMOST_ONE):
-        assert choose(logits, [0], [], SamplingParams(), draw).token_id == 1
+        assert choose(logits, [0], [], SamplingParams(), draw) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -91,14 +91,14 @@ def test_greedy_takes_the_most_likely_token(seed: int) -> None:
     best = max(range(50), key=lambda token: logits[token])
     # Without a temperature nothing is drawn, so what would narrow a draw changes nothing.
     params = SamplingParams(top_k=3, top_p=0.1, min_p=0.5)
-    assert choose(logits, [0], [], params, 0.9).token_id == best
+    assert choose(logits, [0], [], params, 0.9) == best
 
 
 def test_greedy_applies_the_penalties() -> None:
     logits = float32([4.0, 3.5, 1.0])
-    assert choose(logits, [2], [0], SamplingParams(presence_penalty=1.0), 0).token_id == 1
-    assert choose(logits, [2], [0], SamplingParams(presence_penalty=0.4), 0).token_id == 0
-    assert choose(logits, [0], [], SamplingParams(repetition_penalty=1.2), 0).token_id == 1
+    assert choose(logits, [2], [0], SamplingParams(presence_penalty=1.0), 0) == 1
+    assert choose(logits, [2], [0], SamplingParams(presence_penalty=0.4), 0) == 0
+    assert choose(logits, [0], [], SamplingParams(repetition_penalty=1.2), 0) == 1
 
 
 # -- adjust
@@ -238,8 +238,7 @@ def test_many_draws_follow_the_adjusted_distribution(params: SamplingParams) -> 
     scaled = logits.astype(np.float64) / params.temperature
     masked = np.where([token in left for token in range(12)], scaled, -np.inf)
     counts = Counter(
-        choose(logits, [0], [], params, uniform(5, 0, position)).token_id
-        for position in range(draws)
+        choose(logits, [0], [], params, uniform(5, 0, position)) for position in range(draws)
     )
     for token, probability in enumerate(softmax(masked.tolist())):
         allowed = deviation_bound(draws, probability, 12) if probability else 0
@@ -249,7 +248,7 @@ def test_many_draws_follow_the_adjusted_distribution(params: SamplingParams) -> 
 def test_equal_steps_of_the_draw_share_out_exactly_by_probability() -> None:
     logits = float32(np.log([0.5, 0.25, 0.125, 0.125]))
     params = SamplingParams(temperature=1.0)
-    tokens = [choose(logits, [0], [], params, (i + 0.5) / 800).token_id for i in range(800)]
+    tokens = [choose(logits, [0], [], params, (i + 0.5) / 800) for i in range(800)]
     assert Counter(tokens) == {0: 400, 1: 200, 2: 100, 3: 100}
 
 
@@ -259,7 +258,7 @@ def test_top_k_one_is_greedy(seed: int) -> None:
     greedy = choose(logits, [1, 2], [3], SamplingParams(), 0.0)
     for draw in (0.0, 0.3, ALMOST_ONE):
         params = SamplingParams(temperature=2.0, top_k=1)
-        assert choose(logits, [1, 2], [3], params, draw).token_id == greedy.token_id
+        assert choose(logits, [1, 2], [3], params, draw) == greedy
 
 
 @given(
@@ -276,15 +275,15 @@ def test_a_removed_token_is_never_drawn(
 ) -> None:
     logits = some_logits(seed, size=10, scale=6.0)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    token = choose(logits, [0], [], params, draw).token_id
+    token = choose(logits, [0], [], params, draw)
     assert np.isfinite(adjust(logits.astype(np.float64), [0], [], params)[token])
 
 
 def test_the_first_and_last_draw_take_the_first_and_last_token_that_is_left() -> None:
     logits = float32([-9, 2, 1, 2.5, -9, -9])
     params = SamplingParams(temperature=1.0, top_k=3)
-    assert choose(logits, [0], [], params, 0.0).token_id == 1
-    assert choose(logits, [0], [], params, ALMOST_ONE).token_id == 3
+    assert choose(logits, [0], [], params, 0.0) == 1
+    assert choose(logits, [0], [], params, ALMOST_ONE) == 3
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300, 1e-308, 5e-324])
@@ -292,7 +291,7 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature: float) 
     logits = float32([-3e38, 10, 11, 3e38, -50])
     params = SamplingParams(temperature=temperature, top_p=0.9, min_p=0.1, top_k=4)
     for draw in (0.0, 0.5, ALMOST_ONE):
-        assert choose(logits, [0], [], params, draw).token_id == 3
+        assert choose(logits, [0], [], params, draw) == 3
 
 
 @pytest.mark.parametrize(
@@ -319,7 +318,7 @@ def test_every_accepted_parameter_leaves_something_finite_to_draw(
     chosen = choose(logits, [0, 1, 3], [1, 1, 3, 4], params, 0.5)
     adjusted = adjust(logits.astype(np.float64), [0, 1, 3], [1, 1, 3, 4], params)
     assert not np.isnan(adjusted).any()
-    assert np.isfinite(adjusted[chosen.token_id])
+    assert np.isfinite(adjusted[chosen])
 
 
 # -- logprobs and damage
@@ -333,18 +332,37 @@ def test_logprobs_are_the_float64_log_softmax_of_the_models_own_logits(scale: fl
     # What narrows or bends the draw does not change what is reported.
     params = SamplingParams(logprobs=4, temperature=2.0, top_k=2, repetition_penalty=3.0)
     chosen = choose(logits, [1, 2, 3], [4], params, 0.7)
-    np.testing.assert_allclose(chosen.logprob, float(expected[chosen.token_id]), rtol=1e-13)
+    reported = logprobs_of(chosen, logits, 4)
+    assert reported.token_id == chosen
+    np.testing.assert_allclose(reported.logprob, float(expected[chosen]), rtol=1e-13)
     best = sorted(range(50), key=lambda token: (-logits[token], token))[:4]
-    assert [token for token, _ in chosen.top] == best
-    values = [value for _, value in chosen.top]
+    assert [token for token, _ in reported.top] == best
+    values = [value for _, value in reported.top]
     np.testing.assert_allclose(values, expected[best].astype(float), rtol=1e-13, atol=1e-15)
 
 
 def test_the_number_of_alternatives_is_as_asked() -> None:
     logits = some_logits(0, size=6)
-    for asked, given_back in [(None, 0), (0, 0), (1, 1), (6, 6), (10**12, 6)]:
-        chosen = choose(logits, [0], [], SamplingParams(logprobs=asked), 0.0)
-        assert len(chosen.top) == given_back
+    for asked, given_back in [(0, 0), (1, 1), (6, 6), (10**12, 6)]:
+        assert len(logprobs_of(0, logits, asked).top) == given_back
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999, 1 - 1e-9])
+@pytest.mark.parametrize("levels", [3, 40, 10**6])
+def test_a_nucleus_of_a_large_vocabulary_is_that_of_sorting_all_of_it(
+    top_p: float, levels: int
+) -> None:
+    # Few levels make many ties, which go to the lower token id.
+    rng = np.random.default_rng(levels)
+    logits = float32(np.floor(rng.normal(0, 3, 20_000) * levels) / levels)
+    kept = np.isfinite(
+        adjust(logits.astype(np.float64), [0], [], SamplingParams(top_p=top_p, temperature=1.0))
+    )
+    order = sorted(range(logits.size), key=lambda token: (-logits[token], token))
+    weights = np.exp(logits.astype(np.longdouble) - logits.max())
+    before = np.cumsum(weights[order]) / weights.sum()
+    expected = set(order[: int((before < top_p).sum()) + 1])
+    assert set(np.flatnonzero(kept).tolist()) == expected
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -7,6 +7,7 @@ Not thread-safe.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
@@ -396,19 +397,24 @@ class KVCache:
 
     def _batch(self, chunks: Sequence[tuple[int, int]], growth: list[list[_Growth]]) -> PagedBatch:
         states = [self._get(sequence) for sequence, _ in chunks]
-        counts = np.array([count for _, count in chunks], dtype=np.int64)
-        lengths = np.array([state.length for state in states], dtype=np.int64)
-        query_indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        offsets = np.arange(query_indptr[-1]) - np.repeat(query_indptr[:-1], counts)
-        positions = np.repeat(lengths, counts) + offsets
-        owner = np.repeat(np.arange(len(states)), counts)
+        counts = [count for _, count in chunks]
+        ends = [state.length + count for state, count in zip(states, counts, strict=True)]
+        query_indptr = np.array([0, *accumulate(counts)], dtype=np.int64)
+        if max(counts, default=0) <= 1:  # a step that only decodes
+            busy = [i for i, count in enumerate(counts) if count]
+            positions = np.array([ends[i] - 1 for i in busy], dtype=np.int64)
+            owner = np.array(busy, dtype=np.int64)
+        else:
+            owner = np.repeat(np.arange(len(states)), counts)
+            starts = np.array(ends) - np.array(counts) - query_indptr[:-1]
+            positions = np.arange(query_indptr[-1]) + starts[owner]
         groups = tuple(
             flatten(
                 [
                     _grown(state.tables[g], growths[g])
                     for state, growths in zip(states, growth, strict=True)
                 ],
-                lengths + counts,
+                ends,
                 (positions, owner),
                 (self.layout.page_size, group.window),
             )

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ from quire.batch import GroupBatch
 __all__ = ["PageTable", "flatten"]
 
 _IntArray = npt.NDArray[np.int64]
+
+FEW_TOKENS = 16  # for so many a loop is faster than a dozen calls of NumPy
 
 
 @dataclass
@@ -51,24 +54,52 @@ class PageTable:
 
 def flatten(
     tables: Sequence[PageTable],
-    ends: _IntArray,
+    ends: Sequence[int],
     tokens: tuple[_IntArray, _IntArray],
     geometry: tuple[int, int | None],
 ) -> GroupBatch:
     """The tables of a batch's sequences in CSR form.
 
-    ends      int64 [S]: length of each sequence, new tokens included
+    ends      [S]: length of each sequence, new tokens included
     tokens    (position, index of its sequence) of each new token, int64 [T] each
     geometry  (page_size, window)
     """
     page_size, window = geometry
-    indptr = np.cumsum([0, *(len(table.pages) for table in tables)], dtype=np.int64)
+    held = [len(table.pages) for table in tables]
+    first = [table.first_page for table in tables]
+    indptr = np.array([0, *accumulate(held)], dtype=np.int64)
     rows = [np.frombuffer(table.pages, np.int64) for table in tables if table.pages]
     indices = np.concatenate(rows) if rows else np.empty(0, np.int64)
-    first = np.array([table.first_page for table in tables], dtype=np.int64)
-    held = np.diff(indptr)
-    last = np.where(held > 0, ends - (first + held - 1) * page_size, 0)
+    last = [
+        end - (start + count - 1) * page_size if count else 0
+        for end, start, count in zip(ends, first, held, strict=True)
+    ]
+    return GroupBatch(
+        page_size,
+        window,
+        _slots(tables, tokens, page_size, indptr, indices),
+        indptr,
+        indices,
+        np.array(last, dtype=np.int64),
+        np.array(first, dtype=np.int64),
+    )
+
+
+def _slots(
+    tables: Sequence[PageTable],
+    tokens: tuple[_IntArray, _IntArray],
+    page_size: int,
+    indptr: _IntArray,
+    indices: _IntArray,
+) -> _IntArray:
     position, owner = tokens
+    if len(position) <= FEW_TOKENS:
+        slots = []
+        for at, who in zip(position.tolist(), owner.tolist(), strict=True):
+            page, offset = divmod(at, page_size)
+            table = tables[who]
+            slots.append(table.pages[page - table.first_page] * page_size + offset)
+        return np.array(slots, dtype=np.int64)
+    first = np.array([table.first_page for table in tables], dtype=np.int64)
     page, offset = np.divmod(position, page_size)
-    slots = indices[indptr[owner] + page - first[owner]] * page_size + offset
-    return GroupBatch(page_size, window, slots, indptr, indices, last, first)
+    return np.asarray(indices[indptr[owner] + page - first[owner]] * page_size + offset)

@@ -24,9 +24,8 @@ from quire.engine.request import (
     SamplingParams,
     Status,
     StepOutput,
-    TokenLogprob,
 )
-from quire.engine.sampler import choose, uniform
+from quire.engine.sampler import choose, logprobs_of, uniform
 from quire.engine.scheduler import Limits, StepPlan, plan_step
 from quire.errors import QuireError, RequestError
 from quire.layout import cache_layout, fit_pages
@@ -359,23 +358,24 @@ class Engine:
     def _decide(self, sample: Sample, logits: npt.NDArray[np.float32]) -> StepOutput:
         """Choose the next token of a sample from its logits float32 [vocab]."""
         request = sample.request
-        draw = uniform(request.seed, sample.index, len(sample.tokens))
+        params, reply = request.params, sample.new_tokens
+        greedy = params.temperature == 0
+        draw = 0.0 if greedy else uniform(request.seed, sample.index, len(sample.tokens))
         try:
-            chosen = choose(logits, request.prompt_tokens, sample.new_tokens, request.params, draw)
+            token = choose(logits, request.prompt_tokens, reply, params, draw)
         except QuireError as error:
             piece, _ = self._texts[sample].flush()
             completion = self._finish(sample, "error", None, str(error))
             return StepOutput(request, sample.index, None, piece, completion)
-        return self._accept(sample, chosen)
+        if params.logprobs is not None:
+            sample.logprobs.append(logprobs_of(token, logits, params.logprobs))
+        return self._accept(sample, token)
 
-    def _accept(self, sample: Sample, chosen: TokenLogprob) -> StepOutput:
+    def _accept(self, sample: Sample, token: int) -> StepOutput:
         request, now = sample.request, time.perf_counter()
-        token = chosen.token_id
         sample.tokens.append(token)
         sample.first_token_at = sample.first_token_at or now
         sample.last_token_at = now
-        if request.params.logprobs is not None:
-            sample.logprobs.append(chosen)
         text = self._texts[sample]
         if token in self._stop_tokens(request.params):
             piece, stopped = text.flush()

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from quire.engine.request import SamplingParams, TokenLogprob
 from quire.errors import QuireError
 
-__all__ = ["adjust", "choose", "uniform"]
+__all__ = ["adjust", "choose", "logprobs_of", "uniform"]
 
 Logits = npt.NDArray[np.float64]
 
@@ -30,21 +30,22 @@ def choose(
     reply: Sequence[int],
     params: SamplingParams,
     draw: float,
-) -> TokenLogprob:
+) -> int:
     """The next token after ``prompt + reply`` for logits float32 [vocab].
 
     ``draw`` in [0, 1) decides unless greedy; ties go to the lowest token id. Raises QuireError for
     logits that are NaN or infinite.
     """
-    if not np.isfinite(logits).all():
+    if not (np.isfinite(logits.min()) and np.isfinite(logits.max())):  # NaN spreads to both
         bad = int((~np.isfinite(logits)).sum())
         raise QuireError(
             f"{bad} of {logits.size} logits at position {len(prompt) + len(reply) - 1} are NaN or "
             "infinite; the weights are damaged, or their dtype is too narrow for this model"
         )
+    if params.temperature == 0 and not _penalises(params, reply):
+        return int(np.argmax(logits))
     adjusted = adjust(logits.astype(np.float64), prompt, reply, params)
-    token = _greedy(adjusted) if params.temperature == 0 else _draw(adjusted, draw)
-    return _with_logprobs(token, logits, params.logprobs)
+    return int(np.argmax(adjusted)) if params.temperature == 0 else _draw(adjusted, draw)
 
 
 def adjust(
@@ -71,6 +72,11 @@ def adjust(
     return logits
 
 
+def _penalises(params: SamplingParams, reply: Sequence[int]) -> bool:
+    counted = params.presence_penalty or params.frequency_penalty
+    return params.repetition_penalty != 1 or bool(reply and counted)
+
+
 def _penalise(
     logits: Logits, prompt: Sequence[int], reply: Sequence[int], params: SamplingParams
 ) -> Logits:
@@ -86,21 +92,36 @@ def _penalise(
 
 
 def _nucleus(logits: Logits, top_p: float) -> Logits:
-    order = np.argsort(-logits, kind="stable")
-    cumulative = np.cumsum(_probabilities(logits[order]))
-    keep = int(np.searchsorted(cumulative, top_p, side="left")) + 1
+    weights = np.exp(logits - logits.max())
+    total = weights.sum()
+    most = (
+        256  # a nucleus is small: sort so many of the vocabulary, more only if they are not enough
+    )
+    while True:
+        order = _largest(logits, most)
+        keep = int(np.searchsorted(np.cumsum(weights[order]) / total, top_p, side="left")) + 1
+        # Ties with tokens that were left out would have to be broken by token id.
+        if len(order) == logits.size or (
+            keep <= len(order) and logits[order[keep - 1]] > logits[order[-1]]
+        ):
+            break
+        most *= 16
     out = np.full_like(logits, -np.inf)
     out[order[:keep]] = logits[order[:keep]]
     return out
 
 
+def _largest(logits: Logits, most: int) -> npt.NDArray[np.int64]:
+    """Token ids of the ``most`` largest logits, the largest first, ties in order of token id."""
+    ids = np.arange(logits.size)
+    if most < logits.size:
+        ids = np.sort(np.argpartition(logits, -most)[-most:])
+    return ids[np.argsort(-logits[ids], kind="stable")]
+
+
 def _probabilities(logits: Logits) -> Logits:
     weights = np.exp(logits - logits.max())
     return np.asarray(weights / weights.sum())
-
-
-def _greedy(logits: Logits) -> int:
-    return int(np.argmax(logits))
 
 
 def _draw(logits: Logits, draw: float) -> int:
@@ -111,14 +132,14 @@ def _draw(logits: Logits, draw: float) -> int:
     return min(at, last)
 
 
-def _with_logprobs(
-    token: int, logits: npt.NDArray[np.float32], alternatives: int | None
-) -> TokenLogprob:
+def logprobs_of(token: int, logits: npt.NDArray[np.float32], alternatives: int) -> TokenLogprob:
+    """Natural log-probabilities, in float64, of a token and of the most likely ones.
+
+    From the model's own logits float32 [vocab]: what narrows or bends the draw does not count.
+    """
     wide = logits.astype(np.float64)
     wide -= wide.max()
     logprobs = wide - np.log(np.exp(wide).sum())
-    if not alternatives:
-        return TokenLogprob(token, float(logprobs[token]))
-    top = np.argsort(-logprobs, kind="stable")[:alternatives]
+    top = _largest(logprobs, alternatives)[:alternatives] if alternatives else ()
     pairs = tuple((int(t), float(logprobs[t])) for t in top)
     return TokenLogprob(token, float(logprobs[token]), pairs)
