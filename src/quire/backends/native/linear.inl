@@ -11,9 +11,11 @@ namespace quire {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int ROWS = 12;  // 24 accumulators
+constexpr int ROWS = 6;  // 12 accumulators and 12 sums
+constexpr bool SUMS_IN_REGISTERS = true;
 #else
 constexpr int ROWS = 2;
+constexpr bool SUMS_IN_REGISTERS = false;
 #endif
 
 constexpr int AHEAD = 1024;  // bytes of a stream of weights that are asked for before they are needed
@@ -265,6 +267,9 @@ void pack(const Linear& a, int64_t panel, int64_t at, int64_t end, bool cold, ui
 template <Dtype D, int R>
 void multiply_tile(const uint32_t* x, const uint32_t* packed, int64_t steps, Asking<D>& ask,
                    float* total) {
+    F16 sum[R][2];
+    for (int r = 0; SUMS_IN_REGISTERS && r < R; ++r)
+        sum[r][0] = F16::load(total + r * PANEL), sum[r][1] = F16::load(total + r * PANEL + LANES);
     for (int l = 0; l < LANES; ++l) {
         const uint32_t* w = packed + l * lane_stride(steps);
         F16 acc[R][2];
@@ -293,10 +298,16 @@ void multiply_tile(const uint32_t* x, const uint32_t* packed, int64_t steps, Ask
         }
         for (int r = 0; r < R; ++r) {
             float* to = total + r * PANEL;
-            (F16::load(to) + acc[r][0]).store(to);
-            (F16::load(to + LANES) + acc[r][1]).store(to + LANES);
+            if constexpr (SUMS_IN_REGISTERS) {
+                sum[r][0] = sum[r][0] + acc[r][0], sum[r][1] = sum[r][1] + acc[r][1];
+            } else {
+                (F16::load(to) + acc[r][0]).store(to);
+                (F16::load(to + LANES) + acc[r][1]).store(to + LANES);
+            }
         }
     }
+    for (int r = 0; SUMS_IN_REGISTERS && r < R; ++r)
+        sum[r][0].store(total + r * PANEL), sum[r][1].store(total + r * PANEL + LANES);
 }
 
 template <Dtype D, int R>
