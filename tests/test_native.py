@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 import quire
-from quire.backends import backend_status, create_backend
+from quire.backends import (
+    AttentionParams,
+    MlpParams,
+    Projection,
+    backend_status,
+    create_backend,
+)
+from quire.backends.blocks import attention_block, mlp_block
+from quire.batch import GroupBatch, PagedBatch
 from quire.errors import BackendError
 from quire.pages import PageShape, page_format
 
@@ -88,6 +96,102 @@ def test_several_python_threads_may_share_a_backend() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+# -- whatever the number of rows, op by op or half a layer at a time: the same bits ---------------
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+@pytest.mark.parametrize(("out", "inner"), [(1, 1), (33, 31), (70, 100), (130, 2100), (64, 4096)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_has_the_same_bits_alone_and_among_others(
+    variant: str, out: int, inner: int, dtype: type
+) -> None:
+    # Few rows are multiplied straight from the weights, many from panels: 24 and 25 are the border.
+    rng = np.random.default_rng(out)
+    backend = NativeBackend(variant, threads=2)
+    weight = backend.weight(rng.standard_normal((out, inner)).astype(dtype))
+    bias = rng.standard_normal(out).astype(np.float32)
+    x = rng.standard_normal((53, inner)).astype(np.float32)
+    alone = np.concatenate([backend.linear(x[t : t + 1], weight, bias) for t in range(len(x))])
+    for rows in (2, 3, 4, 6, 7, 8, 13, 24, 25, 31, 53):
+        assert backend.linear(x[:rows], weight, bias).tobytes() == alone[:rows].tobytes()
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("counts", [(1,), (1, 1, 1), (30,), (1, 7, 0, 1)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_a_layer_in_one_call_is_its_ops_one_by_one(
+    variant: str, counts: tuple[int, ...], biased: bool, norms: bool
+) -> None:
+    rng = np.random.default_rng(len(counts))
+    backend = NativeBackend(variant, threads=2)
+    hidden, heads, kv_heads, dim, inner = 48, 6, 2, 32, 80
+
+    def vector(size: int) -> np.ndarray:
+        return rng.standard_normal(size).astype(np.float32)
+
+    def projection(out: int, width: int) -> Projection:
+        weight = rng.standard_normal((out, width)).astype(ml_dtypes.bfloat16)
+        return Projection(backend.weight(weight), vector(out) if biased else None)
+
+    attention = AttentionParams(
+        norm=vector(hidden),
+        norm_eps=1e-5,
+        q=projection(heads * dim, hidden),
+        k=projection(kv_heads * dim, hidden),
+        v=projection(kv_heads * dim, hidden),
+        o=projection(hidden, heads * dim),
+        q_norm=vector(dim) if norms else None,
+        k_norm=vector(dim) if norms else None,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        inv_freq=np.abs(vector(dim // 2)),
+    )
+    mlp = MlpParams(
+        vector(hidden),
+        1e-5,
+        projection(inner, hidden),
+        projection(inner, hidden),
+        projection(hidden, inner),
+        "silu",
+    )
+    stored = 300  # tokens before these in every sequence
+    pages = [-(-(stored + count) // 16) if count else 0 for count in counts]
+    ids = rng.permutation(sum(pages)).astype(np.int64)
+    indptr = np.cumsum([0, *pages])
+    positions, slots = [], []
+    for s, count in enumerate(counts):
+        for at in range(stored, stored + count):
+            positions.append(at)
+            slots.append(ids[indptr[s] + at // 16] * 16 + at % 16)
+    last = [(stored + count - 1) % 16 + 1 if count else 0 for count in counts]
+    group = GroupBatch(
+        16,
+        None,
+        np.array(slots, np.int64),
+        indptr,
+        ids,
+        np.array(last, np.int64),
+        np.zeros(len(counts), np.int64),
+    )
+    batch = PagedBatch(np.array(positions, np.int64), np.cumsum([0, *counts]), (group,), (0,))
+    shape = PageShape(16, kv_heads, dim, dim, page_format("bf16"))
+    pools = [backend.pool(shape, max(1, sum(pages))) for _ in range(2)]
+    for pool in pools[:1]:
+        pool.key[:] = rng.standard_normal(pool.key.shape)
+        pool.value[:] = rng.standard_normal(pool.value.shape)
+    pools[1].key[:], pools[1].value[:] = pools[0].key, pools[0].value
+
+    x = rng.standard_normal((sum(counts), hidden)).astype(np.float32)
+    fused = backend.attention_block(x, backend.block(attention), batch, pools[0], 0)
+    apart = attention_block(backend, x, attention, batch, pools[1], group=0)
+    assert fused.tobytes() == apart.tobytes()
+    assert pools[0].key.tobytes() == pools[1].key.tobytes()
+    assert pools[0].value.tobytes() == pools[1].value.tobytes()
+    fused = backend.mlp_block(x, backend.block(mlp))
+    assert fused.tobytes() == mlp_block(backend, x, mlp).tobytes()
 
 
 # -- malformed arguments raise, never crash --------------------------------------------------------
@@ -200,6 +304,47 @@ def test_attend_refuses_pages_outside_the_pool_and_wrong_shapes(
             kernels.attend(bad.astype(np.float32), new_pool().handle, tables(), out)
     with pytest.raises(ValueError, match="out has the wrong size"):
         kernels.attend(query, new_pool().handle, tables(), out[:, :64].copy())
+
+
+def test_half_a_layer_refuses_what_does_not_fit(kernels: "extension.Native") -> None:
+    def layer(out: int, inner: int) -> "extension.Layer":
+        return extension.Layer(weight_of(out, inner), None)
+
+    def floats(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.float32)
+
+    with pytest.raises(ValueError, match="a bias of 3 numbers does not fit 4 outputs"):
+        extension.Layer(weight_of(4, 8), floats(3))
+    with pytest.raises(ValueError, match="do not fit a hidden size of 8"):
+        extension.MlpWeights(floats(8), 1e-5, layer(4, 8), layer(5, 8), layer(8, 4), 0)
+    mlp = extension.MlpWeights(floats(8), 1e-5, layer(4, 8), layer(4, 8), layer(8, 4), 0)
+    with pytest.raises(ValueError, match="rows of 8"):
+        kernels.mlp_block(floats(2, 7), mlp, floats(2, 7))
+    with pytest.raises(ValueError, match="do not fit a hidden size of 8"):
+        extension.AttentionWeights(
+            floats(8), 1e-5, layer(128, 8), layer(64, 7), layer(64, 8), layer(8, 128), None, None
+        )
+    weights = extension.AttentionWeights(
+        floats(8), 1e-5, layer(128, 8), layer(64, 8), layer(64, 8), layer(8, 128), None, None
+    )
+    angles = floats(21, 16)
+    slots = np.array([20], np.int64)
+    good = [floats(1, 8), weights, angles, angles, new_pool().handle, slots, tables(), floats(1, 8)]
+    kernels.attention_block(*good)
+    for at, wrong, message in [
+        (0, floats(1, 9), r"x and y must be \[1, 8\]"),
+        (2, floats(20, 16), "position 20 is outside the tables of 20|cos and sin"),
+        (2, floats(21, 8), "cos and sin"),
+        (4, new_pool(3).handle, "page id 3 is outside the pool of 3 pages"),
+        (5, np.array([64], np.int64), "slot 64 is outside the pool"),
+        (5, np.array([1, 2], np.int64), "x and y must be"),
+    ]:
+        bad = list(good)
+        bad[at] = wrong
+        if at == 2:
+            bad[3] = wrong
+        with pytest.raises(ValueError, match=message):
+            kernels.attention_block(*bad)
 
 
 def test_embed_refuses_ids_outside_the_table(kernels: "extension.Native") -> None:

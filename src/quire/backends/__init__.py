@@ -3,6 +3,9 @@
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from quire.backends.base import Backend
 from quire.backends.blocks import AttentionParams, MlpParams, Projection
 from quire.backends.reference import ReferenceBackend
@@ -16,6 +19,7 @@ __all__ = [
     "Projection",
     "backend_status",
     "create_backend",
+    "read_memory",
 ]
 
 
@@ -84,3 +88,17 @@ def create_backend(name: str = "auto", threads: int | None = None) -> Backend:
             "OPENBLAS_NUM_THREADS instead"
         )
     return ReferenceBackend()
+
+
+def read_memory(backend: Backend, buffer: npt.NDArray[np.uint8]) -> bool:
+    """Read every byte of ``buffer`` (a multiple of 1 MiB) with a backend's threads, to be timed.
+
+    False if the backend has no kernel for it.
+    """
+    if backend.name != "native":
+        return False
+    from quire.backends.native import NativeBackend
+
+    assert isinstance(backend, NativeBackend)
+    backend.probe_read(buffer)
+    return True

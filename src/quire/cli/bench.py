@@ -45,6 +45,11 @@ def bench(
     Prefill latency and peak memory at growing prompts, decode speed at growing contexts. One
     request at a time, random token ids, end of text ignored; medians of --repeats runs after one
     that is not counted, with the least and the greatest.
+
+    On the native backend, also how near decoding comes to what memory allows: the bytes that a
+    token must read (weights, keys and values), how many of them a second were read, and what share
+    that is of reading a large buffer, measured in the same run. A model that fits in the
+    processor's cache can exceed it.
     """
     engine = make_engine(options)
     context = engine.model_config.max_position - decode_tokens
@@ -57,10 +62,12 @@ def bench(
         )
     _run(engine, min(lengths), 2)
     rows = [_measure(engine, length, decode_tokens, repeats) for length in lengths]
+    setting = {**_setting(engine, repeats), "read_bytes_per_s": _read_bandwidth(engine)}
+    _add_roofline(engine, rows, setting["read_bytes_per_s"], decode_tokens)
     if as_json:
-        click.echo(json.dumps({**_setting(engine, repeats), "rows": rows}))
+        click.echo(json.dumps({**setting, "rows": rows}))
     else:
-        _print(_setting(engine, repeats), rows)
+        _print(setting, rows)
 
 
 def _default_lengths(context: int) -> list[int]:
@@ -87,6 +94,40 @@ def _measure(engine: "Engine", length: int, decode_tokens: int, repeats: int) ->
     }
 
 
+def _read_bandwidth(engine: "Engine") -> float | None:
+    """Bytes a second that all threads together read from memory; None without the native backend.
+
+    Median of five passes over 512 MiB, many times the last-level cache.
+    """
+    import time
+
+    import numpy as np
+
+    from quire.backends import read_memory
+
+    buffer = np.ones(512 << 20, np.uint8)
+    rates = []
+    for _ in range(5):
+        start = time.perf_counter()
+        if not read_memory(engine.backend, buffer):
+            return None
+        rates.append(buffer.nbytes / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def _add_roofline(
+    engine: "Engine", rows: list[dict[str, Any]], limit: float | None, decode_tokens: int
+) -> None:
+    """What decoding read from memory, at the mean context of the decoded tokens."""
+    for row in rows:
+        context = row["tokens"] + (decode_tokens - 1) // 2
+        row["decode_bytes_per_token"] = engine.decode_bytes(context)
+        row["decode_bytes_per_s"] = row["decode_bytes_per_token"] * row["decode_tokens_per_s"]
+        row["share_of_read_bandwidth"] = (
+            None if limit is None else row["decode_bytes_per_s"] / limit
+        )
+
+
 def _run(engine: "Engine", length: int, new_tokens: int) -> "Completion":
     import numpy as np
 
@@ -108,7 +149,7 @@ def _setting(engine: "Engine", repeats: int) -> dict[str, Any]:
         "quire": quire.__version__,
         "numpy": np.__version__,
         "cpu": machine.cpu_name,
-        "threads": machine.threads,
+        "threads": engine.config.threads or machine.threads,
         "model": engine.directory.name,
         "architecture": engine.model_config.architecture,
         "backend": engine.backend.name,
@@ -135,16 +176,23 @@ def _print(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         f"{setting['page_size']} tokens, {setting['cpu']}, {setting['threads']} threads",
         caption=f"median of {setting['repeats']}, ± half of greatest less least",
     )
-    for name in ("tokens", "first token s", "prefill tok/s", "decode tok/s", "KV", "peak memory"):
+    columns = ("tokens", "first token s", "prefill tok/s", "decode tok/s", "read a token", "read")
+    for name in (*columns, "of limit", "KV", "peak memory"):
         table.add_column(name, justify="right")
     for row in rows:
-        memory = row["memory_bytes_peak"]
+        memory, share = row["memory_bytes_peak"], row["share_of_read_bandwidth"]
         table.add_row(
             str(row["tokens"]),
             f"{row['ttft_s']:.3f} {_spread(row, 'ttft_s')}",
             f"{row['prefill_tokens_per_s']:.0f}",
             f"{row['decode_tokens_per_s']:.1f} {_spread(row, 'decode_tokens_per_s')}",
+            format_bytes(row["decode_bytes_per_token"]),
+            f"{row['decode_bytes_per_s'] / 1e9:.1f} GB/s",
+            "unknown" if share is None else f"{share:.0%}",
             format_bytes(row["kv_bytes_peak"]),
             "unknown" if memory is None else format_bytes(memory),
         )
     Console().print(table)
+    limit = setting["read_bytes_per_s"]
+    if limit is not None:
+        click.echo(f"limit: memory reads {limit / 1e9:.1f} GB/s on {setting['threads']} threads")

@@ -205,6 +205,19 @@ class Engine:
             len(self._running), len(self._waiting), self.cache.usage(), self._preemptions
         )
 
+    def decode_bytes(self, context: int) -> int:
+        """Bytes that a step must read to decode one token of one sequence after ``context`` tokens.
+
+        Weights, but for tables of which a step reads single rows, and the keys and values that the
+        token sees.
+        """
+        layout = self.cache.layout
+        seen = (
+            min(context + 1, group.window or context + 1) * layout.token_bytes(index)
+            for index, group in enumerate(layout.groups)
+        )
+        return self._loaded.bytes_read_a_step + sum(seen)
+
     # -- inside: set-up and checks -----------------------------------------------------------
 
     @property

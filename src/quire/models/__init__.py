@@ -13,7 +13,7 @@ from quire.backends import Backend
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
 from quire.errors import CheckpointError
-from quire.models.checkpoint import Checkpoint, Progress, load_params
+from quire.models.checkpoint import Checkpoint, Progress, load_params, stored_bytes
 from quire.models.decoder import Decoder
 from quire.models.gpt2 import GPT2
 from quire.models.names import tensor_specs
@@ -48,12 +48,20 @@ class CausalLM(Protocol):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run; ``page_format`` is the checkpoint's own dtype (fp32, bf16 or fp16)."""
+    """A model ready to run.
+
+    page_format         the checkpoint's own dtype (fp32, bf16 or fp16)
+    weight_bytes        of all weights, as stored
+    bytes_read_a_step   of the weights that every step reads whole: all but tables of which a step
+                        reads single rows
+    """
 
     config: ModelConfig
     model: CausalLM
     codec: TextCodec | None
     page_format: str
+    weight_bytes: int
+    bytes_read_a_step: int
 
 
 def load_model(directory: Path, backend: Backend, progress: Progress | None = None) -> LoadedModel:
@@ -66,7 +74,17 @@ def load_model(directory: Path, backend: Backend, progress: Progress | None = No
         raise CheckpointError(f"{directory} is not a directory with a model in it")
     config = read_model_config(directory)
     checkpoint = Checkpoint(directory)
-    params = load_params(checkpoint, tensor_specs(config), backend, progress)
+    specs = tensor_specs(config)
+    params = load_params(checkpoint, specs, backend, progress)
+    sizes = stored_bytes(checkpoint, specs)
+    by_row = sizes.get("positions", 0) + (0 if config.tied_embeddings else sizes["embed"])
     kind: type[Decoder] | type[GPT2] = Decoder if config.rope is not None else GPT2
     model = kind(config, params, backend)
-    return LoadedModel(config, model, load_text_codec(directory), checkpoint.page_format)
+    return LoadedModel(
+        config=config,
+        model=model,
+        codec=load_text_codec(directory),
+        page_format=checkpoint.page_format,
+        weight_bytes=sum(sizes.values()),
+        bytes_read_a_step=sum(sizes.values()) - by_row,
+    )

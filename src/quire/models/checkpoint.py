@@ -196,6 +196,16 @@ def load_params(
     return params
 
 
+def stored_bytes(checkpoint: Checkpoint, specs: list[TensorSpec]) -> dict[str, int]:
+    """Bytes of every parameter in ``specs`` as the checkpoint stores it, by Quire's name."""
+    prefix = _common_prefix(checkpoint, specs)
+    return {
+        spec.key: checkpoint.tensor(spec.name.removeprefix(prefix), spec.shape).nbytes
+        // spec.part[1]
+        for spec in specs
+    }
+
+
 def _common_prefix(checkpoint: Checkpoint, specs: list[TensorSpec]) -> str:
     """Some checkpoints (the original GPT-2's) leave the base model's name away."""
     first = specs[0].name

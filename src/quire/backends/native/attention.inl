@@ -96,14 +96,18 @@ Block<PAIRED> copy_block(const Pages& pages, int64_t head, int64_t at, Spare& sp
     return {key, BLOCK * (PAIRED ? 2 : 1), value};
 }
 
-// The block of tokens [at, at + 16): in place if it lies whole inside one page, else a copy.
+// True if the tokens [at, at + 16) lie whole inside one page, in the form that is read.
 template <bool PAIRED>
-inline Block<PAIRED> block_at(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
+inline bool lies_whole(const Pages& pages, int64_t at) {
     const Pool& pool = pages.pool;
-    bool direct = PAIRED ? pool.interleaved
-                         : pool.dtype == Dtype::f32 && pool.page_size % BLOCK == 0;
-    if (!direct || at < pages.start || at + BLOCK > pages.end)
-        return copy_block<PAIRED>(pages, head, at, spare);
+    bool form = PAIRED ? pool.interleaved
+                       : pool.dtype == Dtype::f32 && pool.page_size % BLOCK == 0;
+    return form && at >= pages.start && at + BLOCK <= pages.end;
+}
+
+template <bool PAIRED>
+inline Block<PAIRED> block_in_place(const Pages& pages, int64_t head, int64_t at) {
+    const Pool& pool = pages.pool;
     using Number = typename Block<PAIRED>::Number;
     int64_t offset = (at - pages.start) % pool.page_size, width = PAIRED ? 2 : 1;
     int64_t page = pages.page_of(at) * pool.heads + head;
@@ -112,6 +116,13 @@ inline Block<PAIRED> block_at(const Pages& pages, int64_t head, int64_t at, Spar
     const Number* value = static_cast<const Number*>(pool.value) +
                           (page * pool.page_size + offset) * pool.value_dim;
     return {key, pool.page_size * width, value};
+}
+
+// The block of tokens [at, at + 16): in place, or a copy.
+template <bool PAIRED>
+inline Block<PAIRED> block_at(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
+    return lies_whole<PAIRED>(pages, at) ? block_in_place<PAIRED>(pages, head, at)
+                                         : copy_block<PAIRED>(pages, head, at, spare);
 }
 
 // Scores of R rows, `query` [words][R], against B blocks: scores[r][16 b ..] = query[r] . key
@@ -256,27 +267,30 @@ inline void soften(float* scores, int64_t count, float scale, float& best, float
     total = sum(sums);
 }
 
-// Add a later split to an earlier result, for one row.
-inline void merge_row(float& best, float& total, float* mixed, float best2, float total2,
-                      const float* mixed2, int64_t dim) {
-    if (best2 == NOTHING) return;
-    if (best == NOTHING) {
-        best = best2, total = total2;
-        std::memcpy(mixed, mixed2, size_t(dim) * 4);
-        return;
-    }
-    float top = best > best2 ? best : best2;
-    alignas(64) float shrink[16] = {};
-    shrink[0] = best - top, shrink[1] = best2 - top;
-    exp2(F16::load(shrink)).store(shrink);
-    F16 a = F16::set(shrink[0]), b = F16::set(shrink[1]);
-    best = top, total = total * shrink[0] + total2 * shrink[1];
-    int64_t d = 0;
-    for (; d + 16 <= dim; d += 16)
-        fma(F16::load(mixed2 + d), b, F16::load(mixed + d) * a).store(mixed + d);
-    if (d < dim) {
-        int n = int(dim - d);
-        store_some(fma(load_some(mixed2 + d, n), b, load_some(mixed + d, n) * a), mixed + d, n);
+// Add a later split to an earlier result, for up to 16 rows: maxima, sums of weights, weighted sums.
+inline void merge_rows(int rows, float* best, float* total, float* mixed, const float* best2,
+                       const float* total2, const float* mixed2, int64_t dim) {
+    alignas(64) float top[16], keep1[16], keep2[16];
+    F16 b1 = load_some(best, rows), b2 = load_some(best2, rows), most = max(b1, b2);
+    most.store(top);
+    exp2(b1 - most).store(keep1);
+    exp2(b2 - most).store(keep2);
+    for (int r = 0; r < rows; ++r, mixed += dim, mixed2 += dim) {
+        if (best2[r] == NOTHING) continue;
+        if (best[r] == NOTHING) {
+            best[r] = best2[r], total[r] = total2[r];
+            std::memcpy(mixed, mixed2, size_t(dim) * 4);
+            continue;
+        }
+        F16 a = F16::set(keep1[r]), b = F16::set(keep2[r]);
+        best[r] = top[r], total[r] = total[r] * keep1[r] + total2[r] * keep2[r];
+        int64_t d = 0;
+        for (; d + 16 <= dim; d += 16)
+            fma(F16::load(mixed2 + d), b, F16::load(mixed + d) * a).store(mixed + d);
+        if (d < dim) {
+            int n = int(dim - d);
+            store_some(fma(load_some(mixed2 + d, n), b, load_some(mixed + d, n) * a), mixed + d, n);
+        }
     }
 }
 
@@ -398,8 +412,10 @@ Tile make_tile(const Attention& a, int64_t sequence, int64_t head, int64_t row, 
     for (int r = 0; r < rows; ++r) {
         int64_t at = row + r, token = a.query_indptr[sequence] + at / share;
         const float* from = a.query + (token * a.num_heads + head * share + at % share) * dim;
-        for (int64_t d = 0; d < (PAIRED ? dim / 2 : dim); ++d)
-            query[d * rows + r] = word_of(from, PAIRED ? Dtype::bf16 : Dtype::f32, dim, d);
+        uint32_t words[MAX_HEAD + 2 * LANES];
+        int64_t count = PAIRED ? dim / 2 : dim;
+        row_words(from, PAIRED ? Dtype::bf16 : Dtype::f32, dim, count, words);
+        for (int64_t d = 0; d < count; ++d) query[d * rows + r] = words[d];
         tile.high[r] = a.positions[token] + 1;
         tile.low[r] = a.window && tile.high[r] > a.window ? tile.high[r] - a.window : 0;
     }
@@ -455,11 +471,9 @@ void prefill_item(const Attention& a, const PrefillItem& item) {
             if (now.low[0] >= (split + 1) * SPLIT || now.high[now.rows - 1] <= split * SPLIT) continue;
             float best2[TILE], total2[TILE];
             attend_split<PAIRED>(a, now, split, blocks, best2, total2, mixed2.data());
-            for (int r = 0; r < now.rows; ++r) {
-                int64_t row = t * TILE + r;
-                merge_row(best[row], total[row], mixed + row * dim, best2[r], total2[r],
-                          mixed2.data() + r * dim, dim);
-            }
+            int64_t row = t * TILE;
+            merge_rows(now.rows, best + row, total + row, mixed + row * dim, best2, total2,
+                       mixed2.data(), dim);
         }
     }
     for (int64_t r = 0; r < item.rows; ++r) {
@@ -512,6 +526,38 @@ private:
 
 constexpr int64_t GROUP = 4;  // blocks of one head before the next head's
 
+// The blocks of a span of one split, for every head: where the first head's lie, found once; the
+// others lie beside them, but for blocks that have to be copied.
+template <bool PAIRED>
+struct SplitBlocks {
+    const Pages& pages;
+    int64_t at, head;
+    Block<PAIRED> first[SPLIT / BLOCK];
+    bool copied[SPLIT / BLOCK];
+
+    SplitBlocks(const Pages& pages, int64_t head, int64_t at, int64_t count)
+        : pages(pages), at(at), head(head) {
+        for (int64_t b = 0; b < count; ++b) {
+            copied[b] = !lies_whole<PAIRED>(pages, at + b * BLOCK);
+            if (!copied[b]) first[b] = block_in_place<PAIRED>(pages, head, at + b * BLOCK);
+        }
+    }
+    // `count` blocks of a head from block b on; copies go to `spare`.
+    void get(int64_t of_head, int64_t b, int64_t count, Spare* spare, Block<PAIRED>* blocks) const {
+        const Pool& pool = pages.pool;
+        int64_t key = (of_head - head) * pool.key_dim * pool.page_size;
+        int64_t value = (of_head - head) * pool.value_dim * pool.page_size;
+        for (int64_t i = 0; i < count; ++i) {
+            if (copied[b + i]) {
+                blocks[i] = copy_block<PAIRED>(pages, of_head, at + (b + i) * BLOCK, spare[i]);
+            } else {
+                const Block<PAIRED>& here = first[b + i];
+                blocks[i] = {here.key + key, here.key_stride, here.value + value};
+            }
+        }
+    }
+};
+
 // A page's heads lie side by side: walking some pages together, head after head, reads memory in as
 // many long stretches, which the hardware follows. Every row's arithmetic is that of `attend_split`.
 template <bool PAIRED>
@@ -522,16 +568,12 @@ void decode_split(const Attention& a, const DecodeItem& item, int64_t split, Hea
     Span span = blocks_seen(low, high, split);
     int64_t at = split * SPLIT + span.first * BLOCK;
     Partial partial(a, item, split);
+    SplitBlocks<PAIRED> in_split(pages, item.head, at, span.count);
     Block<PAIRED> blocks[GROUP];
-    auto blocks_of = [&](size_t t, int64_t b, int64_t count) {
-        for (int64_t i = 0; i < count; ++i)
-            blocks[i] = block_at<PAIRED>(pages, heads.kv_head[t], at + (b + i) * BLOCK,
-                                         spare[size_t(i)]);
-    };
     for (int64_t b = 0; b < span.count; b += GROUP) {
         int64_t count = span.count - b < GROUP ? span.count - b : GROUP;
         for (size_t t = 0; t < heads.tile.size(); ++t) {
-            blocks_of(t, b, count);
+            in_split.get(heads.kv_head[t], b, count, spare.data(), blocks);
             score_tile<PAIRED>(heads.tile[t], blocks, count, at + b * BLOCK, a.pool.key_dim,
                                heads.scores_of(t) + b * BLOCK);
         }
@@ -544,7 +586,7 @@ void decode_split(const Attention& a, const DecodeItem& item, int64_t split, Hea
     for (int64_t b = 0; b < span.count; b += GROUP) {
         int64_t count = span.count - b < GROUP ? span.count - b : GROUP;
         for (size_t t = 0; t < heads.tile.size(); ++t) {
-            blocks_of(t, b, count);
+            in_split.get(heads.kv_head[t], b, count, spare.data(), blocks);
             for (int64_t i = 0; i < count; ++i)
                 if (is_wild<PAIRED>(heads.tile[t], blocks[i], at + (b + i) * BLOCK, dim))
                     blocks[i] = seen_only<PAIRED>(blocks[i], low, high, at + (b + i) * BLOCK, dim,
@@ -568,14 +610,16 @@ void decode_item(const Attention& a, const DecodeItem& item) {
 void decode_merge(const Attention& a, const DecodeItem& item) {
     int64_t dim = a.pool.value_dim, share = a.num_heads / a.pool.heads;
     Partial first(a, item, item.first_split);
-    for (int64_t head = item.head * share; head < item.head_end * share; ++head) {
-        float* mixed = first.mixed + head * dim;
+    int64_t end = item.head_end * share;
+    for (int64_t head = item.head * share; head < end; head += 16) {
+        int rows = int(end - head < 16 ? end - head : 16);
         for (int64_t split = item.first_split + 1; split < item.split_end; ++split) {
             Partial next(a, item, split);
-            merge_row(first.best[head], first.total[head], mixed, next.best[head], next.total[head],
-                      next.mixed + head * dim, dim);
+            merge_rows(rows, first.best + head, first.total + head, first.mixed + head * dim,
+                       next.best + head, next.total + head, next.mixed + head * dim, dim);
         }
-        write_row(a, a.query_indptr[item.sequence], head, first.total[head], mixed);
+        for (int64_t h = head; h < head + rows; ++h)
+            write_row(a, a.query_indptr[item.sequence], h, first.total[h], first.mixed + h * dim);
     }
 }
 

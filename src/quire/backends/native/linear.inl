@@ -196,26 +196,37 @@ void few_rows(const Linear& a, const int64_t* columns, int64_t stretch, float* l
     }
 }
 
-template <Dtype D>
-void few_columns(const Linear& a, int64_t column, int64_t columns) {
-    int64_t streams = (columns + LANES - 1) / LANES;
+// Outputs [column, column + columns) as STREAMS streams of consecutive rows of weights, which the
+// hardware follows: N of them side by side.
+template <Dtype D, int R, int N, int STREAMS>
+void few_columns(const Linear& a, int64_t column, int64_t columns, int64_t stretch) {
+    constexpr int64_t EACH = LANES / STREAMS;  // outputs of a stream at a time
     std::vector<float> scratch(size_t(a.m * LANES * (LANES + 1)));
     float *lanes = scratch.data(), *totals = lanes + a.m * LANES * LANES;
-    for (int64_t s = 0; s < streams; ++s) {
-        int64_t at[LANES];  // sixteen streams, each of consecutive rows of weights
+    int64_t length = (columns + STREAMS - 1) / STREAMS;
+    for (int64_t done = 0; done < length; done += EACH) {
+        int64_t at[LANES];
+        bool wanted[LANES];
         for (int i = 0; i < LANES; ++i) {
-            int64_t mine = i * streams + s;
-            at[i] = column + (mine < columns ? mine : columns - 1);
+            int64_t mine = done + i / STREAMS, output = i % STREAMS * length + mine;
+            wanted[i] = mine < length && output < columns;
+            at[i] = column + (wanted[i] ? output : columns - 1);
         }
         std::memset(totals, 0, size_t(a.m * LANES) * 4);
-        if (a.m <= 2) few_rows<D, 2, 8>(a, at, CHUNK, lanes, totals);
-        else few_rows<D, 6, 4>(a, at, CHUNK / 2, lanes, totals);
+        few_rows<D, R, N>(a, at, stretch, lanes, totals);
         for (int64_t row = 0; row < a.m; ++row)
-            for (int i = 0; i < LANES && i * streams + s < columns; ++i) {
+            for (int i = 0; i < LANES; ++i) {
+                if (!wanted[i]) continue;
                 float sum = totals[row * LANES + i];
                 a.y[row * a.n + at[i]] = a.bias ? sum + a.bias[at[i]] : sum;
             }
     }
+}
+
+template <Dtype D>
+void few(const Linear& a, int64_t column, int64_t columns) {
+    if (a.m <= 2) few_columns<D, 2, 8, 8>(a, column, columns, CHUNK);
+    else few_columns<D, 6, 4, 16>(a, column, columns, CHUNK / 2);
 }
 
 // ---- many rows -----------------------------------------------------------------------------------
@@ -420,9 +431,9 @@ int64_t tile_rows(int64_t m) {
 
 void linear_few(const Linear& a, int64_t column, int64_t columns) {
     switch (a.dtype) {
-        case Dtype::f32: return few_columns<Dtype::f32>(a, column, columns);
-        case Dtype::bf16: return few_columns<Dtype::bf16>(a, column, columns);
-        case Dtype::f16: return few_columns<Dtype::f16>(a, column, columns);
+        case Dtype::f32: return few<Dtype::f32>(a, column, columns);
+        case Dtype::bf16: return few<Dtype::bf16>(a, column, columns);
+        case Dtype::f16: return few<Dtype::f16>(a, column, columns);
     }
 }
 

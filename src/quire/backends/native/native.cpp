@@ -32,8 +32,9 @@ struct Shares {
         } else {
             int64_t panels = ceil_div(a.n, PANEL), each = panels / (8 * threads);
             columns = PANEL * (each > 4 ? 4 : each < 1 ? 1 : each);
-            constexpr int64_t KEPT = 384;  // of x and y that stay in a core's cache
-            rows = a.tile * (KEPT / a.tile > 1 ? KEPT / a.tile : 1);
+            constexpr int64_t MOST = 1024;  // rows of x that the last cache holds
+            int64_t tiles = ceil_div(a.m, a.tile), parts = ceil_div(a.m, MOST);
+            rows = a.tile * ceil_div(tiles, parts);
         }
         blocks = ceil_div(a.m, rows);
     }
@@ -259,15 +260,20 @@ void Native::run_attention(const Attention& a, int64_t sequences) {
     // All heads of a page together are one long read; fewer where there is too little to share out.
     int64_t heads = a.pool.heads;
     while (heads > 1 && splits * ceil_div(a.pool.heads, heads) < 8 * threads()) heads = (heads + 1) / 2;
+    // Several splits an item where there are enough: queries are laid out once for them.
+    int64_t each = splits / (8 * threads());
+    each = each < 1 ? 1 : each > 8 ? 8 : each;
     float* partials = room(partials_, splits * partial_size(a));
     for (DecodeItem& merge : merges) {
         merge.partials = partials;
         partials += (merge.split_end - merge.split) * partial_size(a);
-        for (int64_t split = merge.split; split < merge.split_end; ++split)
+        for (int64_t split = merge.split; split < merge.split_end; split += each)
             for (int64_t head = 0; head < a.pool.heads; head += heads)
                 one.push_back({merge.sequence, head,
                                head + heads < a.pool.heads ? head + heads : a.pool.heads,
-                               merge.first_split, split, split + 1, merge.partials});
+                               merge.first_split, split,
+                               split + each < merge.split_end ? split + each : merge.split_end,
+                               merge.partials});
     }
     threads_.run(int64_t(many.size()), [&](int64_t i) { kernels_->prefill(a, many[size_t(i)]); });
     threads_.run(int64_t(one.size()), [&](int64_t i) { kernels_->decode(a, one[size_t(i)]); });

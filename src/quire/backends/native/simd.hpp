@@ -214,7 +214,8 @@ inline F16 round_even(F16 a) {
     return a;
 }
 inline F16 scale_by_power(F16 a, F16 n) {
-    for (int i = 0; i < 16; ++i) a.v[i] = std::ldexp(a.v[i], int(n.v[i]));
+    for (int i = 0; i < 16; ++i)  // NaN has no integer
+        if (n.v[i] == n.v[i]) a.v[i] = std::ldexp(a.v[i], int(n.v[i]));
     return a;
 }
 inline F16 keep(F16 a, int low, int high, F16 other) {
@@ -233,21 +234,46 @@ inline void store_some(F16 a, float* p, int n) {
 
 #endif
 
-// Sum and maximum over the lanes, always in the same order.
+// Sum and maximum over the lanes, always in the same order: i with i + 8, then with i + 4, ...
+#if defined(__AVX2__) || defined(__AVX512F__)
+inline __m256 low_half(F16 a) {
+#if defined(__AVX512F__)
+    return _mm512_castps512_ps256(a.v);
+#else
+    return a.a;
+#endif
+}
+inline __m256 high_half(F16 a) {
+#if defined(__AVX512F__)
+    return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1));
+#else
+    return a.b;
+#endif
+}
 inline float sum(F16 a) {
-    alignas(64) float v[16];
-    a.store(v);
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
-    return v[0];
+    __m256 eight = _mm256_add_ps(low_half(a), high_half(a));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 inline float max(F16 a) {
-    alignas(64) float v[16];
-    a.store(v);
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-    return v[0];
+    __m256 eight = _mm256_max_ps(low_half(a), high_half(a));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
+#else
+inline float sum(F16 a) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+    return a.v[0];
+}
+inline float max(F16 a) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
+    return a.v[0];
+}
+#endif
 
 // e^x with error below 2 ulp; -inf gives 0, NaN stays NaN (of a NaN, min and max give the second).
 // Cephes' reduction and polynomial (Moshier, 1992).
