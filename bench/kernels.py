@@ -1,15 +1,21 @@
 """Native kernels against this machine's own limits and against PyTorch, in one run.
 
-    python bench/kernels.py [--seconds 0.5] [--json FILE]
+    python bench/kernels.py [--seconds 0.5] [--json FILE] [--loaded]
 
-Prints, for each case, the median and the spread of several rounds in which the contestants take
-turns, bytes moved or operations done per second, and the share of the limit measured in the same
-run: reading memory (a buffer of 1 GiB, many times the last cache), and multiply-adds in registers.
+Prints, for each case, the median and the spread of several rounds in which the contestants and the
+machine's limit take turns: bytes moved or operations done per second, and the share of the limit:
+reading memory (256 MiB, many times the last cache), or multiply-adds in registers. Virtual machines
+share their bus with others, so a limit holds for its own case only.
 PyTorch is optional (any CPU build); it gets the same number of threads.
+
+--loaded measures a few cases again while another process keeps one core busy: what share of the
+quiet rate is left, for Quire and for PyTorch.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -52,39 +58,42 @@ class Bench:
         self.seconds = seconds
         self.native = NativeBackend()
         self.rows: list[Row] = []
+        self._buffer = np.ones(1 << 28, np.uint8)
         if torch is not None:
             torch.set_num_threads(self.native.threads)
-        self.read, self.multiply = self._limits()
 
-    def _limits(self) -> tuple[float, float]:
-        """GB/s read from memory, GFLOP/s of bf16 multiply-adds."""
-        buffer = np.ones(1 << 30, np.uint8)
-        read = [buffer.nbytes / _time(lambda: self.native.probe_read(buffer)) for _ in range(7)]
-        steps = 1 << 22
-        flops = [
-            self.native.probe_multiply(steps) / _time(lambda: self.native.probe_multiply(steps))
-            for _ in range(7)
-        ]
-        return statistics.median(read) / 1e9, statistics.median(flops) / 1e9
+    def read_limit(self) -> float:
+        """Bytes a second from memory, now."""
+        return self._buffer.nbytes / _time(lambda: self.native.probe_read(self._buffer))
+
+    def multiply_limit(self) -> float:
+        """Operations a second of bf16 multiply-adds in registers, now."""
+        done: list[float] = []
+        seconds = _time(lambda: done.append(self.native.probe_multiply(1 << 20)))
+        return done[0] / seconds
 
     def run(self, case: str, work: float, unit: str, ours: Call, theirs: Call | None) -> None:
         """``work``: bytes (GB/s) or operations (GFLOP/s) of one call."""
-        mine, other = [], []
+        mine, other, limits = [], [], []
         ours(), theirs() if theirs else None
-        repeats = max(1, int(self.seconds / 5 / max(_time(ours), 1e-6)))
-        for _ in range(5):
+        repeats = max(1, int(self.seconds / 7 / max(_time(ours), 1e-6)))
+        for _ in range(7):
             mine.append(_time(ours, repeats))
+            limits.append(self.read_limit() if unit == "GB/s" else self.multiply_limit())
             if theirs is not None:
                 other.append(_time(theirs, repeats if repeats < 20 else repeats // 4))
-        seconds = statistics.median(mine)
-        limit = self.read if unit == "GB/s" else self.multiply
+        seconds, limit = statistics.median(mine), statistics.median(limits) / 1e9
         times = statistics.median(other) / seconds if other else None
         spread = (max(mine) - min(mine)) / 2 / seconds
         rate = work / seconds / 1e9
         row = Row(case, unit, rate, spread, rate / limit, times)
         self.rows.append(row)
         beside = "" if times is None else f"  {times:5.2f} x torch"
-        print(f"{case:44} {rate:8.1f} {unit:8} ±{spread:4.0%}  {rate / limit:5.0%}{beside}")
+        print(
+            f"{case:40} {rate:7.1f} {unit:8} ±{spread:4.0%}  "
+            f"{rate / limit:5.0%} of {limit:5.1f}{beside}",
+            flush=True,
+        )
 
 
 def _time(call: Call, repeats: int = 1) -> float:
@@ -111,7 +120,7 @@ def linear(bench: Bench, rows: int, out: int, inner: int) -> None:
         ]
         tx = torch.from_numpy(x).bfloat16()
         theirs = lambda: torch.nn.functional.linear(tx, tensors[next(turn) % copies])  # noqa: E731
-    few = rows < 64
+    few = rows <= 8
     bench.run(
         f"linear {rows} x {inner} -> {out}, bf16",
         out * inner * 2 if few else 2.0 * rows * out * inner,
@@ -158,28 +167,68 @@ def attention(bench: Bench, sequences: int, context: int, new: int, dim: int) ->
     )
 
 
+def _burn(cpu: int) -> None:
+    os.sched_setaffinity(0, {cpu})
+    while True:
+        pass
+
+
+def loaded(bench: Bench) -> None:
+    """One core kept busy by another process: rates beside it, relative to those without."""
+    cases: list[Callable[[], None]] = [
+        lambda: linear(bench, 1, 8192, 2048),
+        lambda: linear(bench, 512, 8192, 2048),
+        lambda: attention(bench, 8, 1024, 1, 64),
+    ]
+    print("\nbeside a process that keeps one core busy")
+    before = len(bench.rows)
+    for case in cases:
+        case()
+    busy = multiprocessing.Process(target=_burn, args=(max(os.sched_getaffinity(0)),), daemon=True)
+    busy.start()
+    try:
+        for case in cases:
+            case()
+    finally:
+        busy.kill()
+    rows = bench.rows[before:]
+    for quiet, beside in zip(rows[: len(cases)], rows[len(cases) :], strict=True):
+        left = beside.rate / quiet.rate
+        torch_left = ""
+        if quiet.times_torch and beside.times_torch:
+            torch_left = f", torch {left * quiet.times_torch / beside.times_torch:.0%}"
+        print(f"{quiet.case:40} keeps {left:.0%} of its rate{torch_left}")
+
+
 def main() -> None:
     """Run all cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each case")
     parser.add_argument("--json", help="write the rows to a file too")
+    parser.add_argument("--loaded", action="store_true", help="only beside a busy process")
     options = parser.parse_args()
     bench, machine = Bench(options.seconds), this_machine()
     versions = f"NumPy {np.__version__}, torch {torch.__version__ if torch else 'absent'}"
-    print(f"{machine.cpu_name}, {bench.native.variant}, {bench.native.threads} threads, {versions}")
-    print(f"limits: read {bench.read:.1f} GB/s, multiply {bench.multiply:.0f} GFLOP/s\n")
-    for rows in (1, 4):
-        linear(bench, rows, 8192, 2048)
-    for rows in (512, 2048):
+    print(
+        f"{machine.cpu_name}, {bench.native.variant}, {bench.native.threads} threads, {versions}\n"
+    )
+    if options.loaded:
+        loaded(bench)
+    else:
+        _all_cases(bench)
+    if options.json:
+        rows = [asdict(row) for row in bench.rows]
+        Path(options.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _all_cases(bench: Bench) -> None:
+    for rows in (1, 2, 4, 8, 32, 512, 2048):
         linear(bench, rows, 8192, 2048)
     for dim in (64, 128):
         for sequences, context in ((1, 1024), (1, 8192), (1, 32768), (8, 1024), (8, 4096)):
             attention(bench, sequences, context, 1, dim)
-    for context in (2048, 4096):
-        attention(bench, 1, context, context, 64)
-    if options.json:
-        rows = [asdict(row) for row in bench.rows]
-        Path(options.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    for dim, context in ((64, 2048), (64, 4096), (64, 16384), (128, 4096)):
+        attention(bench, 1, context, context, dim)
 
 
 if __name__ == "__main__":

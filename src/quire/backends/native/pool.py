@@ -1,5 +1,7 @@
 """Storage of one layer's pages in the layout that the native kernels read."""
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +15,6 @@ from quire.pages import PageShape
 __all__ = ["DTYPES", "NativePool"]
 
 Array = npt.NDArray[Any]
-
-LINE = 64  # bytes
 
 # The extension's dtype codes.
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -33,8 +33,8 @@ class NativePool:
         self.shape, self.num_pages = shape, num_pages
         heads, size, dtype = shape.num_kv_heads, shape.page_size, shape.format.dtype
         try:
-            self.key = _lines((num_pages, heads * size * shape.key_dim), dtype)
-            self.value = _lines((num_pages, heads * size * shape.value_dim), dtype)
+            self.key = _zeros((num_pages, heads * size * shape.key_dim), dtype)
+            self.value = _zeros((num_pages, heads * size * shape.value_dim), dtype)
         except MemoryError as error:
             raise BackendError(
                 f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
@@ -69,9 +69,17 @@ class NativePool:
         )
 
 
-def _lines(shape: tuple[int, int], dtype: Any) -> Array:
-    """Zeros that start at a cache line, so that no vector of a page lies across two."""
+def _zeros(shape: tuple[int, int], dtype: Any) -> Array:
+    """Zeros from the system, page-aligned, on huge pages where it has them.
+
+    Scattered reads through 4 KiB pages wait for page walks. Raises MemoryError.
+    """
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize
-    room = np.zeros(size + LINE, np.uint8)
-    start = -room.ctypes.data % LINE
-    return room[start : start + size].view(dtype).reshape(shape)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(str(error)) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
