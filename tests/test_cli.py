@@ -310,8 +310,17 @@ def test_bench_prints_a_table_and_json() -> None:
         assert row["decode_tokens_per_s"] > 0
         page = 2 * 2 * 64 * 2 * 16 * found_layers()  # K and V, KV heads, head_dim, bf16, tokens
         assert row["kv_bytes_peak"] == pages * page
+        # Three decoded tokens: their mean context is one more than the prompt.
+        weights = (QUILL / "model.safetensors").stat().st_size
+        kv = (row["tokens"] + 2) * page // 16
+        assert 0 < weights + kv - row["decode_bytes_per_token"] < 100_000  # header
+        moved = row["decode_bytes_per_token"] * row["decode_tokens_per_s"]
+        assert row["decode_bytes_per_s"] == pytest.approx(moved)
+        share = row["decode_bytes_per_s"] / found["read_bytes_per_s"]
+        assert row["share_of_read_bandwidth"] == pytest.approx(share)
     table = run(*args, "--decode-tokens", "3").stdout
     assert b"peak memory" in table
+    assert b"decode at 40: " in table
     refused = run("bench", "--lengths", "4096")
     assert (refused.returncode, b"more than the context" in refused.stderr) == (2, True)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors import safe_open
 
 import quire
 from quire import CacheConfig, Completion, Engine, SamplingParams
@@ -911,3 +912,33 @@ def test_progress_is_told_while_loading(llama: Path) -> None:
     Engine(llama, cache=cache, progress=lambda *facts: told.append(facts))
     assert [done for _, done, _ in told] == list(range(1, len(told) + 1))
     assert told[-1][1] == told[-1][2] == 2 * 9 + 3  # tensors of the tiny Llama
+
+
+# -- what a decode step reads
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_decode_bytes_are_the_weights_and_what_the_token_sees(root: Path, tied: bool) -> None:
+    directory = write_llama(root / f"read-{tied}", tie_word_embeddings=tied)
+    with safe_open(directory / "model.safetensors", framework="numpy") as file:
+        stored = {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118
+    if tied:
+        stored.pop("lm_head.weight", None)  # the same again, never loaded
+    else:
+        stored.pop("model.embed_tokens.weight")  # a step reads single rows of it
+    engine = tiny_engine(directory)
+    for context in (0, 5, 40):
+        kept = engine.decode_bytes(context) - sum(stored.values())
+        per_token = sum(
+            2 * shape.num_kv_heads * shape.key_dim * shape.format.dtype.itemsize
+            for shape in engine.cache.layout.shapes
+        )
+        assert kept == (context + 1) * per_token
+
+
+def test_a_windowed_token_reads_no_more_than_its_window(root: Path) -> None:
+    engine = tiny_engine(write_sliding(root / "read-sliding"))
+    weights = engine.decode_bytes(0) - engine.cache.layout.token_bytes(0)
+    for context, seen in ((2, 3), (WINDOW - 1, WINDOW), (WINDOW, WINDOW), (60, WINDOW)):
+        kept = engine.decode_bytes(context) - weights
+        assert kept == seen * engine.cache.layout.token_bytes(0)

@@ -16,7 +16,7 @@ from quire.cli.bench import bench
 from quire.cli.chat import chat
 from quire.cli.doctor import doctor
 from quire.cli.generate import generate
-from quire.errors import QuireError
+from quire.errors import QuireError, did_you_mean
 
 __all__ = ["cli", "main"]
 
@@ -27,8 +27,7 @@ class _Commands(click.Group):
     """A group that names the nearest command for an unknown one and leaves quietly on EPIPE."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        from quire.errors import did_you_mean
-
+        """The command that ``args`` names; UsageError, with the nearest name, if there is none."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -37,6 +36,7 @@ class _Commands(click.Group):
             ) from error
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exit code 141 if the reader of its output went away."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()

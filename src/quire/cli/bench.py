@@ -176,23 +176,24 @@ def _print(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         f"{setting['page_size']} tokens, {setting['cpu']}, {setting['threads']} threads",
         caption=f"median of {setting['repeats']}, ± half of greatest less least",
     )
-    columns = ("tokens", "first token s", "prefill tok/s", "decode tok/s", "read a token", "read")
-    for name in (*columns, "of limit", "KV", "peak memory"):
+    for name in ("tokens", "first token s", "prefill tok/s", "decode tok/s", "KV", "peak memory"):
         table.add_column(name, justify="right")
     for row in rows:
-        memory, share = row["memory_bytes_peak"], row["share_of_read_bandwidth"]
+        memory = row["memory_bytes_peak"]
         table.add_row(
             str(row["tokens"]),
             f"{row['ttft_s']:.3f} {_spread(row, 'ttft_s')}",
             f"{row['prefill_tokens_per_s']:.0f}",
             f"{row['decode_tokens_per_s']:.1f} {_spread(row, 'decode_tokens_per_s')}",
-            format_bytes(row["decode_bytes_per_token"]),
-            f"{row['decode_bytes_per_s'] / 1e9:.1f} GB/s",
-            "unknown" if share is None else f"{share:.0%}",
             format_bytes(row["kv_bytes_peak"]),
             "unknown" if memory is None else format_bytes(memory),
         )
     Console().print(table)
     limit = setting["read_bytes_per_s"]
-    if limit is not None:
-        click.echo(f"limit: memory reads {limit / 1e9:.1f} GB/s on {setting['threads']} threads")
+    for row in rows:
+        share = row["share_of_read_bandwidth"]
+        of_limit = "" if share is None else f", {share:.0%} of the {limit / 1e9:.1f} memory gives"
+        click.echo(
+            f"decode at {row['tokens']}: {format_bytes(row['decode_bytes_per_token'])} read a "
+            f"token, {row['decode_bytes_per_s'] / 1e9:.1f} GB/s{of_limit}"
+        )
