@@ -243,6 +243,12 @@ def new_pool(pages: int = 4) -> "native.pool.NativePool":
     return NativeBackend(threads=1).pool(PageShape(16, 2, 32, 32, page_format("bf16")), pages)
 
 
+@pytest.mark.parametrize("pages", [2**38, 2**60])
+def test_a_pool_beyond_all_memory_is_refused_with_its_size(pages: int) -> None:
+    with pytest.raises(BackendError, match=f"no memory for {pages} pages of 4096 bytes"):
+        new_pool(pages)
+
+
 @pytest.mark.parametrize("slot", [-1, 64, 2**40])
 def test_append_refuses_slots_outside_the_pool(kernels: "extension.Native", slot: int) -> None:
     new = np.zeros((1, 2, 32), np.float32)

@@ -40,6 +40,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     def snapshot(local: bool) -> Path:
+        """The model's files, from the local cache only or from the hub."""
         return Path(
             snapshot_download(
                 name,

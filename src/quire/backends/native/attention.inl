@@ -482,7 +482,7 @@ void prefill_item(const Attention& a, const PrefillItem& item) {
     }
 }
 
-// ---- one token of a sequence, all heads of a page together -------------------------------------------
+// ---- one token of a sequence, all heads of a page together ----------------------------------------
 
 // What one split of one token gives: of every query head the maximum, the sum of weights and the
 // weighted sum of values.
@@ -504,7 +504,8 @@ struct Heads {
         int64_t share = a.num_heads / a.pool.heads, count = item.head_end - item.head;
         queries.resize(size_t(count * share * a.pool.key_dim));
         static thread_local std::vector<float> room;  // kept: clearing it would cost a pass
-        if (room.size() < size_t(count * share * SPLIT) + 16) room.resize(size_t(count * share * SPLIT) + 16);
+        size_t need = size_t(count * share * SPLIT) + 16;
+        if (room.size() < need) room.resize(need);
         scores = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) &
                                           ~uintptr_t(63));
         for (int64_t h = item.head; h < item.head_end; ++h)

@@ -244,7 +244,7 @@ struct Asking {
         if (column >= a.n || at >= end) return;
         rows = a.n - column < PANEL ? a.n - column : PANEL;
         line = static_cast<const char*>(a.weight) + (column * a.k + at * PER_WORD<D>) * WIDTH;
-        left = lines = (end - at) * PER_WORD<D> * WIDTH / 64;
+        left = lines = ((end - at) * PER_WORD<D> * WIDTH + 63) / 64;
         skip = a.k * WIDTH - lines * 64;
     }
     void next() {
@@ -416,7 +416,8 @@ void tile_words(const float* x, Dtype dtype, int64_t m, int64_t k, int64_t row, 
                     auto* numbers = reinterpret_cast<uint16_t*>(words);
                     store_bf16(from, numbers), store_bf16(from + LANES, numbers + LANES);
                 } else {
-                    for (int l = 0; l < LANES; ++l) words[l] = word_of(x + (row + r) * k, dtype, k, at + l);
+                    for (int l = 0; l < LANES; ++l)
+                        words[l] = word_of(x + (row + r) * k, dtype, k, at + l);
                 }
                 for (int l = 0; l < LANES; ++l) to[(l * steps + s) * rows + r] = words[l];
             }

@@ -35,7 +35,7 @@ class NativePool:
         try:
             self.key = _zeros((num_pages, heads * size * shape.key_dim), dtype)
             self.value = _zeros((num_pages, heads * size * shape.value_dim), dtype)
-        except MemoryError as error:
+        except (OSError, OverflowError, ValueError) as error:
             raise BackendError(
                 f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
             ) from error
@@ -72,13 +72,11 @@ class NativePool:
 def _zeros(shape: tuple[int, int], dtype: Any) -> Array:
     """Zeros from the system, page-aligned, on huge pages where it has them.
 
-    Scattered reads through 4 KiB pages wait for page walks. Raises MemoryError.
+    Scattered reads through 4 KiB pages wait for page walks. Raises OSError or, for sizes beyond any
+    address, OverflowError or ValueError.
     """
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError, ValueError) as error:
-        raise MemoryError(str(error)) from error
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

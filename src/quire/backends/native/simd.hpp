@@ -17,6 +17,8 @@
 namespace quire {
 namespace {
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "pairs of bf16 are little-endian words");
+
 constexpr int LANES = 16;
 
 inline float bf16_to_float(uint16_t x) {
