@@ -392,7 +392,10 @@ void row_words(const float* x, Dtype dtype, int64_t k, int64_t stride, uint32_t*
     if (dtype == Dtype::bf16) {
         auto* numbers = reinterpret_cast<uint16_t*>(out);
         int64_t i = 0;
-        for (; i + LANES <= k; i += LANES) store_bf16(x + i, numbers + i);
+        // Whole vectors of words only, as in `tile_words`: the instruction drops denormals, the
+        // plain rounding of the rest keeps them, and both kernels must see the same numbers.
+        for (; i + 2 * LANES <= k; i += 2 * LANES)
+            store_bf16(x + i, numbers + i), store_bf16(x + i + LANES, numbers + i + LANES);
         for (; i < 2 * stride; ++i) numbers[i] = i < k ? float_to_bf16(x[i]) : 0;
     } else {
         for (int64_t i = 0; i < stride; ++i) out[i] = word_of(x, dtype, k, i);
