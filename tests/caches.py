@@ -37,14 +37,19 @@ def layout_of(page_size: int, windows: Windows = (None,), format: str = "fp32") 
     return CacheLayout(page_size, groups, (shape,) * len(windows))
 
 
-def cache_over(layout: CacheLayout, num_pages: int | Sequence[int]) -> KVCache:
-    """An empty cache with ``num_pages`` pages, of every group or of each."""
+def cache_over(
+    layout: CacheLayout, num_pages: int | Sequence[int], identity: bytes | None = None
+) -> KVCache:
+    """An empty cache with ``num_pages`` pages, of every group or of each.
+
+    It shares prefixes if it has an ``identity``.
+    """
     counts = [num_pages] * len(layout.groups) if isinstance(num_pages, int) else list(num_pages)
     pools = [
         ReferencePool(shape, counts[group])
         for shape, group in zip(layout.shapes, layout.group_of_layer, strict=True)
     ]
-    return KVCache(layout, counts, pools)
+    return KVCache(layout, counts, pools, identity)
 
 
 def cache_of(page_size: int, num_pages: int, windows: Windows = (None,)) -> KVCache:

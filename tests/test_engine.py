@@ -279,8 +279,8 @@ def test_a_pool_too_small_for_all_preempts_and_gives_the_tokens_of_each_alone(
         engine.step()
         engine.cache.check()
         # Who gave way comes back before those who arrived later.
-        running = [sample.request.arrival for sample in engine._running]
-        waiting = [sample.request.arrival for sample in engine._waiting]
+        running = [sample.request.arrival for sample in engine._queues.running]
+        waiting = [sample.request.arrival for sample in engine._queues.waiting]
         assert running + waiting == sorted(running + waiting)
     assert_idle(engine)
     done = [request.completions[0] for request in requests]
@@ -724,7 +724,8 @@ def test_a_step_that_fails_leaves_things_so_that_the_next_one_repeats_it(
     engine.cache.check()
     assert [list(s.tokens) for request in requests for s in request.samples] == tokens
     after = {s: engine.cache.length(s) for s in engine.cache.sequences}
-    assert all(after[s] == lengths.get(s, 0) for s in after)  # admitted ones are still empty
+    found = {sample.sequence: sample.computed for r in requests for sample in r.samples}
+    assert all(after[s] == lengths.get(s, found[s]) for s in after)  # admitted ones have their hit
     run_all(engine)
     for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
         expected = alone(mixed, prompt, sampled(12, seed=i))
@@ -896,7 +897,7 @@ def test_pages_are_kept_in_the_format_asked_for(root: Path, dtype: str) -> None:
 
 
 def test_a_whole_page_is_a_contiguous_cache(mixed: Path) -> None:
-    whole = tiny_engine(mixed, page_size="whole", num_pages=2)
+    whole = tiny_engine(mixed, page_size="whole", num_pages=2, prefix_cache=False)
     assert whole.cache.layout.page_size == CONTEXT
     prompts = [random_prompt(20), random_prompt(3, seed=1), random_prompt(70, seed=2)]
     done = whole.generate(prompts, greedy(10))

@@ -164,7 +164,7 @@ class Schedule:
     def _disturb(self) -> None:
         """Fork a running sequence, so that it must copy its page; forget others; cancel."""
         cache, random = self.engine.cache, self.random
-        running = [s.sequence for s in self.engine._running if s.sequence is not None]
+        running = [s.sequence for s in self.engine._queues.running if s.sequence is not None]
         if running and random.random() < 0.2 and len(self.others) < 6:
             self.others.append(cache.fork(running[random.integers(len(running))]))
         if self.others and random.random() < 0.4:

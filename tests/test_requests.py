@@ -21,6 +21,8 @@ REFUSED: dict[str, list[Any]] = {
     "repetition_penalty": [0, 0.0, -1.0, 101, NAN, INF, "1", None, True],
     "presence_penalty": [-101, 100.1, NAN, INF, "1", None, True],
     "frequency_penalty": [-101, 100.1, NAN, -INF, "1", None, True],
+    "beam_width": [0, -1, 65, 2.0, True, "2", None],
+    "length_penalty": [-101, 100.1, NAN, INF, "1", None, True],
     "n": [0, -3, 1.0, True, "2", None],
     "seed": [-1, 2**64, 0.5, True, "7", NAN],
     "logprobs": [-1, 0.5, True, "5", NAN],

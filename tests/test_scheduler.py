@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from quire import KVCache, SamplingParams
 from quire.backends.reference import ReferencePool
+from quire.cache import PrefixMatch, PrefixQuery
 from quire.engine.request import Request, Sample, Status
 from quire.engine.scheduler import CacheView, Limits, StepPlan, plan_step
 from quire.layout import CacheLayout, LayerGroup
@@ -40,13 +41,21 @@ class FakeCache:
             return (end,)
         return end, end - max(0, length - self.window + 1) // self.page_size
 
-    def cost(self, sequence: int | None, new_tokens: int) -> Pages:
+    def match(self, query: PrefixQuery, limit: int) -> None:
+        """Nothing is cached."""
+
+    def shareable(self, tokens: int) -> int:
+        return 0
+
+    def cost(self, sequence: int | PrefixMatch | None, new_tokens: int) -> Pages:
+        assert not isinstance(sequence, PrefixMatch)
         length = 0 if sequence is None else self.lengths[sequence]
         more = -(-(length + new_tokens) // self.page_size) - -(-length // self.page_size)
         return (more,) * len(self.free_pages)
 
-    def growth(self, sequence: int | None, new_tokens: int) -> Pages:
+    def growth(self, sequence: int | PrefixMatch | None, new_tokens: int) -> Pages:
         """By growing it, token by token."""
+        assert not isinstance(sequence, PrefixMatch)
         length = 0 if sequence is None else self.lengths[sequence]
         start = self._held(length)
         most = [0] * len(start)
@@ -301,7 +310,7 @@ def test_more_decodes_than_budget_serve_the_oldest_first() -> None:
 
 
 def test_nothing_to_do_is_an_empty_plan() -> None:
-    assert plan_step([], [], Limits(8, 8), FakeCache(4, (4,))) == StepPlan((), (), ())
+    assert plan_step([], [], Limits(8, 8), FakeCache(4, (4,))) == StepPlan((), (), (), ())
 
 
 def test_a_kvcache_is_a_cache_view() -> None:

@@ -67,10 +67,13 @@ def tiny_engine(
     page_size: int | str = 4,
     num_pages: int = 64,
     kv_format: str = "auto",
+    prefix_cache: bool = True,
     **limits: Any,
 ) -> quire.Engine:
     """An engine on the reference backend with a pool of ``num_pages`` pages a group."""
-    cache = quire.CacheConfig(page_size=page_size, num_pages=num_pages, kv_format=kv_format)
+    cache = quire.CacheConfig(
+        page_size=page_size, num_pages=num_pages, kv_format=kv_format, prefix_cache=prefix_cache
+    )
     return quire.Engine(directory, backend="reference", cache=cache, **limits)
 
 

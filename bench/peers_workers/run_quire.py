@@ -25,6 +25,7 @@ class QuireWorker:
                 page_size=page,
                 kv_format=wanted.get("kv_format", "auto"),
                 num_pages=-(-message["tokens"] // page) + 2 * sequences,
+                prefix_cache=False,
             ),
         )
         backend = self.engine.backend

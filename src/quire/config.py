@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 from quire.errors import ConfigError, did_you_mean
@@ -210,21 +211,53 @@ class CacheConfig:
     kv_format   page format; ``"auto"`` is the checkpoint's own dtype.
     kv_memory   bytes for all pages of all layers, as an int or as text such as ``"2GiB"``.
     num_pages   pages of every layer group, instead of ``kv_memory``.
+    prefix_cache   keep pages of finished requests while there is room, and share equal prefixes.
+    host_cache  bytes of host memory for pages that the pool gives up; None has no such tier.
+    cache_dir   directory where whole pages are kept for later processes; None has no such tier.
+    disk_cache  most bytes of the files in ``cache_dir``, at any moment; 20 GiB if not given.
     """
 
     page_size: int | Literal["whole"] = 16
     kv_format: str = "auto"
     kv_memory: int | str = "2GiB"
     num_pages: int | None = None
+    prefix_cache: bool = True
+    host_cache: int | str | None = None
+    cache_dir: str | Path | None = None
+    disk_cache: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.page_size != "whole":
             _require_int("CacheConfig", "page_size", self.page_size)
         if self.num_pages is not None:
             _require_int("CacheConfig", "num_pages", self.num_pages)
+        if not isinstance(self.prefix_cache, bool):
+            raise ConfigError(
+                f"CacheConfig: prefix_cache must be True or False, not {self.prefix_cache!r}"
+            )
         if not isinstance(self.kv_format, str):
             raise ConfigError(f"CacheConfig: kv_format must be text, not {self.kv_format!r}")
         object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
+        self._check_tiers()
+
+    def _check_tiers(self) -> None:
+        if self.disk_cache is not None and self.cache_dir is None:
+            raise ConfigError("CacheConfig: disk_cache needs a cache_dir to keep pages in")
+        if self.cache_dir is not None:
+            if not isinstance(self.cache_dir, str | Path):
+                raise ConfigError(f"CacheConfig: cache_dir must be a path, not {self.cache_dir!r}")
+            disk = "20GiB" if self.disk_cache is None else self.disk_cache
+            object.__setattr__(self, "disk_cache", parse_bytes(disk))
+        if self.host_cache is not None:
+            object.__setattr__(self, "host_cache", parse_bytes(self.host_cache))
+        for name in ("host_cache", "cache_dir"):
+            if getattr(self, name) is not None and not self.prefix_cache:
+                raise ConfigError(f"CacheConfig: {name} needs prefix_cache, which is off")
+            if getattr(self, name) is not None and self.page_size == "whole":
+                raise ConfigError(
+                    f"CacheConfig: {name} keeps whole pages, and a page of page_size 'whole' is "
+                    "never whole; give a page_size in tokens"
+                )
 
 
 @settings

@@ -10,6 +10,8 @@
     ├── BackendError                      a backend that is unknown or not available here
     └── CacheError                        a misuse of the KV cache
         ├── CacheFull                     too few free pages; nothing was changed
+        ├── SessionError                  a session file that cannot be written or used
+        ├── TierError                     a tier, or a store of one, that cannot be used
         └── CacheInvariantError           the cache's books do not balance: a bug in Quire
 
 Each message says what happened, with which numbers, and what to do about it.
@@ -27,6 +29,8 @@ __all__ = [
     "ConfigError",
     "QuireError",
     "RequestError",
+    "SessionError",
+    "TierError",
     "UnsupportedArchitecture",
     "did_you_mean",
 ]
@@ -62,6 +66,14 @@ class CacheError(QuireError):
 
 class CacheFull(CacheError):
     """There are too few free pages. The cache is as it was before the call."""
+
+
+class SessionError(CacheError):
+    """A session file cannot be written, or cannot be used: damaged, or of something else."""
+
+
+class TierError(CacheError):
+    """A tier below the pool cannot be used: its directory, its file or its budget."""
 
 
 class CacheInvariantError(CacheError):

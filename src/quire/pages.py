@@ -15,7 +15,15 @@ import numpy.typing as npt
 
 from quire.errors import ConfigError, did_you_mean
 
-__all__ = ["PAGE_FORMATS", "PageFormat", "PagePool", "PageShape", "page_format"]
+__all__ = [
+    "PAGE_FORMATS",
+    "PageFormat",
+    "PagePool",
+    "PageShape",
+    "export_rows",
+    "import_rows",
+    "page_format",
+]
 
 Array = npt.NDArray[Any]
 
@@ -93,6 +101,28 @@ class PageShape:
         return self.page_size * self.bytes_per_token
 
 
+def export_rows(arrays: Sequence[Array], pages: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """Rows ``pages`` of C-contiguous arrays, the bytes of each array's row behind the other's."""
+    ids = np.asarray(pages, dtype=np.int64)
+    rows = [array.reshape(len(array), -1).view(np.uint8) for array in arrays]
+    out = np.empty((len(ids), sum(row.shape[1] for row in rows)), np.uint8)
+    start = 0
+    for row in rows:
+        np.take(row, ids, axis=0, out=out[:, start : start + row.shape[1]])
+        start += row.shape[1]
+    return out
+
+
+def import_rows(arrays: Sequence[Array], pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
+    """Overwrite rows ``pages`` with what :func:`export_rows` gave."""
+    ids = np.asarray(pages, dtype=np.int64)
+    start = 0
+    for array in arrays:
+        row = array.reshape(len(array), -1).view(np.uint8)
+        row[ids] = data[:, start : start + row.shape[1]]
+        start += row.shape[1]
+
+
 class PagePool(Protocol):
     """The storage of all pages of one layer, owned by a backend in a layout of its own."""
 
@@ -112,3 +142,16 @@ class PagePool(Protocol):
 
         Slots that hold no token have undefined content.
         """
+
+    def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Copies of whole pages as they lie in the pool, uint8 ``[n, shape.bytes_per_page]``.
+
+        Keys, then values, in the backend's own layout: for :meth:`import_pages` of a pool of the
+        same backend, variant and shape, and for nobody else.
+        """
+
+    def import_pages(self, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
+        """Overwrite whole pages with what :meth:`export_pages` gave."""
+
+    def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
+        """Zero the slots from ``first`` on in what :meth:`export_pages` gave, in place."""

@@ -25,6 +25,13 @@ class Backend(Protocol):
 
     name: str
 
+    @property
+    def identity(self) -> str:
+        """What decides the bits of its results and the layout of its pages, beside their inputs.
+
+        Pages that outlive the process are only read where it is the same.
+        """
+
     def weight(self, array: HostArray) -> Array:
         """Take a tensor of the checkpoint (fp32, bf16 or fp16; may be a read-only memory map)."""
 

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from quire.backends.blocks import AttentionParams, MlpParams, attention_block, mlp_block
 from quire.batch import GroupBatch, PagedBatch
 from quire.errors import BackendError
-from quire.pages import PagePool, PageShape
+from quire.machine import this_machine
+from quire.pages import PagePool, PageShape, export_rows, import_rows
 
 __all__ = ["ReferenceBackend", "ReferencePool"]
 
@@ -59,6 +60,21 @@ class ReferencePool:
         ids = np.asarray(pages, dtype=np.int64)
         return self.key[ids], self.value[ids]
 
+    def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """See :class:`quire.pages.PagePool`."""
+        return export_rows((self.key, self.value), pages)
+
+    def import_pages(self, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        import_rows((self.key, self.value), pages, data)
+
+    def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        at = self.key[0].nbytes
+        for part, stored in ((data[:, :at], self.key), (data[:, at:], self.value)):
+            slot = stored[0, 0].nbytes
+            part[:, first * slot :] = 0
+
     def block(self, slots: Array, offset: int) -> tuple[Array, Array]:
         """K and V of one block as float32 ``[num_kv_heads, BLOCK, dim]``.
 
@@ -78,6 +94,11 @@ class ReferenceBackend:
     """See :class:`quire.backends.base.Backend` for what each op does, with shapes and sources."""
 
     name = "reference"
+
+    @property
+    def identity(self) -> str:
+        """NumPy and the processor, on which BLAS's choice of kernels depends."""
+        return f"reference, numpy {np.__version__}, {this_machine().cpu_name}"
 
     def weight(self, array: Array) -> Array:
         """A float32 copy, made once."""

@@ -1,7 +1,17 @@
 """The cache's bookkeeping: pages, tables, sequences. Ints only; numbers live in backend pools."""
 
 from quire.cache.export import KVArrays, LayerKV
-from quire.cache.kvcache import KVCache, Reservation
+from quire.cache.kvcache import KVCache
+from quire.cache.prefix import PrefixMatch, PrefixQuery
+from quire.cache.sequence import Reservation
 from quire.cache.usage import CacheUsage
 
-__all__ = ["CacheUsage", "KVArrays", "KVCache", "LayerKV", "Reservation"]
+__all__ = [
+    "CacheUsage",
+    "KVArrays",
+    "KVCache",
+    "LayerKV",
+    "PrefixMatch",
+    "PrefixQuery",
+    "Reservation",
+]

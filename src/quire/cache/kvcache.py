@@ -2,18 +2,26 @@
 
 A step prepares with :meth:`KVCache.reserve` and finishes with :meth:`KVCache.commit`; only commit
 changes a sequence. Between the two, :meth:`KVCache.rollback` leaves the cache as it was.
+With a prefix index, whole pages of sequences whose token ids are told at the commit are found by
+later sequences that begin with the same tokens (:meth:`KVCache.match`).
 Not thread-safe.
 """
 
+import operator
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 
 from quire.batch import PagedBatch
 from quire.cache.allocator import PageAllocator
 from quire.cache.export import KVArrays, LayerKV, arrange, require_layout
+from quire.cache.prefix import TOKEN_BYTES, PrefixIndex, PrefixMatch, PrefixQuery
+from quire.cache.sequence import Growth, Reservation, SequenceState, grown
+from quire.cache.sharing import PrefixSharing
 from quire.cache.table import PageTable, flatten
 from quire.cache.usage import CacheUsage
 from quire.errors import CacheError, CacheFull, CacheInvariantError
@@ -23,53 +31,22 @@ from quire.pages import PagePool
 __all__ = ["KVCache", "Reservation"]
 
 
-@dataclass
-class _Sequence:
-    tables: list[PageTable]
-    length: int = 0
-    growth: "list[_Growth] | None" = None  # of an open reservation
-
-
-@dataclass
-class _Growth:
-    """What a reservation holds for one sequence in one group.
-
-    ``copy_to`` is a private copy of the unfinished last page, when that page is shared.
-    """
-
-    new_pages: list[int] = field(default_factory=list)
-    copy_to: int | None = None
-
-
-@dataclass(eq=False)
-class Reservation:
-    """Pages set aside for one step. ``batch`` is what the step's kernels read."""
-
-    chunks: tuple[tuple[int, int], ...]
-    batch: PagedBatch
-    _growth: list[list[_Growth]]
-    _open: bool = True
-
-
-def _grown(table: PageTable, growth: _Growth) -> PageTable:
-    """The table as it is after the commit of ``growth``."""
-    grown = table.copy()
-    if growth.copy_to is not None:
-        grown.pages[-1] = growth.copy_to
-    grown.pages.extend(growth.new_pages)
-    return grown
-
-
 class KVCache:
     """Paged keys and values of many sequences.
 
     layout     layer groups and page shapes
     num_pages  pages of each group
     pools      one pool a layer, each with at least its group's number of pages
+    identity   of what computes the pages; None for a cache that shares no prefixes. Prefixes that
+               were computed by something else are others
     """
 
     def __init__(
-        self, layout: CacheLayout, num_pages: Sequence[int], pools: Sequence[PagePool]
+        self,
+        layout: CacheLayout,
+        num_pages: Sequence[int],
+        pools: Sequence[PagePool],
+        identity: bytes | None = None,
     ) -> None:
         if len(num_pages) != len(layout.groups) or len(pools) != len(layout.shapes):
             raise CacheError(
@@ -85,24 +62,76 @@ class KVCache:
                 )
         self.layout = layout
         self.pools = tuple(pools)
-        self._allocators = tuple(PageAllocator(count) for count in num_pages)
-        self._sequences: dict[int, _Sequence] = {}
+        self._allocators = tuple(
+            PageAllocator(count, partial(self._on_evict, group))
+            for group, count in enumerate(num_pages)
+        )
+        self.prefix: PrefixIndex | None = None
+        self._sharing: PrefixSharing | None = None
+        if identity is not None:
+            self.prefix = PrefixIndex(layout, self._allocators, identity)
+            self._sharing = PrefixSharing(layout, self._allocators, self.prefix)
+        self._sequences: dict[int, SequenceState] = {}
         self._reservations: list[Reservation] = []
         self._next = 0
 
     # -- sequences ---------------------------------------------------------------------------
 
-    def create(self) -> int:
-        """Admit an empty sequence; returns its handle. Takes no pages."""
-        tables = [PageTable() for _ in self.layout.groups]
-        return self._add(_Sequence(tables))
+    def match(self, query: PrefixQuery, limit: int | None = None) -> PrefixMatch:
+        """The longest cached prefix of ``query``, of at most ``limit`` tokens; changes nothing.
+
+        Without a prefix index it is empty. Valid until the cache is changed.
+        """
+        if self.prefix is None:
+            groups = len(self.layout.groups)
+            return PrefixMatch(query.salt, 0, None, (0,) * groups, ((),) * groups)
+        return self.prefix.match(query, limit)
+
+    def create(self, match: PrefixMatch | None = None) -> int:
+        """Admit a sequence; returns its handle.
+
+        Without ``match`` it is empty, takes no pages and stays out of the prefix index. With one it
+        begins with the matched tokens, on the pages of the match; an unfinished one is copied when
+        it is first written to. Raises CacheError for a match that is stale.
+        """
+        if match is None or self._sharing is None:
+            return self._add(SequenceState([PageTable() for _ in self.layout.groups]))
+        return self._add(self._sharing.start(match))
+
+    def restore(self, query: PrefixQuery, data: Sequence[npt.NDArray[np.uint8]]) -> int:
+        """Admit a sequence that holds all tokens of ``query``, computed before; returns its handle.
+
+        ``data[g]``: uint8 ``[pages, layout.page_bytes(g)]``, what :meth:`export_pages` gave of the
+        pages that a next token would see. Raises CacheFull, with nothing changed, if they do not
+        fit; CacheError without a prefix index.
+        """
+        if self._sharing is None:
+            raise CacheError("this cache has no prefix index to restore a sequence into")
+        for group, (allocator, pages) in enumerate(zip(self._allocators, data, strict=True)):
+            if len(pages) > allocator.available:
+                raise CacheFull(
+                    f"{query.num_tokens} saved tokens need {len(pages)} pages of "
+                    f"{self.layout.page_size} tokens ({self.layout.groups[group].name()}), but "
+                    f"{allocator.available} of {allocator.num_pages} are free; raise kv_memory"
+                )
+        tables = []
+        for group, (allocator, pages) in enumerate(zip(self._allocators, data, strict=True)):
+            ids = allocator.allocate(len(pages))
+            self.import_pages(group, ids, pages)
+            first = self.layout.groups[group].first_needed(query.num_tokens)
+            tables.append(PageTable(array("q", ids), first // self.layout.page_size))
+        return self._add(self._sharing.restore(query, tables))
 
     def fork(self, sequence: int) -> int:
         """A new sequence with the same tokens. Shares all pages; the first to write copies."""
         source = self._idle(sequence)
         for allocator, table in zip(self._allocators, source.tables, strict=True):
             allocator.retain(table.pages)
-        return self._add(_Sequence([table.copy() for table in source.tables], source.length))
+        chain = source.chain
+        if chain is not None and self._sharing is not None:
+            chain = self._sharing.fork(chain)
+        tables = [table.copy() for table in source.tables]
+        return self._add(SequenceState(tables, source.length, chain=chain))
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the tokens from position ``length`` on (rollback).
@@ -126,10 +155,17 @@ class KVCache:
         for allocator, table in zip(self._allocators, state.tables, strict=True):
             allocator.release(table.drop_back(max(end_page, table.first_page)))
         state.length = length
+        if state.chain is not None and self.prefix is not None:
+            state.chain.back_to(self.prefix, length)
 
     def release(self, sequence: int) -> None:
-        """Forget a sequence and drop its references; its handle is invalid from then on."""
+        """Forget a sequence and drop its references; its handle is invalid from then on.
+
+        Pages in the prefix index, its unfinished one included, stay cached until memory is wanted.
+        """
         state = self._idle(sequence)
+        if state.chain is not None and self._sharing is not None:
+            self._sharing.end(state)
         for allocator, table in zip(self._allocators, state.tables, strict=True):
             allocator.release(table.pages)
         del self._sequences[sequence]
@@ -147,19 +183,28 @@ class KVCache:
 
     @property
     def free_pages(self) -> tuple[int, ...]:
-        """Free pages of each group."""
-        return tuple(allocator.num_free for allocator in self._allocators)
+        """Pages of each group that can be taken: free ones and cached ones that nobody holds."""
+        return tuple(allocator.available for allocator in self._allocators)
+
+    @property
+    def cached_pages(self) -> tuple[int, ...]:
+        """Pages of each group that nobody holds and that the prefix index keeps."""
+        return tuple(allocator.num_cached for allocator in self._allocators)
 
     @property
     def num_pages(self) -> tuple[int, ...]:
         """All pages of each group."""
         return tuple(allocator.num_pages for allocator in self._allocators)
 
-    def cost(self, sequence: int | None, new_tokens: int) -> tuple[int, ...]:
+    def cost(self, sequence: int | PrefixMatch | None, new_tokens: int) -> tuple[int, ...]:
         """Pages of each group that reserving ``new_tokens`` more tokens would take.
 
-        None stands for a sequence that is yet to be created.
+        None, or a match, stands for a sequence that is yet to be created (from that match).
         """
+        if isinstance(sequence, PrefixMatch):
+            if self._sharing is not None:
+                return self._sharing.cost(sequence, new_tokens)
+            sequence = None
         if sequence is None:
             return (pages_for(new_tokens, self.layout.page_size),) * len(self.layout.groups)
         state = self._get(sequence)
@@ -168,12 +213,20 @@ class KVCache:
             for group in range(len(self.layout.groups))
         )
 
-    def growth(self, sequence: int | None, new_tokens: int) -> tuple[int, ...]:
+    def shareable(self, tokens: int) -> int:
+        """How many of ``tokens`` leading tokens others can use while their sequence is open."""
+        return 0 if self.prefix is None else tokens // self.layout.page_size * self.layout.page_size
+
+    def growth(self, sequence: int | PrefixMatch | None, new_tokens: int) -> tuple[int, ...]:
         """Free pages of each group that growing token by token takes at most.
 
         At most :meth:`cost`; less where a sliding window gives pages back on the way. Pages that a
         fork shares are not counted as held: they are copied, or stay with the fork.
         """
+        if isinstance(sequence, PrefixMatch):
+            if self._sharing is not None:
+                return self._sharing.growth(sequence, new_tokens)
+            sequence = None
         own = (
             (0,) * len(self.layout.groups) if sequence is None else self.freed_by_release(sequence)
         )
@@ -217,19 +270,41 @@ class KVCache:
         self._reservations.append(made)
         return made
 
-    def commit(self, reservation: Reservation) -> None:
-        """Make the reserved tokens part of their sequences and give back pages behind windows."""
+    def commit(
+        self, reservation: Reservation, tokens: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Make the reserved tokens part of their sequences and give back pages behind windows.
+
+        ``tokens`` are the ids of each chunk, for the prefix index; sequences of unknown tokens
+        leave it. Of a chunk with fewer ids than were reserved only so many are committed.
+        CacheError, with nothing changed, if there are more ids than reserved.
+        """
+        reserved = [count for _, count in reservation.chunks]
+        counts = reserved if tokens is None else [len(part) for part in tokens]
+        if len(counts) != len(reserved) or any(map(operator.gt, counts, reserved)):
+            raise CacheError(f"ids of {counts} tokens are more than the {reserved} reserved")
         self._close(reservation)
-        for (sequence, count), growths in zip(reservation.chunks, reservation._growth, strict=True):
-            state = self._get(sequence)
+        for at, ((sequence, _), growths) in enumerate(
+            zip(reservation.chunks, reservation._growth, strict=True)
+        ):
+            state, count = self._get(sequence), counts[at]
+            if count < reserved[at]:
+                self._trim(state, growths, count)
             state.length += count
-            for index, (group, growth) in enumerate(zip(self.layout.groups, growths, strict=True)):
-                table, allocator = state.tables[index], self._allocators[index]
+            for index, growth in enumerate(growths):
+                table = state.tables[index]
                 if growth.copy_to is not None:
-                    allocator.release([table.pages[-1]])
-                state.tables[index] = table = _grown(table, growth)
-                first = group.first_needed(state.length) // self.layout.page_size
-                allocator.release(table.drop_front(first))
+                    self._allocators[index].release([table.pages[-1]])
+                if growth.copy_to is not None or growth.new_pages:
+                    state.tables[index] = grown(table, growth)
+            if count:
+                self._extend_chain(state, None if tokens is None else tokens[at])
+            for group, allocator, table in zip(
+                self.layout.groups, self._allocators, state.tables, strict=True
+            ):
+                if group.window is not None:
+                    first = group.first_needed(state.length) // self.layout.page_size
+                    allocator.release(table.drop_front(first))
 
     def rollback(self, reservation: Reservation) -> None:
         """Give the reserved pages back; every sequence is as it was before :meth:`reserve`."""
@@ -245,8 +320,8 @@ class KVCache:
         for group, table in enumerate(state.tables):
             pages = len(table.pages)
             if state.growth is not None:
-                grown = state.growth[group]
-                pages += len(grown.new_pages) + (grown.copy_to is not None)
+                growth = state.growth[group]
+                pages += len(growth.new_pages) + (growth.copy_to is not None)
             total += pages * self.layout.page_bytes(group)
         return total
 
@@ -268,6 +343,7 @@ class KVCache:
             used_bytes=used,
             tokens=sum(state.length for state in states),
             bytes_per_token=sum(self.layout.token_bytes(g) for g in groups),
+            cached_bytes=0 if sequence is not None else self._cached_bytes(),
         )
 
     def to_arrays(self, sequence: int, layout: str = "BHSD") -> KVArrays:
@@ -286,6 +362,36 @@ class KVCache:
                 for layer, pool in enumerate(self.pools)
             ),
         )
+
+    def page_tables(self, sequence: int) -> list[tuple[int, list[int]]]:
+        """For each group, the number of a sequence's first page and the ids from there on."""
+        return [(t.first_page, t.pages.tolist()) for t in self._get(sequence).tables]
+
+    def blank_slots(self, group: int, data: npt.NDArray[np.uint8], first: int) -> None:
+        """Zero the slots from ``first`` on in exported pages of a group, in place."""
+        start = 0
+        for layer in self.layout.groups[group].layers:
+            size = self.layout.shapes[layer].bytes_per_page
+            self.pools[layer].blank_slots(data[:, start : start + size], first)
+            start += size
+
+    def export_pages(self, group: int, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Whole pages of a group as raw bytes, uint8 ``[n, layout.page_bytes(group)]``.
+
+        Layer after layer in the backend's own layout, for :meth:`import_pages`.
+        """
+        parts = [
+            self.pools[layer].export_pages(pages) for layer in self.layout.groups[group].layers
+        ]
+        return np.concatenate(parts, axis=1)
+
+    def import_pages(self, group: int, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
+        """Overwrite whole pages of a group with what :meth:`export_pages` gave."""
+        start = 0
+        for layer in self.layout.groups[group].layers:
+            size = self.layout.shapes[layer].bytes_per_page
+            self.pools[layer].import_pages(pages, data[:, start : start + size])
+            start += size
 
     def check(self) -> None:
         """Verify the conservation law; CacheInvariantError if it does not hold.
@@ -309,28 +415,67 @@ class KVCache:
                 waste = table.end_page * size - state.length if table.pages else 0
                 if not 0 <= waste < size:
                     raise CacheInvariantError(f"sequence {handle} wastes {waste} slots")
+            self._check_chain(handle, state)
         for index, allocator in enumerate(self._allocators):
             allocator.check(self._references(index))
+        if self.prefix is not None:
+            self.prefix.check()
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _add(self, state: _Sequence) -> int:
+    def _cached_bytes(self) -> int:
+        return sum(n * self.layout.page_bytes(g) for g, n in enumerate(self.cached_pages))
+
+    def _on_evict(self, group: int, page: int) -> None:
+        if self.prefix is not None:
+            self.prefix.evict(group, page)
+
+    def _extend_chain(self, state: SequenceState, tokens: Sequence[int] | None) -> None:
+        if state.chain is None or self._sharing is None:
+            return
+        if tokens is None:
+            self._sharing.index.leave(state.chain.node)
+            state.chain = None
+        else:
+            self._sharing.extend(state, tokens)
+
+    def _check_chain(self, handle: int, state: SequenceState) -> None:
+        chain, size = state.chain, self.layout.page_size
+        if chain is None:
+            return
+        if chain.whole * size + len(chain.tail) // TOKEN_BYTES != state.length:
+            raise CacheInvariantError(
+                f"sequence {handle} of {state.length} tokens stands behind {chain.whole} pages and "
+                f"{len(chain.tail) // TOKEN_BYTES} tokens in the prefix index"
+            )
+        node = chain.node
+        while node.parent is not None:
+            for group, table in enumerate(state.tables):
+                held = table.page(node.depth) if node.depth >= table.first_page else None
+                if held is not None and held != node.pages[group]:
+                    raise CacheInvariantError(
+                        f"page {node.depth} of sequence {handle} is {held}, but "
+                        f"{node.pages[group]} in the prefix index (group {group})"
+                    )
+            node = node.parent
+
+    def _add(self, state: SequenceState) -> int:
         handle, self._next = self._next, self._next + 1
         self._sequences[handle] = state
         return handle
 
-    def _get(self, sequence: int) -> _Sequence:
+    def _get(self, sequence: int) -> SequenceState:
         if sequence not in self._sequences:
             raise CacheError(f"sequence {sequence} is unknown (never created, or released)")
         return self._sequences[sequence]
 
-    def _idle(self, sequence: int) -> _Sequence:
+    def _idle(self, sequence: int) -> SequenceState:
         state = self._get(sequence)
         if state.growth is not None:
             raise CacheError(f"sequence {sequence} has an open reservation; commit or roll back")
         return state
 
-    def _shortest(self, state: _Sequence) -> int:
+    def _shortest(self, state: SequenceState) -> int:
         """The least length at which no token that the next one sees was given back."""
         size = self.layout.page_size
         return max(
@@ -338,14 +483,17 @@ class KVCache:
             for group, table in zip(self.layout.groups, state.tables, strict=True)
         )
 
-    def _pages_to_add(self, state: _Sequence, group: int, count: int) -> int:
+    def _pages_to_add(self, state: SequenceState, group: int, count: int) -> int:
         wanted = pages_for(state.length + count, self.layout.page_size)
         return max(0, wanted - state.tables[group].end_page)
 
-    def _must_copy(self, state: _Sequence, group: int, count: int) -> bool:
+    def _must_copy(self, state: SequenceState, group: int, count: int) -> bool:
         if count == 0 or state.length % self.layout.page_size == 0:
             return False
-        return self._allocators[group].references(state.tables[group].pages[-1]) > 1
+        page, offset = state.tables[group].pages[-1], state.length % self.layout.page_size
+        if self._allocators[group].references(page) > 1:
+            return True
+        return self._sharing is not None and self._sharing.is_read_by_others(group, page, offset)
 
     def _validate(self, chunks: Sequence[tuple[int, int]]) -> None:
         seen = set[int]()
@@ -363,28 +511,38 @@ class KVCache:
             for group, pages in enumerate(self.cost(sequence, count)):
                 wanted[group] += pages
         for group, allocator in enumerate(self._allocators):
-            if wanted[group] > allocator.num_free:
+            if wanted[group] > allocator.available:
                 tokens = sum(count for _, count in chunks)
                 raise CacheFull(
                     f"{tokens} tokens of {len(chunks)} sequences need {wanted[group]} pages of "
                     f"{self.layout.page_size} tokens ({self.layout.groups[group].name()}), but "
-                    f"{allocator.num_free} of {allocator.num_pages} are free; raise kv_memory or "
+                    f"{allocator.available} of {allocator.num_pages} are free; raise kv_memory or "
                     "num_pages, or release a sequence"
                 )
 
-    def _grow(self, state: _Sequence, group: int, count: int) -> _Growth:
+    def _grow(self, state: SequenceState, group: int, count: int) -> Growth:
         allocator = self._allocators[group]
         copy_to = allocator.allocate(1)[0] if self._must_copy(state, group, count) else None
-        return _Growth(allocator.allocate(self._pages_to_add(state, group, count)), copy_to)
+        return Growth(allocator.allocate(self._pages_to_add(state, group, count)), copy_to)
 
-    def _give_back(self, growth: list[list[_Growth]]) -> None:
+    def _trim(self, state: SequenceState, growths: list[Growth], count: int) -> None:
+        """Give back what was reserved for more than ``count`` tokens."""
+        for group, (allocator, growth) in enumerate(zip(self._allocators, growths, strict=True)):
+            needed = self._pages_to_add(state, group, count)
+            allocator.release(growth.new_pages[needed:])
+            del growth.new_pages[needed:]
+            if count == 0 and growth.copy_to is not None:
+                allocator.release([growth.copy_to])
+                growth.copy_to = None
+
+    def _give_back(self, growth: list[list[Growth]]) -> None:
         for growths in growth:
-            for allocator, grown in zip(self._allocators, growths, strict=True):
-                allocator.release(grown.new_pages)
-                if grown.copy_to is not None:
-                    allocator.release([grown.copy_to])
+            for allocator, taken in zip(self._allocators, growths, strict=True):
+                allocator.release(taken.new_pages)
+                if taken.copy_to is not None:
+                    allocator.release([taken.copy_to])
 
-    def _copy_shared(self, chunks: Sequence[tuple[int, int]], growth: list[list[_Growth]]) -> None:
+    def _copy_shared(self, chunks: Sequence[tuple[int, int]], growth: list[list[Growth]]) -> None:
         for index, group in enumerate(self.layout.groups):
             source, target = [], []
             for (sequence, _), growths in zip(chunks, growth, strict=True):
@@ -395,7 +553,7 @@ class KVCache:
             for layer in group.layers if source else ():
                 self.pools[layer].copy_pages(source, target)
 
-    def _batch(self, chunks: Sequence[tuple[int, int]], growth: list[list[_Growth]]) -> PagedBatch:
+    def _batch(self, chunks: Sequence[tuple[int, int]], growth: list[list[Growth]]) -> PagedBatch:
         states = [self._get(sequence) for sequence, _ in chunks]
         counts = [count for _, count in chunks]
         ends = [state.length + count for state, count in zip(states, counts, strict=True)]
@@ -411,7 +569,7 @@ class KVCache:
         groups = tuple(
             flatten(
                 [
-                    _grown(state.tables[g], growths[g])
+                    grown(state.tables[g], growths[g])
                     for state, growths in zip(states, growth, strict=True)
                 ],
                 ends,
@@ -430,7 +588,7 @@ class KVCache:
         for sequence, _ in reservation.chunks:
             self._get(sequence).growth = None
 
-    def _filled(self, state: _Sequence, group: int) -> list[tuple[int, int]]:
+    def _filled(self, state: SequenceState, group: int) -> list[tuple[int, int]]:
         """(page id, tokens in it) for the pages of a sequence."""
         size, table = self.layout.page_size, state.tables[group]
         return [
@@ -438,7 +596,9 @@ class KVCache:
             for i, page in enumerate(table.pages)
         ]
 
-    def _layer_arrays(self, state: _Sequence, index: int, pool: PagePool, layout: str) -> LayerKV:
+    def _layer_arrays(
+        self, state: SequenceState, index: int, pool: PagePool, layout: str
+    ) -> LayerKV:
         table, size = state.tables[index], self.layout.page_size
         held = table.first_page * size
         key, value = pool.read_pages(table.pages)

@@ -32,6 +32,10 @@ class PageTable:
         """The page number one past the last page."""
         return self.first_page + len(self.pages)
 
+    def page(self, number: int, given_back: int = -1) -> int:
+        """The id of page number ``number``; ``given_back`` if a window gave it back."""
+        return self.pages[number - self.first_page] if number >= self.first_page else given_back
+
     def copy(self) -> "PageTable":
         """An independent table of the same pages."""
         return PageTable(self.pages[:], self.first_page)

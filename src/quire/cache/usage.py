@@ -15,6 +15,8 @@ class CacheUsage:
     waste_bytes      ``allocated_bytes - used_bytes``: the empty slots of unfinished pages
     tokens           tokens of the sequences, each sequence counted on its own
     bytes_per_token  of one token in all layers, before any window gives pages back
+    cached_bytes     pages of no sequence that are kept for prompts that begin as theirs did; they
+                     are given up when memory is wanted; 0 in the account of one sequence
     """
 
     pool_bytes: int
@@ -22,6 +24,7 @@ class CacheUsage:
     used_bytes: int
     tokens: int
     bytes_per_token: int
+    cached_bytes: int = 0
 
     @property
     def waste_bytes(self) -> int:

@@ -29,23 +29,33 @@ __all__ = ["generate", "report", "run_request"]
 @click.option("--token-ids", metavar="IDS", help="The prompt as token ids, such as 1,15043,29892.")
 @sampling_options
 @engine_options
+@click.option(
+    "--explain-cache",
+    is_flag=True,
+    help="Say on standard error what of the prompt was cached, and why the rest was not.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
-def generate(
-    prompt: str | None, path: Path | None, token_ids: str | None, as_json: bool, **options: Any
-) -> None:
+def generate(prompt: str | None, path: Path | None, token_ids: str | None, **options: Any) -> None:
     """Continue PROMPT, printing the text as it comes.
 
     Without PROMPT it is read from --file, or from standard input. A checkpoint without a tokenizer
     takes --token-ids and prints token ids.
     """
     given = read_prompt(prompt, path, token_ids)
+    as_json, explain = options.pop("as_json"), options.pop("explain_cache")
     params = sampling_params(options)
     engine = make_engine(options)
+    explanation = engine.explain_prefix(given) if explain else None
+    if explanation is not None and not as_json:
+        click.echo(explanation, err=True)
     request = engine.submit(given, params)
     interrupted = run_request(engine, request, None if as_json else _show(engine))
     completion = request.completions[0]
     if as_json:
-        click.echo(json.dumps(_as_dict(completion), ensure_ascii=False))
+        told = _as_dict(completion)
+        if explanation is not None:
+            told["cache_reasons"] = explanation.reasons
+        click.echo(json.dumps(told, ensure_ascii=False))
     elif sys.stdout.isatty():
         click.echo()
     if sys.stderr.isatty():
@@ -85,6 +95,8 @@ def report(completion: "Completion") -> str:
     from quire.config import format_bytes
 
     parts = [f"{completion.prompt_tokens} + {completion.new_tokens} tokens"]
+    if completion.cached_tokens:
+        parts.append(f"{completion.cached_tokens} from the cache")
     if completion.ttft_s is not None:
         parts.append(f"first after {completion.ttft_s:.2f} s")
     if completion.decode_tokens_per_s is not None:
@@ -108,7 +120,8 @@ def _show(engine: "Engine") -> Any:
 def _as_dict(completion: "Completion") -> dict[str, Any]:
     names = (
         *("text", "token_ids", "finish_reason", "stop_reason", "prompt_tokens", "cached_tokens"),
+        "cached_tokens_by_tier",
         *("new_tokens", "ttft_s", "decode_tokens_per_s", "kv_bytes_peak", "seed", "preemptions"),
-        "error",
+        *("error", "score"),
     )
     return {name: getattr(completion, name) for name in names}

@@ -56,6 +56,12 @@ _ENGINE = (
         help="Memory for all pages, such as 512MiB.  [default: 2GiB]",
     ),
     click.option(
+        "--prefix-cache/--no-prefix-cache",
+        default=True,
+        show_default=True,
+        help="Keep what was computed while there is room, and share equal prefixes.",
+    ),
+    click.option(
         "--max-batch-tokens",
         type=int,
         default=512,
@@ -87,6 +93,20 @@ _SAMPLING = (
     click.option("--presence-penalty", type=float, default=0.0, metavar="X"),
     click.option("--frequency-penalty", type=float, default=0.0, metavar="X"),
     click.option(
+        "--beam-width",
+        type=int,
+        default=1,
+        metavar="K",
+        help="Follow K continuations and take the best.",
+    ),
+    click.option(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="Of beams: above 0 favours long ones.",
+    ),
+    click.option(
         "--seed", type=int, metavar="S", help="Same seed, same text, whatever runs beside it."
     ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; may be repeated."),
@@ -114,6 +134,7 @@ def make_engine(options: dict[str, Any]) -> "Engine":
     cache = CacheConfig(
         page_size=_page_size(options.pop("page_size")),
         kv_format=options.pop("kv_format"),
+        prefix_cache=options.pop("prefix_cache"),
         **_pool_size(options.pop("num_pages"), options.pop("kv_memory")),
     )
     if model is None:
@@ -144,6 +165,7 @@ def sampling_params(options: dict[str, Any], **fixed: Any) -> "SamplingParams":
     names = (
         *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"),
         *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+        *("beam_width", "length_penalty"),
     )
     return SamplingParams(**{name: options.pop(name) for name in names}, **fixed)
 

@@ -3,19 +3,32 @@
 Not thread-safe: one thread drives an engine.
 """
 
+import functools
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from quire.backends import create_backend
-from quire.cache import CacheUsage, KVCache
-from quire.config import CacheConfig, EngineConfig, refuse_unknown
+from quire.cache import CacheUsage, KVCache, PrefixQuery
+from quire.cache.session import SessionFile, write_session
+from quire.cache.tiers import HostTier, Tier, TierUsage
+from quire.config import CacheConfig, EngineConfig, format_bytes, refuse_unknown
+from quire.engine.beam import BeamSearch
+from quire.engine.beams import BeamGroup
+from quire.engine.completion import completion_of
+from quire.engine.explain import PrefixExplanation, explain
+from quire.engine.identity import describe, identity_bytes
 from quire.engine.output import TextStream
+from quire.engine.pieces import Pieces
+from quire.engine.pins import Pins
+from quire.engine.prompts import Prompt, PromptReader, as_prompts, require_salt
+from quire.engine.queues import Queues
 from quire.engine.request import (
     Completion,
     FinishReason,
@@ -25,26 +38,34 @@ from quire.engine.request import (
     Status,
     StepOutput,
 )
-from quire.engine.sampler import choose, logprobs_of, uniform
-from quire.engine.scheduler import Limits, StepPlan, plan_step
-from quire.errors import QuireError, RequestError
+from quire.engine.sampler import choose, logprobs_of, require_finite, uniform
+from quire.engine.scheduler import Limits, StepPlan, awaits, plan_step
+from quire.engine.sessions import Session, load_session, pages_of
+from quire.engine.tiering import PrefixTiers
+from quire.errors import ConfigError, QuireError, RequestError, SessionError
 from quire.layout import cache_layout, fit_pages
 from quire.models import Progress, load_model, resolve_model
 from quire.pages import page_format
 
 __all__ = ["Engine", "EngineStatus"]
 
-Prompt = str | Sequence[int]
-
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """What an engine is doing: samples by status, KV bytes, preemptions since it started."""
+    """What an engine is doing: samples by status, KV bytes, preemptions since it started.
+
+    pins          prefixes that are held by :meth:`Engine.pin`
+    pins_dropped  those that had to be let go early, since nothing could run beside them
+    tiers         what each tier below the pool holds and did
+    """
 
     running: int
     waiting: int
     kv: CacheUsage
     preemptions: int
+    pins: int = 0
+    pins_dropped: int = 0
+    tiers: tuple[TierUsage, ...] = ()
 
 
 class Engine:
@@ -88,60 +109,113 @@ class Engine:
         self.model_config = self._loaded.config
         self.codec = self._loaded.codec
         self.cache = self._make_cache()
-        self._waiting: list[Sample] = []
-        self._running: list[Sample] = []
+        self._pins = Pins(self.cache)
+        self._prompts = PromptReader(self.directory, self.model_config, self.codec, self.cache)
+        self._tiers = self._open_tiers()
+        self._queues = Queues(self.cache)
+        self._searches: dict[Request, BeamGroup] = {}
         self._texts: dict[Sample, TextStream] = {}
         self._arrivals = 0
-        self._preemptions = 0
 
     # -- requests ----------------------------------------------------------------------------
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What decides the bits of this engine's pages. Reads all weights, once, to digest them."""
+        return describe(self.directory, self.model_config, self._layout, self.backend)
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str = ""
+    ) -> Request:
         """Queue a prompt (text or token ids); nothing is computed until :meth:`step`.
+
+        Requests share the pages of equal prefixes only with requests of the same ``salt``: give
+        each tenant its own, and none can tell, by time or content, what others asked.
 
         Raises RequestError for a prompt that is empty, longer than the context, has token ids
         outside the vocabulary or needs a tokenizer that is not there, and for a request whose
         tokens can never fit the page pool.
         """
         params = SamplingParams() if params is None else params
-        tokens = tuple(self._tokens(prompt))
-        self._require_servable(tokens, params)
+        tokens = tuple(self._prompts.tokens(prompt))
+        self._prompts.require_servable(tokens, params)
+        require_salt(salt)
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        request = Request(self._arrivals, tokens, params, seed, time.perf_counter())
-        request.samples = tuple(Sample(request, i, list(tokens)) for i in range(params.n))
+        request = Request(self._arrivals, tokens, params, seed, time.perf_counter(), salt=salt)
+        samples = max(params.n, params.beam_width)
+        request.samples = tuple(Sample(request, i, list(tokens)) for i in range(samples))
         self._arrivals += 1
         for sample in request.samples:
             self._texts[sample] = TextStream(self.codec, tuple(params.stop))
-        self._waiting.extend(request.samples)
+        if params.beam_width > 1:
+            self._searches[request] = BeamGroup(request, self._search(request))
+        first = request.samples[:1] if params.beam_width > 1 else request.samples
+        for sample in first:
+            self._queues.add(sample)
         return request
 
     def cancel(self, request: Request) -> None:
         """End a request now; its samples keep the text and tokens they have."""
-        for sample in request.samples:
+        searched = self._searches.pop(request, None) is not None
+        given_back = request.params.n if searched else len(request.samples)
+        for sample in request.samples[:given_back]:
             if sample.status is not Status.FINISHED:
                 self._finish(sample, "cancelled", None)
+        self._drop(request.samples[given_back:])
 
     @property
     def has_work(self) -> bool:
         """True while a request is waiting or running."""
-        return bool(self._waiting or self._running)
+        return bool(self._queues.waiting or self._queues.running)
 
     def step(self) -> list[StepOutput]:
         """One forward pass over a batch of prefill chunks and decodes; what it brought.
 
         If it raises, the cache and the queues are as before the pass, and a later step repeats it.
         """
-        plan = plan_step(self._running, self._waiting, self._limits, self.cache)
+        self._pins.expire()
+        self._finish_loads()
+        self._start_loads()
+        plan = plan_step(self._queues.running, self._queues.waiting, self._limits, self.cache)
+        while not plan.chunks and self.has_work and self._pins.drop_one():
+            plan = plan_step(self._queues.running, self._queues.waiting, self._limits, self.cache)
         self._start(plan)
         if not plan.chunks:
-            if self.has_work:
+            if loading := [s.load for s in self._queues.running if s.load is not None]:
+                loading[0].finished.wait()
+                self._finish_loads()
+            elif self.has_work:
                 raise QuireError(
-                    f"no sample can run: {len(self._running)} running, {len(self._waiting)} "
-                    f"waiting, {self.cache.free_pages} of {self.cache.num_pages} pages free; "
+                    f"no sample can run: {len(self._queues.running)} running, "
+                    f"{len(self._queues.waiting)} waiting, {self.cache.free_pages} of "
+                    f"{self.cache.num_pages} pages free; "
                     "this is a bug in Quire, please report it"
                 )
             return []
-        return self._run(plan)
+        outputs = self._run(plan)
+        if self._tiers is not None:
+            self._tiers.store()
+        return outputs
+
+    def flush(self) -> None:
+        """Wait until every page that is to be on disk is there."""
+        if self._tiers is not None:
+            self._tiers.flush()
+
+    def close(self) -> None:
+        """Cancel what is queued, store what is to be stored, and let the tiers go."""
+        for sample in [*self._queues.waiting, *self._queues.running]:
+            if not sample.request.finished:
+                self.cancel(sample.request)
+        if self._tiers is not None:
+            self._tiers.close()
+            self._tiers = None
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     # -- the whole of it ---------------------------------------------------------------------
 
@@ -154,7 +228,7 @@ class Engine:
         """
         requests: list[Request] = []
         try:
-            requests.extend(self.submit(prompt, params) for prompt in _as_list(prompts))
+            requests.extend(self.submit(prompt, params) for prompt in as_prompts(prompts))
             while not all(request.finished for request in requests):
                 self.step()
         except BaseException:
@@ -173,9 +247,13 @@ class Engine:
             raise RequestError(
                 "stream() gives text, and this checkpoint has no tokenizer; use submit() and step()"
             )
-        if params is not None and params.n != 1:
-            raise RequestError(f"stream() follows one sample, but n is {params.n}; use submit()")
-        return _Pieces(self, self.submit(prompt, params))
+        if params is not None and (params.n != 1 or params.beam_width != 1):
+            raise RequestError(
+                f"stream() follows one sample, but n is {params.n} and beam_width "
+                f"{params.beam_width}; use submit()"
+            )
+        request = self.submit(prompt, params)
+        return Pieces(request, self._texts[request.samples[0]], self.step, self.cancel)
 
     def logits(self, prompt: Prompt) -> npt.NDArray[np.float32]:
         """Next-token logits at every position of a prompt, float32 [tokens, vocab].
@@ -183,8 +261,8 @@ class Engine:
         Raises RequestError as :meth:`submit` does, CacheFull if running requests leave too few
         pages.
         """
-        tokens = self._tokens(prompt)
-        self._require_context(len(tokens), 0)
+        tokens = self._prompts.tokens(prompt)
+        self._prompts.require_context(len(tokens), 0)
         out = np.empty((len(tokens), self.model_config.vocab_size), np.float32)
         sequence = self.cache.create()
         try:
@@ -199,10 +277,65 @@ class Engine:
             self.cache.release(sequence)
         return out
 
+    def explain_prefix(self, prompt: Prompt, *, salt: str = "") -> PrefixExplanation:
+        """What of a prompt is cached now and why the rest is not; changes nothing."""
+        return explain(self.cache, self.codec, self._prompts.query(prompt, salt))
+
+    def pin(self, prompt: Prompt, seconds: float, *, salt: str = "") -> int:
+        """Hold what is cached of a prompt for ``seconds``; returns how many tokens that is.
+
+        Pinned pages are not evicted, unless nothing could run otherwise: then the pin that ends
+        first is dropped. Raises RequestError for a time that is not positive.
+        """
+        return self._pins.add(self._prompts.query(prompt, salt), seconds)
+
+    def save_session(
+        self, request: Request, path: str | Path, *, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write what is cached of a request's first sample to a file (docs/sessions.md).
+
+        Pages that are gone are computed again first. The last token is left out: its keys and
+        values were never needed. ``extra`` is kept beside the pages: anything that JSON can hold.
+        Raises SessionError if the file cannot be written, CacheFull if running requests leave too
+        few pages.
+        """
+        tokens = request.samples[0].tokens[:-1]
+        if not tokens:
+            raise SessionError("a session needs at least two tokens, and this request has one")
+        sequence = self.cache.create(self.cache.match(PrefixQuery(tokens, request.salt)))
+        try:
+            self._prefill(sequence, tokens)
+            groups = pages_of(self.cache, sequence)
+        finally:
+            self.cache.release(sequence)
+        write_session(Path(path), SessionFile(self.identity, tuple(tokens), groups, extra or {}))
+
+    def load_session(self, path: str | Path, *, salt: str = "") -> Session:
+        """Bring a saved conversation into the prefix cache; prompts that go on need no prefill.
+
+        A file that is missing, damaged, of other weights or settings, or that does not fit the
+        pool is a miss: ``reason`` says why, and nothing has changed.
+        """
+        require_salt(salt)
+        return load_session(self.cache, Path(path), salt, self.identity, self.model_config)
+
+    def _prefill(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Compute what ``sequence`` lacks of ``tokens``."""
+        while (start := self.cache.length(sequence)) < len(tokens):
+            size = min(self.config.max_batch_tokens, len(tokens) - start)
+            chunk = tokens[start : start + self._affordable(sequence, size)]
+            self._forward([(sequence, chunk, [])])
+
     def status(self) -> EngineStatus:
         """Queues and KV bytes at this moment."""
         return EngineStatus(
-            len(self._running), len(self._waiting), self.cache.usage(), self._preemptions
+            running=len(self._queues.running),
+            waiting=len(self._queues.waiting),
+            kv=self.cache.usage(),
+            preemptions=self._queues.preemptions,
+            pins=self._pins.count,
+            pins_dropped=self._pins.dropped,
+            tiers=() if self._tiers is None else self._tiers.usage(),
         )
 
     def decode_bytes(self, context: int) -> int:
@@ -241,84 +374,84 @@ class Engine:
             self.backend.pool(shape, num_pages[of_layer[layer]])
             for layer, shape in enumerate(layout.shapes)
         ]
-        return KVCache(layout, num_pages, pools)
+        self._layout = layout
+        identity = b""
+        if settings.cache_dir is not None:
+            identity = identity_bytes(self.identity)
+        return KVCache(layout, num_pages, pools, identity if settings.prefix_cache else None)
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.codec is None:
-                raise RequestError(
-                    f"{self.directory} has no tokenizer, so prompts must be lists of token ids"
+    def _open_tiers(self) -> PrefixTiers | None:
+        settings, layout = self.config.cache, self._layout
+        tiers: list[Tier] = []
+        largest = max(layout.page_bytes(group) for group in range(len(layout.groups)))
+        for name in ("host_cache", "disk_cache"):
+            budget = getattr(settings, name)
+            if budget is not None and budget < 4 * largest:
+                raise ConfigError(
+                    f"{name} of {format_bytes(budget)} is too small for pages of "
+                    f"{format_bytes(largest)}; give at least {format_bytes(4 * largest)}"
                 )
-            tokens = self.codec.encode(prompt)
-            if not tokens and self.model_config.bos_token_id is not None:
-                tokens = [self.model_config.bos_token_id]
-        else:
-            if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
-                raise RequestError(f"a prompt must be text or a list of token ids, not {prompt!r}")
-            tokens = list(prompt)
-        if not tokens:
-            raise RequestError("the prompt is empty; give at least one token")
-        vocab = self.model_config.vocab_size
-        for at, token in enumerate(tokens):
-            integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
-            if not integer or not 0 <= token < vocab:
-                raise RequestError(
-                    f"token {at} of the prompt is {token!r}; ids of this model are 0 to {vocab - 1}"
-                )
-        return [int(token) for token in tokens]
+        if settings.host_cache is not None:
+            assert isinstance(settings.host_cache, int)
+            tiers.append(HostTier(settings.host_cache))
+        if settings.cache_dir is not None:
+            from quire.cache.disk import DiskTier
 
-    def _require_context(self, prompt: int, new: int) -> None:
-        limit = self.model_config.max_position
-        if prompt + new > limit:
-            raise RequestError(
-                f"the prompt has {prompt} tokens; with room for {new} new ones that is more than "
-                f"the model's context of {limit}; shorten it by {prompt + new - limit}"
-            )
-
-    def _require_servable(self, tokens: Sequence[int], params: SamplingParams) -> None:
-        self._require_context(len(tokens), 1)
-        if params.stop and self.codec is None:
-            raise RequestError(
-                "stop strings need a tokenizer, which this checkpoint does not have; use "
-                "stop_token_ids"
-            )
-        for token in params.stop_token_ids:
-            if token >= self.model_config.vocab_size:
-                raise RequestError(
-                    f"stop token id {token} is outside the vocabulary of "
-                    f"{self.model_config.vocab_size}"
-                )
-        # The last new token is never fed back, so it needs no slot.
-        most = min(len(tokens) + params.max_new_tokens, self.model_config.max_position) - 1
-        layout = self.cache.layout
-        for group, pages in zip(layout.groups, self.cache.num_pages, strict=True):
-            need = group.most_pages(most, 1, layout.page_size)
-            if need > pages:
-                raise RequestError(
-                    f"{len(tokens)} prompt tokens and up to {params.max_new_tokens} new ones need "
-                    f"{need} pages of {layout.page_size} tokens ({group.name()}), but the pool has "
-                    f"{pages}; lower max_new_tokens, shorten the prompt or raise kv_memory"
-                )
+            assert isinstance(settings.disk_cache, int)
+            tiers.append(DiskTier(Path(settings.cache_dir), settings.disk_cache, self.identity))
+        return PrefixTiers(self.cache, tiers) if tiers else None
 
     # -- inside: a step ----------------------------------------------------------------------
 
     def _start(self, plan: StepPlan) -> None:
         """Apply what the plan decided about the queues."""
         for preemption in plan.preempt:
-            sample = preemption.sample
-            self._leave_cache(sample)
-            sample.preemptions.append(preemption.reason)
-            sample.status = Status.WAITING
-            self._preemptions += 1
-            self._running.remove(sample)
-            self._waiting.append(sample)
-        for sample in plan.admit:
-            sample.sequence = self.cache.create()
-            sample.status = Status.RUNNING
-            self._waiting.remove(sample)
-            self._running.append(sample)
-        for queue in (self._waiting, self._running):
-            queue.sort(key=lambda sample: (sample.request.arrival, sample.index))
+            self._queues.preempt(preemption.sample, preemption.reason)
+        for sample, match in zip(plan.admit, plan.matches, strict=True):
+            self._queues.admit(sample, self.cache.create(match))
+
+    def _start_loads(self) -> None:
+        """Let waiting samples whose next pages are in a tier start, if loading them pays."""
+        queues, tiers = self._queues, self._tiers
+        for sample in list(queues.waiting) if tiers is not None else ():
+            if len(queues.running) >= self.config.max_sequences:
+                return
+            if sample.asked_tiers:
+                continue
+            query, limit = sample.prefix_query, len(sample.tokens) - 1
+            computing = [(s, s.computed) for s in queues.running if s.uncomputed > 1]
+            if awaits(sample, self.cache.match(query, limit).tokens, computing, self.cache):
+                continue
+            assert tiers is not None
+            plan = tiers.plan(query, limit)
+            sample.tier_decision = sample.tier_decision or (plan.decision if plan else None)
+            if plan is None or not plan.worthwhile:
+                sample.asked_tiers = True
+                continue
+            growth = self.cache.growth(plan.match, len(sample.tokens) - plan.match.tokens)
+            room = zip(growth, self.cache.free_pages, strict=True)
+            if any(need + len(queues.running) > free for need, free in room):
+                return
+            load = tiers.start(plan, query)
+            queues.admit(sample, load.sequence)
+            sample.load = load
+
+    def _finish_loads(self) -> None:
+        for sample in self._queues.running:
+            if sample.load is not None and sample.load.finished.is_set():
+                self._settle(sample)
+
+    def _settle(self, sample: Sample) -> None:
+        """Take in what a load has brought; waits for it."""
+        assert self._tiers is not None
+        assert sample.load is not None
+        came = self._tiers.finish(sample.load)
+        sample.load = None
+        assert sample.sequence is not None
+        sample.computed = self.cache.length(sample.sequence)
+        assert sample.cached_tokens is not None
+        if not sample.preemptions:
+            sample.cached_tokens |= came
 
     def _run(self, plan: StepPlan) -> list[StepOutput]:
         parts, deciding = [], []
@@ -329,10 +462,87 @@ class Engine:
             parts.append((sample.sequence, chunk, [count - 1] if ends else []))
             if ends:
                 deciding.append(sample)
+        started = time.perf_counter()
         logits = self._forward(parts, [sample for sample, _ in plan.chunks])
+        if self._tiers is not None and any(count > 1 for _, count in plan.chunks):
+            tokens = sum(count for _, count in plan.chunks)
+            self._tiers.compute_pace.add(time.perf_counter() - started, tokens)
         for sample, count in plan.chunks:
             sample.computed += count
-        return [self._decide(s, row) for s, row in zip(deciding, logits, strict=True)]
+        outputs = []
+        for sample, row in zip(deciding, logits, strict=True):
+            if sample.request in self._searches:
+                outputs += self._search_on(sample, row)
+            else:
+                outputs += [self._decide(each, row) for each in (sample, *self._fork(sample))]
+        return outputs
+
+    def _fork(self, first: Sample) -> list[Sample]:
+        """Let samples of the same prompt go on from where the first one, now, is through with it.
+
+        As many as there are free places for; the others find the prompt in the prefix index.
+        """
+        if first.index or first.new_tokens or len(first.request.samples) == 1:
+            return []
+        assert first.sequence is not None
+        places = self.config.max_sequences - len(self._queues.running)
+        waiting = [s for s in first.request.samples[1:] if s.status is Status.WAITING]
+        started = [s for s in waiting if not s.new_tokens][:places]
+        for sample in started:
+            self._queues.admit(sample, self.cache.fork(first.sequence))
+        return started
+
+    def _search(self, request: Request) -> BeamSearch:
+        params, prompt = request.params, len(request.prompt_tokens)
+        if params.beam_width > self.config.max_sequences:
+            raise RequestError(
+                f"{params.beam_width} beams do not fit {self.config.max_sequences} sequences at a "
+                "time; raise max_sequences or lower beam_width"
+            )
+        most = min(params.max_new_tokens, self.model_config.max_position - prompt)
+        stop = self._stop_tokens(params)
+        return BeamSearch(params.beam_width, params.length_penalty, stop, most)
+
+    def _search_on(self, sample: Sample, logits: npt.NDArray[np.float32]) -> list[StepOutput]:
+        """Give a beam its logits float32 [vocab]; what the search gives back when it ends."""
+        request = sample.request
+        try:
+            require_finite(logits, len(sample.tokens) - 1)
+        except QuireError as error:
+            return self._fail_search(request, str(error))
+        found = self._searches[request].gather(sample, logits, self._queues, self.cache)
+        if found is None:
+            return []
+        del self._searches[request]
+        outputs = []
+        for place, beam in zip(request.samples[: request.params.n], found, strict=False):
+            self._queues.leave(place, Status.IDLE)
+            place.tokens = [*request.prompt_tokens, *beam.tokens]
+            place.cached_tokens, place.score = request.samples[0].cached_tokens, beam.score
+            shown = beam.tokens[:-1] if beam.stopped else beam.tokens
+            text = "".join(self._texts[place].push(token)[0] for token in shown)
+            text += self._texts[place].flush()[0]
+            reason: FinishReason = "stop" if beam.stopped else "length"
+            done = self._finish(place, reason, beam.tokens[-1] if beam.stopped else None)
+            outputs.append(StepOutput(request, place.index, beam.tokens[-1], text, done))
+        self._drop(request.samples[len(outputs) :])
+        return outputs
+
+    def _drop(self, places: Sequence[Sample]) -> None:
+        """Forget samples that a search does not give back."""
+        for place in places:
+            if place.status is not Status.FINISHED:
+                self._queues.leave(place, Status.FINISHED)
+                del self._texts[place]
+
+    def _fail_search(self, request: Request, error: str) -> list[StepOutput]:
+        del self._searches[request]
+        outputs = []
+        for place in request.samples[: request.params.n]:
+            done = self._finish(place, "error", None, error)
+            outputs.append(StepOutput(request, place.index, None, "", done))
+        self._drop(request.samples[len(outputs) :])
+        return outputs
 
     def _forward(
         self,
@@ -356,7 +566,7 @@ class Engine:
         except BaseException:
             self.cache.rollback(reservation)
             raise
-        self.cache.commit(reservation)
+        self.cache.commit(reservation, [chunk for _, chunk, _ in parts])
         return logits
 
     def _affordable(self, sequence: int, tokens: int) -> int:
@@ -413,11 +623,6 @@ class Engine:
 
     # -- inside: the end of a sample ---------------------------------------------------------
 
-    def _leave_cache(self, sample: Sample) -> None:
-        if sample.sequence is not None:
-            self.cache.release(sample.sequence)
-        sample.sequence, sample.computed = None, 0
-
     def _finish(
         self,
         sample: Sample,
@@ -425,86 +630,13 @@ class Engine:
         stopped_by: str | int | None,
         error: str | None = None,
     ) -> Completion:
-        (self._running if sample.status is Status.RUNNING else self._waiting).remove(sample)
-        self._leave_cache(sample)
-        sample.status = Status.FINISHED
+        if sample.load is not None:
+            sample.load.cancelled = True
+            self._settle(sample)
+        self._queues.leave(sample, Status.FINISHED)
         text = self._texts.pop(sample)
         if reason == "cancelled":
             text.flush()
-        completion = _completion(sample, text.text, reason, stopped_by, error)
+        completion = completion_of(sample, text.text, reason, stopped_by, error)
         sample.completion = completion
         return completion
-
-
-class _Pieces(Iterator[str]):
-    """What :meth:`Engine.stream` returns: a cursor into the text of one sample.
-
-    Others may step the engine between two pieces; nothing is lost.
-    """
-
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self._engine, self._request, self._text = engine, request, engine._texts[request.samples[0]]
-        self._given = 0
-
-    def __next__(self) -> str:
-        while not (piece := self._text.text[self._given :]):
-            if self._request.finished:
-                error = self._request.completions[0].error
-                if error is not None:
-                    raise QuireError(error)
-                raise StopIteration
-            try:
-                self._engine.step()
-            except BaseException:
-                self.close()
-                raise
-        self._given += len(piece)
-        return piece
-
-    def close(self) -> None:
-        """Cancel the request."""
-        self._engine.cancel(self._request)
-        self._given = len(self._text.text)
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def _as_list(prompts: Sequence[Prompt] | Prompt) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
-        raise RequestError(f"prompts must be text or a list, not {prompts!r}")
-    listed = list(prompts)
-    if listed and all(isinstance(item, int | np.integer) for item in listed):
-        return [listed]  # type: ignore[list-item]
-    return listed  # type: ignore[return-value]
-
-
-def _completion(
-    sample: Sample,
-    text: str,
-    reason: FinishReason,
-    stopped_by: str | int | None,
-    error: str | None,
-) -> Completion:
-    request, new = sample.request, sample.new_tokens
-    first, last = sample.first_token_at, sample.last_token_at
-    decode_s = last - first if first is not None and last is not None else 0.0
-    return Completion(
-        text=text,
-        token_ids=tuple(new),
-        finish_reason=reason,
-        stop_reason=stopped_by,
-        prompt_tokens=len(request.prompt_tokens),
-        cached_tokens=0,
-        new_tokens=len(new),
-        ttft_s=None if first is None else first - request.submitted_at,
-        decode_tokens_per_s=(len(new) - 1) / decode_s if decode_s > 0 else None,
-        kv_bytes_peak=sample.kv_bytes_peak,
-        seed=request.seed,
-        index=sample.index,
-        logprobs=None if request.params.logprobs is None else tuple(sample.logprobs),
-        preemptions=tuple(sample.preemptions),
-        error=error,
-    )

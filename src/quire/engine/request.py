@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
+from quire.cache import PrefixQuery
 from quire.config import settings
+from quire.engine.tiering import Load
 from quire.errors import RequestError
 
 __all__ = [
@@ -58,6 +60,10 @@ class SamplingParams:
     top_p               keep the smallest set with at least this probability (arXiv:1904.09751)
     min_p               keep tokens at least this likely relative to the best (arXiv:2407.01082)
 
+    beam_width          above 1: follow so many continuations and give back the ``n`` best
+                        (transformers' ``num_beams``); needs temperature 0 and nothing that bends
+                        the logits
+    length_penalty      a beam's score is its log-probability over its length to this power
     n                   samples of one prompt
     seed                of the random stream; None draws one and reports it in the result. The
                         stream is keyed by (seed, sample, position), so that company in the batch
@@ -78,6 +84,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    beam_width: int = 1
+    length_penalty: float = 1.0
     n: int = 1
     seed: int | None = None
     stop: str | Sequence[str] = ()
@@ -101,6 +109,8 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, 0)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
+        _integer("beam_width", self.beam_width, 1, 64)
+        _number("length_penalty", self.length_penalty, -100, 100)
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise RequestError(f"stop must hold strings that are not empty, not {self.stop!r}")
@@ -109,6 +119,26 @@ class SamplingParams:
         for token in stop_tokens:
             _integer("a stop token id", token, 0)
         object.__setattr__(self, "stop_token_ids", stop_tokens)
+        if self.beam_width > 1:
+            self._require_plain_search()
+
+    def _require_plain_search(self) -> None:
+        """Refuse what a beam search would have to ignore."""
+        plain = SamplingParams()
+        names = (
+            *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+            *("frequency_penalty", "stop", "logprobs"),
+        )
+        for name in names:
+            if getattr(self, name) != getattr(plain, name):
+                raise RequestError(
+                    f"beam_width {self.beam_width} cannot be combined with {name} "
+                    f"{getattr(self, name)!r}; leave {name} at {getattr(plain, name)!r}"
+                )
+        if self.n > self.beam_width:
+            raise RequestError(
+                f"a search that follows {self.beam_width} beams cannot give back n = {self.n}"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,6 +158,9 @@ class Completion:
     stop_reason          what stopped it: the stop string or the token id
     token_ids            new tokens, a stop or EOS token included
     cached_tokens        prompt tokens that were found in the cache and not computed
+    cached_tokens_by_tier   how many of them in each tier: ``pool``, ``host``, ``disk``
+    tier_decision        whether what tiers held was loaded or computed, with the expected costs;
+                         None if they held nothing
     ttft_s               seconds from submission to the first new token
     decode_tokens_per_s  new tokens after the first, per second since the first; None below 2
     kv_bytes_peak        most bytes of KV pages it held at a time
@@ -135,6 +168,7 @@ class Completion:
     index                which of the ``n`` samples of its prompt
     preemptions          why it lost its pages and was computed again, once for each time
     error                with finish_reason ``error``: what went wrong
+    score                of a beam: summed log-probability over length ** length_penalty
     """
 
     text: str
@@ -143,6 +177,7 @@ class Completion:
     stop_reason: str | int | None
     prompt_tokens: int
     cached_tokens: int
+    cached_tokens_by_tier: dict[str, int]
     new_tokens: int
     ttft_s: float | None
     decode_tokens_per_s: float | None
@@ -152,11 +187,14 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     preemptions: tuple[str, ...] = ()
     error: str | None = None
+    score: float | None = None
+    tier_decision: str | None = None
 
 
 class Status(Enum):
     """Where a sample is."""
 
+    IDLE = "idle"  # a place for a beam, and no beam in it
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -169,12 +207,15 @@ class Sample:
     tokens    prompt and new tokens
     computed  how many of them have keys and values in the cache
     sequence  handle in the KVCache while it runs
+    cached_tokens  by tier, what was found in the cache when it first ran
+    load      pages on their way up from a tier; until they are there it computes nothing
+    asked_tiers   tiers had nothing to load since it began to wait
     """
 
     request: "Request"
     index: int
     tokens: list[int]
-    status: Status = Status.WAITING
+    status: Status = Status.IDLE
     sequence: int | None = None
     computed: int = 0
     first_token_at: float | None = None
@@ -183,10 +224,28 @@ class Sample:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     preemptions: list[str] = field(default_factory=list)
     completion: Completion | None = None
+    cached_tokens: dict[str, int] | None = None
+    score: float | None = None
+    load: Load | None = None
+    asked_tiers: bool = False
+    tier_decision: str | None = None
+    _query: PrefixQuery | None = None
+
+    @property
+    def prefix_query(self) -> PrefixQuery:
+        """All of its tokens, to be looked up in the prefix index."""
+        if self._query is None or self._query.num_tokens != len(self.tokens):
+            self._query = PrefixQuery(self.tokens, self.request.salt)
+        return self._query
 
     @property
     def pending(self) -> int:
-        """Tokens whose keys and values are yet to be computed."""
+        """Tokens whose keys and values are to be computed now; 0 while others are being loaded."""
+        return 0 if self.load is not None else self.uncomputed
+
+    @property
+    def uncomputed(self) -> int:
+        """Tokens whose keys and values are not there yet."""
         return len(self.tokens) - self.computed
 
     @property
@@ -197,7 +256,10 @@ class Sample:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt that was submitted. ``arrival`` orders requests; ``submitted_at`` is in seconds."""
+    """A prompt that was submitted. ``arrival`` orders requests; ``submitted_at`` is in seconds.
+
+    Prefixes are shared only with requests of the same ``salt``.
+    """
 
     arrival: int
     prompt_tokens: tuple[int, ...]
@@ -205,6 +267,7 @@ class Request:
     seed: int
     submitted_at: float
     samples: tuple[Sample, ...] = ()
+    salt: str = ""
 
     @property
     def finished(self) -> bool:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from quire.engine.request import SamplingParams, TokenLogprob
 from quire.errors import QuireError
 
-__all__ = ["adjust", "choose", "logprobs_of", "uniform"]
+__all__ = ["adjust", "choose", "logprobs_of", "require_finite", "uniform"]
 
 Logits = npt.NDArray[np.float64]
 
@@ -36,16 +36,21 @@ def choose(
     ``draw`` in [0, 1) decides unless greedy; ties go to the lowest token id. Raises QuireError for
     logits that are NaN or infinite.
     """
-    if not (np.isfinite(logits.min()) and np.isfinite(logits.max())):  # NaN spreads to both
-        bad = int((~np.isfinite(logits)).sum())
-        raise QuireError(
-            f"{bad} of {logits.size} logits at position {len(prompt) + len(reply) - 1} are NaN or "
-            "infinite; the weights are damaged, or their dtype is too narrow for this model"
-        )
+    require_finite(logits, len(prompt) + len(reply) - 1)
     if params.temperature == 0 and not _penalises(params, reply):
         return int(np.argmax(logits))
     adjusted = adjust(logits.astype(np.float64), prompt, reply, params)
     return int(np.argmax(adjusted)) if params.temperature == 0 else _draw(adjusted, draw)
+
+
+def require_finite(logits: npt.NDArray[np.float32], position: int) -> None:
+    """Raise QuireError if logits float32 [vocab], those at ``position``, are NaN or infinite."""
+    if not (np.isfinite(logits.min()) and np.isfinite(logits.max())):  # NaN spreads to both
+        bad = int((~np.isfinite(logits)).sum())
+        raise QuireError(
+            f"{bad} of {logits.size} logits at position {position} are NaN or infinite; the "
+            "weights are damaged, or their dtype is too narrow for this model"
+        )
 
 
 def adjust(

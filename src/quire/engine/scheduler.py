@@ -7,7 +7,8 @@ their one token before prefills share what is left of the budget. A sample that 
 takes those of the youngest sample behind it, which is computed again later; if none is behind it,
 it waits in place. So the oldest always makes progress. A waiting sample is admitted when there is
 budget left, so that every running one got all it asked for, and when all its tokens fit beside one
-spare page for each running sample.
+spare page for each running sample. It starts behind the part of its tokens that is cached; while
+a running sample computes more of that part, it waits, so that nothing is computed twice.
 """
 
 from bisect import bisect_right
@@ -15,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from quire.engine.request import Sample
+from quire.cache import PrefixMatch, PrefixQuery
+from quire.cache.prefix import common_tokens
+from quire.engine.request import Sample, Status
 
-__all__ = ["CacheView", "Limits", "Preemption", "StepPlan", "plan_step"]
+__all__ = ["CacheView", "Limits", "Preemption", "StepPlan", "awaits", "plan_step"]
 
 Pages = tuple[int, ...]
 
@@ -29,10 +32,19 @@ class CacheView(Protocol):
     def free_pages(self) -> Pages:
         """Pages that nobody holds."""
 
-    def cost(self, sequence: int | None, new_tokens: int) -> Pages:
-        """Pages that ``new_tokens`` more tokens in one step would take; None is a new sequence."""
+    def match(self, query: PrefixQuery, limit: int) -> PrefixMatch | None:
+        """The cached part of a prompt, of at most ``limit`` tokens."""
 
-    def growth(self, sequence: int | None, new_tokens: int) -> Pages:
+    def shareable(self, tokens: int) -> int:
+        """How many of ``tokens`` leading tokens others can use while a sequence is running."""
+
+    def cost(self, sequence: int | PrefixMatch | None, new_tokens: int) -> Pages:
+        """Pages that ``new_tokens`` more tokens in one step would take.
+
+        A match, or None, is a sequence that is yet to be created.
+        """
+
+    def growth(self, sequence: int | PrefixMatch | None, new_tokens: int) -> Pages:
         """Pages more than now that a sequence holds at the most while it grows one by one."""
 
     def freed_by_release(self, sequence: int) -> Pages:
@@ -57,10 +69,13 @@ class Preemption:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """``chunks`` run, (sample, tokens); ``admit`` are those of them that start now."""
+    """``chunks`` run, (sample, tokens); ``admit`` are those of them that start now, ``matches``
+    what of each is cached.
+    """
 
     chunks: tuple[tuple[Sample, int], ...]
     admit: tuple[Sample, ...]
+    matches: tuple[PrefixMatch | None, ...]
     preempt: tuple[Preemption, ...]
 
 
@@ -89,7 +104,8 @@ def plan_step(
         planner.serve(active, at, max(planner.budget - kept, 1 if at == 0 else 0))
         at += 1
     admitted = planner.admit(active, waiting, limits.max_sequences)
-    return StepPlan(tuple(planner.chunks), admitted, tuple(planner.preempted))
+    samples, matches = tuple(s for s, _ in admitted), tuple(m for _, m in admitted)
+    return StepPlan(tuple(planner.chunks), samples, matches, tuple(planner.preempted))
 
 
 class _Planner:
@@ -107,31 +123,48 @@ class _Planner:
         want = min(sample.pending, budget)
         if want <= 0:
             return
-        while (tokens := self._fitting(sample.sequence, want)) == 0 and at + 1 < len(active):
-            self._preempt(active.pop(), sample)
+        while (tokens := self._fitting(sample.sequence, want)) == 0:
+            victims = [i for i in range(at + 1, len(active)) if active[i].load is None]
+            if not victims:
+                break
+            self._preempt(active.pop(victims[-1]), sample)
         if tokens:
-            self._take(sample, tokens)
+            self._take(sample, sample.sequence, tokens)
 
     def admit(
         self, active: Sequence[Sample], waiting: Sequence[Sample], max_sequences: int
-    ) -> tuple[Sample, ...]:
+    ) -> list[tuple[Sample, PrefixMatch | None]]:
         """Start waiting samples while budget, sequence slots and pages last."""
-        admitted: list[Sample] = []
+        admitted: list[tuple[Sample, PrefixMatch | None]] = []
+        computing = [(s, s.computed) for s in active if s.uncomputed > 1]
         for sample in waiting:
             running = len(active) + len(admitted)
             if self.preempted or self.budget == 0 or running >= max_sequences:
                 break
-            spare = tuple(running for _ in self.free)
-            if not _within(_add(self.cache.growth(None, sample.pending), spare), self.free):
+            match = self.cache.match(sample.prefix_query, len(sample.tokens) - 1)
+            if awaits(sample, _cached(match), computing, self.cache):
+                continue
+            choices: tuple[PrefixMatch | None, ...] = (None,) if match is None else match.choices()
+            fitting = [m for m in choices if self._has_room(sample, m, running)]
+            if not fitting:
                 break
-            tokens = self._fitting(None, min(sample.pending, self.budget))
-            if tokens == 0:
-                break
-            self._take(sample, tokens)
-            admitted.append(sample)
-        return tuple(admitted)
+            match = fitting[0]
+            cached = _cached(match)
+            tokens = self._fitting(match, min(len(sample.tokens) - cached, self.budget))
+            self._take(sample, match, tokens)
+            admitted.append((sample, match))
+            computing.append((sample, cached))
+            if match is not None and match.takes:
+                break  # another match may have counted on the page that it takes
+        return admitted
 
-    def _fitting(self, sequence: int | None, want: int) -> int:
+    def _has_room(self, sample: Sample, match: PrefixMatch | None, running: int) -> bool:
+        """True if all of a sample's tokens fit beside a spare page for each running sample."""
+        growth = self.cache.growth(match, len(sample.tokens) - _cached(match))
+        spare = tuple(running for _ in self.free)
+        return _within(_add(growth, spare), self.free) and self._fitting(match, 1) == 1
+
+    def _fitting(self, sequence: int | PrefixMatch | None, want: int) -> int:
         """The most tokens, up to ``want``, whose pages are free."""
         sizes = range(1, want + 1)
         if _within(self.cache.cost(sequence, want), self.free):
@@ -140,10 +173,10 @@ class _Planner:
             sizes, False, key=lambda n: not _within(self.cache.cost(sequence, n), self.free)
         )
 
-    def _take(self, sample: Sample, tokens: int) -> None:
+    def _take(self, sample: Sample, sequence: int | PrefixMatch | None, tokens: int) -> None:
         self.chunks.append((sample, tokens))
         self.budget -= tokens
-        self.free = _subtract(self.free, self.cache.cost(sample.sequence, tokens))
+        self.free = _subtract(self.free, self.cache.cost(sequence, tokens))
 
     def _preempt(self, victim: Sample, older: Sample) -> None:
         assert victim.sequence is not None
@@ -153,3 +186,36 @@ class _Planner:
         )
         self.preempted.append(Preemption(victim, reason))
         self.free = _add(self.free, self.cache.freed_by_release(victim.sequence))
+
+
+def _cached(match: PrefixMatch | None) -> int:
+    return 0 if match is None else match.tokens
+
+
+def awaits(
+    sample: Sample, cached: int, computing: Sequence[tuple[Sample, int]], cache: CacheView
+) -> bool:
+    """True if a running sample will bring more of ``sample`` into the cache than is there.
+
+    computing   (sample, how many of its tokens are there) of those that run and are not through
+                with their prompt
+    """
+    if _follows(sample):
+        return True
+    for other, computed in computing:
+        if other.request.salt == sample.request.salt:
+            common = common_tokens(other.prefix_query.data, sample.prefix_query.data)
+            if cache.shareable(min(common, len(sample.tokens) - 1)) > max(cached, computed):
+                return True
+    return False
+
+
+def _follows(sample: Sample) -> bool:
+    """True if the first sample of the same prompt is about to share what it computes."""
+    first = sample.request.samples[0] if sample.request.samples else sample
+    return (
+        first is not sample
+        and not sample.new_tokens
+        and first.status is not Status.FINISHED
+        and first.computed < len(sample.request.prompt_tokens)
+    )

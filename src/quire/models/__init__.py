@@ -13,8 +13,15 @@ from quire.backends import Backend
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
 from quire.errors import CheckpointError
-from quire.models.checkpoint import Checkpoint, Progress, load_params, stored_bytes
+from quire.models.checkpoint import (
+    Checkpoint,
+    Progress,
+    load_params,
+    stored_bytes,
+    weights_files,
+)
 from quire.models.decoder import Decoder
+from quire.models.digest import weights_digest
 from quire.models.gpt2 import GPT2
 from quire.models.names import tensor_specs
 from quire.models.source import QUILL, resolve_model
@@ -30,6 +37,8 @@ __all__ = [
     "TextCodec",
     "load_model",
     "resolve_model",
+    "weights_digest",
+    "weights_files",
 ]
 
 

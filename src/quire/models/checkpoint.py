@@ -20,7 +20,7 @@ from quire.backends import Backend
 from quire.errors import CheckpointError
 from quire.models.names import IGNORED, TensorSpec
 
-__all__ = ["Checkpoint", "Progress", "load_params"]
+__all__ = ["Checkpoint", "Progress", "load_params", "weights_files"]
 
 # Called with (what is loading, how many are done, how many there are).
 Progress = Callable[[str, int, int], None]
@@ -56,7 +56,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._stored: dict[str, _Stored] = {}
-        for path in _weight_files(directory):
+        for path in weights_files(directory):
             for name, stored in _read_header(path):
                 if name in self._stored:
                     raise CheckpointError(
@@ -107,7 +107,8 @@ class Checkpoint:
                 raise CheckpointError(f"{path} says that tensor {name!r} is in {file}; it is not")
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weights_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, in order; CheckpointError if there are none."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory with a model in it")
     index = directory / "model.safetensors.index.json"

@@ -1,6 +1,9 @@
 """NativeBackend: the Backend protocol over the compiled kernels."""
 
+import functools
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,11 @@ Array = npt.NDArray[Any]
 MOST_THREADS = 1024
 
 _ACTIVATIONS = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
+
+
+@functools.cache
+def _extension_digest() -> str:
+    return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()
 
 
 class NativeBackend:
@@ -62,6 +70,11 @@ class NativeBackend:
     def variant(self) -> str:
         """The variant in use."""
         return self._native.variant
+
+    @property
+    def identity(self) -> str:
+        """The variant, and a digest of the compiled kernels: a rebuild computes other pages."""
+        return f"native {self.variant} {_extension_digest()}"
 
     def weight(self, array: Array) -> Any:
         """A matrix stays where it is, in its dtype; a vector becomes float32."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from quire.backends.native import _native
 from quire.errors import BackendError
-from quire.pages import PageShape
+from quire.pages import PageShape, export_rows, import_rows
 
 __all__ = ["DTYPES", "NativePool"]
 
@@ -50,6 +50,29 @@ class NativePool:
         """See :class:`quire.pages.PagePool`."""
         self.key[list(target)] = self.key[list(source)]
         self.value[list(target)] = self.value[list(source)]
+
+    def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """See :class:`quire.pages.PagePool`."""
+        return export_rows((self.key, self.value), pages)
+
+    def import_pages(self, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        import_rows((self.key, self.value), pages, data)
+
+    def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        heads, size, shape = self.shape.num_kv_heads, self.shape.page_size, self.shape
+        bits = f"u{shape.format.dtype.itemsize}"
+        for page in data:
+            key, value = page[: self.key[0].nbytes], page[self.key[0].nbytes :]
+            if self.handle.interleaved:
+                key.view(bits).reshape(heads, shape.key_dim // 2, size, 2)[:, :, first:] = 0
+                values = value.view(bits).reshape(heads, size // 2, shape.value_dim, 2)
+                for token in range(first, size):
+                    values[:, token // 2, :, token % 2] = 0
+            else:
+                key.view(bits).reshape(heads, shape.key_dim, size)[..., first:] = 0
+                value.view(bits).reshape(heads, size, shape.value_dim)[:, first:] = 0
 
     def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
         """See :class:`quire.pages.PagePool`."""

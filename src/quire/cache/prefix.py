@@ -1,0 +1,461 @@
+"""Which pages hold which prefix, so that no prefix is computed twice.
+
+A tree with one node a page. A node is found by a chain of SHA-256 digests over (the digest of the
+page before it, its token ids); the chain of a prefix begins with the identity of what computed it
+and a salt. A digest only finds a candidate: its tokens and its parent are compared on every hit,
+so that not even a collision could join two prefixes. The idea of a chained page hash is vLLM's
+(automatic prefix caching), that of a tree SGLang's (RadixAttention, arXiv:2312.07104).
+
+Ints and bytes only. Knows which pages hold a prefix, not what is in them; pages are kept and given
+up by the :class:`~quire.cache.allocator.PageAllocator` of each layer group.
+"""
+
+import hashlib
+import time
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from quire.cache.allocator import PageAllocator
+from quire.errors import CacheInvariantError
+from quire.layout import CacheLayout
+
+__all__ = [
+    "NO_PAGE",
+    "TOKEN_BYTES",
+    "Eviction",
+    "PrefixIndex",
+    "PrefixMatch",
+    "PrefixNode",
+    "PrefixObserver",
+    "PrefixQuery",
+    "common_tokens",
+    "token_bytes",
+]
+
+NO_PAGE = -1
+TOKEN_BYTES = 4
+SHOWN = 8
+REMEMBERED = 65_536  # evicted pages whose story is kept, for people who ask why a prefix missed
+
+
+def token_bytes(tokens: Sequence[int]) -> bytes:
+    """Token ids as uint32, little-endian: what is hashed and compared."""
+    return np.asarray(tokens, "<u4").tobytes()
+
+
+def common_tokens(a: bytes, b: bytes) -> int:
+    """How many leading tokens ``a`` and ``b`` share (see :func:`token_bytes`)."""
+    low, high = 0, min(len(a), len(b)) // TOKEN_BYTES
+    if a[: high * TOKEN_BYTES] == b[: high * TOKEN_BYTES]:
+        return high
+    while high - low > 1:  # the first ``low`` are equal, the first ``high`` are not
+        middle = (low + high) // 2
+        same = (
+            a[low * TOKEN_BYTES : middle * TOKEN_BYTES]
+            == (b[low * TOKEN_BYTES : middle * TOKEN_BYTES])
+        )
+        low, high = (middle, high) if same else (low, middle)
+    return low
+
+
+def _tokens_of(node: "PrefixNode") -> bytes:
+    return node.tokens
+
+
+class PrefixNode:
+    """A page of a prefix.
+
+    tokens    its token ids; fewer than a page for the unfinished end of a prefix; a root's salt
+    pages     its page id in each layer group, or NO_PAGE where it was given up
+    depth     pages before it
+    children  pages that follow it, in the order of their token bytes
+    users     sequences that stand here
+    """
+
+    __slots__ = ("children", "depth", "digest", "pages", "parent", "same_key", "tokens", "users")
+
+    def __init__(
+        self, digest: bytes, parent: "PrefixNode | None", tokens: bytes, pages: list[int]
+    ) -> None:
+        self.digest, self.parent, self.tokens, self.pages = digest, parent, tokens, pages
+        self.depth: int = 0 if parent is None or parent.parent is None else parent.depth + 1
+        self.children: list[PrefixNode] = []
+        self.users = 0
+        self.same_key: PrefixNode | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in this page."""
+        return len(self.tokens) // TOKEN_BYTES
+
+
+class PrefixQuery:
+    """A prompt to look up, and the digests of its pages once they were computed."""
+
+    def __init__(self, tokens: Sequence[int], salt: str = "") -> None:
+        self.data, self.salt = token_bytes(tokens), salt
+        self.num_tokens = len(tokens)
+        self.digests: list[bytes] = []
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+    """The longest cached part of a prompt. Valid until the cache is changed.
+
+    tokens      how many of the prompt's tokens it covers
+    node        its last whole page; None if there is none
+    first_page  number of the first page in each group, counted from position 0
+    pages       page ids in each group, from page number ``first_page[g]`` on
+    partial     the node of the last page, if the match ends inside it
+    tail        the tokens of the match in that page
+    takes       the sequence takes that page away from the index instead of copying it
+    whole       the same match without that page; itself if there is none
+    """
+
+    salt: str
+    tokens: int
+    node: PrefixNode | None
+    first_page: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]
+    partial: PrefixNode | None = None
+    tail: bytes = b""
+    takes: bool = False
+    whole: "PrefixMatch | None" = None
+
+    def choices(self) -> "tuple[PrefixMatch, ...]":
+        """This match, then those that need fewer pages, at the cost of what is cached."""
+        if self.partial is None or self.whole is None:
+            return (self,)
+        return (self, replace(self, takes=True), self.whole)
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Why a page is no longer cached. ``at`` is in seconds of :func:`time.time`."""
+
+    at: float
+    reason: str
+
+
+class PrefixObserver(Protocol):
+    """Somebody who is told when pages come into the index and before they leave it."""
+
+    def added(self, node: PrefixNode, group: int) -> None:
+        """``node`` has a page of ``group`` now, all of whose tokens are committed."""
+
+    def leaving(self, node: PrefixNode, group: int) -> None:
+        """``node`` is about to lose its page of ``group``, which still holds its numbers."""
+
+
+class PrefixIndex:
+    """Cached prefixes of one cache.
+
+    allocators    of each layer group; their ``on_evict`` must call :meth:`evict`
+    identity      of what computes the pages: prefixes under another identity are others
+    digest_bytes  how much of a digest finds a page; fewer than 32 only to force collisions in tests
+    """
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        allocators: Sequence[PageAllocator],
+        identity: bytes = b"",
+        digest_bytes: int = 32,
+    ) -> None:
+        self.layout, self.identity = layout, identity
+        self.evicted: OrderedDict[bytes, Eviction] = OrderedDict()
+        self.observer: PrefixObserver | None = None
+        self._allocators = tuple(allocators)
+        self.digest_bytes = digest_bytes
+        self._page_bytes = layout.page_size * TOKEN_BYTES
+        self._roots: dict[str, PrefixNode] = {}
+        self._by_key: dict[bytes, PrefixNode] = {}
+        self._of_page: list[list[PrefixNode | None]] = [
+            [None] * allocator.num_pages for allocator in allocators
+        ]
+        self.num_nodes = 0
+
+    # -- looking up --------------------------------------------------------------------------
+
+    def root(self, salt: str) -> PrefixNode:
+        """Where prefixes under ``salt`` begin."""
+        if salt not in self._roots:
+            self._roots[salt] = PrefixNode(self.root_digest(salt), None, salt.encode(), [])
+        return self._roots[salt]
+
+    @property
+    def salts(self) -> tuple[str, ...]:
+        """Salts under which something may be cached."""
+        return tuple(self._roots)
+
+    def digests(self, query: PrefixQuery) -> list[bytes]:
+        """The chained digest of every whole page of ``query``; computed once."""
+        known = query.digests
+        digest = known[-1] if known else self.root_digest(query.salt)
+        for at in range(len(known) * self._page_bytes, len(query.data), self._page_bytes):
+            if at + self._page_bytes <= len(query.data):
+                digest = self._chain(digest, query.data[at : at + self._page_bytes])
+                known.append(digest)
+        return known
+
+    def match(self, query: PrefixQuery, limit: int | None = None) -> PrefixMatch:
+        """The longest cached prefix of ``query``, of at most ``limit`` tokens. Changes nothing."""
+        limit = query.num_tokens if limit is None else min(limit, query.num_tokens)
+        size = self.layout.page_size
+        path = self._walk(query)
+        most = whole = min(len(path), limit // size)
+        while (missing := self._missing(path, whole, whole * size)) is not None:
+            whole = missing  # every longer prefix sees that page, too
+        found = self._made(query, path[:whole], None, whole * size)
+        parent = path[most - 1] if most else self._roots.get(query.salt)
+        rest = query.data[most * self._page_bytes : limit * TOKEN_BYTES]
+        partial = None if parent is None else self._nearest(parent, rest)
+        extra = 0 if partial is None else common_tokens(partial.tokens, rest)
+        if not extra or self._missing(path, most, most * size + extra) is not None:
+            return found
+        return replace(self._made(query, path[:most], partial, most * size + extra), whole=found)
+
+    def nearest(self, query: PrefixQuery) -> tuple[int, bytes]:
+        """How far the cached prompt that shares most with ``query`` goes along with it, and how it
+        goes on (:func:`token_bytes`), for :data:`SHOWN` tokens or a page more.
+
+        Of what is remembered: of some of it the pages may be gone (:meth:`match`).
+        """
+        node, whole, step = self._roots.get(query.salt), 0, self._page_bytes
+        if node is None:
+            return 0, b""
+        for digest in self.digests(query):
+            child = self._find(digest, node, query.data[whole * step : (whole + 1) * step])
+            if child is None:
+                break
+            node, whole = child, whole + 1
+        rest = query.data[whole * step :]
+        at = bisect_left(node.children, rest, key=_tokens_of)
+        near = node.children[max(0, at - 1) : at + 1]
+        if not near:
+            return whole * self.layout.page_size, b""
+        best = max(near, key=lambda child: common_tokens(child.tokens, rest))
+        common = common_tokens(best.tokens, rest)
+        goes_on = best.tokens[common * TOKEN_BYTES :]
+        while best.children and len(goes_on) < SHOWN * TOKEN_BYTES:
+            best = best.children[0]
+            goes_on += best.tokens
+        return whole * self.layout.page_size + common, goes_on
+
+    def evicted_behind(self, query: PrefixQuery, tokens: int) -> Eviction | None:
+        """Why the page of ``query`` that holds position ``tokens`` is gone, if it was there."""
+        number, digests = tokens // self.layout.page_size, self.digests(query)
+        return self.evicted.get(digests[number]) if number < len(digests) else None
+
+    def holder(self, group: int, page: int) -> PrefixNode | None:
+        """The node that ``page`` of ``group`` belongs to, if it is in the index."""
+        return self._of_page[group][page]
+
+    def nodes(self) -> Iterator[PrefixNode]:
+        """Every page in the index, parents before children."""
+        todo = list(self._roots.values())
+        while todo:
+            node = todo.pop()
+            if node.parent is not None:
+                yield node
+            todo.extend(node.children)
+
+    # -- changing ----------------------------------------------------------------------------
+
+    def insert(self, parent: PrefixNode, tokens: bytes, pages: Sequence[int]) -> PrefixNode:
+        """The node of ``tokens`` behind ``parent``, made of ``pages`` if it is not there.
+
+        A node that is there keeps its own pages and takes of ``pages`` only those that it lacks.
+        """
+        digest = self._chain(parent.digest, tokens)
+        node = self._find(digest, parent, tokens)
+        if node is None:
+            node = PrefixNode(digest, parent, tokens, [NO_PAGE] * len(self._allocators))
+            key = digest[: self.digest_bytes]
+            node.same_key = self._by_key.get(key)
+            self._by_key[key] = node
+            insort(parent.children, node, key=_tokens_of)
+            self.num_nodes += 1
+            self.evicted.pop(digest, None)
+        for group, page in enumerate(pages):
+            if node.pages[group] == NO_PAGE and page != NO_PAGE:
+                self._give(node, group, page)
+        return node
+
+    def insert_end(self, parent: PrefixNode, tokens: bytes, pages: Sequence[int]) -> None:
+        """Keep an unfinished page behind ``parent``, unless another begins with the same tokens."""
+        at = bisect_left(parent.children, tokens, key=_tokens_of)
+        if at == len(parent.children) or not parent.children[at].tokens.startswith(tokens):
+            self.insert(parent, tokens, pages)
+
+    def enter(self, node: PrefixNode) -> None:
+        """A sequence stands at ``node`` now: it stays, even without pages."""
+        node.users += 1
+
+    def leave(self, node: PrefixNode) -> None:
+        """A sequence stands at ``node`` no longer."""
+        node.users -= 1
+        self._prune(node)
+
+    def evict(self, group: int, page: int) -> None:
+        """``page`` is about to be taken for something else.
+
+        A page of a group that keeps every token takes the node's pages of the other groups with
+        it: without it no prompt can use them.
+        """
+        node = self._of_page[group][page]
+        if node is None:
+            return
+        self._note(node, "memory was wanted and it was the least recently used")
+        keeps_all = self.layout.groups[group].window is None
+        for other in range(len(self._allocators)) if keeps_all else (group,):
+            self._take(node, other)
+        self._prune(node)
+
+    def check(self) -> None:
+        """Verify that nodes, pages and keys agree; CacheInvariantError if they do not."""
+        count = 0
+        for node in self.nodes():
+            count += 1
+            assert node.parent is not None
+            if self._find(node.digest, node.parent, node.tokens) is not node:
+                raise CacheInvariantError(f"a page at depth {node.depth} is not found by its key")
+            if node not in node.parent.children:
+                raise CacheInvariantError(f"a page at depth {node.depth} is not its parent's child")
+            for group, page in enumerate(node.pages):
+                if page != NO_PAGE and self._of_page[group][page] is not node:
+                    raise CacheInvariantError(f"page {page} of group {group} has another node")
+        if count != self.num_nodes:
+            raise CacheInvariantError(f"{count} pages in the tree, {self.num_nodes} counted")
+        for group, allocator in enumerate(self._allocators):
+            for page, holder in enumerate(self._of_page[group]):
+                if (holder is not None) != allocator.is_kept(page):
+                    raise CacheInvariantError(f"page {page} of group {group} is kept for no node")
+                if holder is not None and holder.pages[group] != page:
+                    raise CacheInvariantError(f"page {page} of group {group} is not its node's")
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def root_digest(self, salt: str) -> bytes:
+        """The digest that chains under ``salt`` begin with."""
+        start = hashlib.sha256(b"quire prefix 1\0")
+        for part in (self.identity, salt.encode()):
+            start.update(len(part).to_bytes(8, "little") + part)
+        return start.digest()
+
+    def _chain(self, digest: bytes, tokens: bytes) -> bytes:
+        return hashlib.sha256(digest + tokens).digest()
+
+    def _find(self, digest: bytes, parent: PrefixNode, tokens: bytes) -> PrefixNode | None:
+        node = self._by_key.get(digest[: self.digest_bytes])
+        while node is not None and (node.parent is not parent or node.tokens != tokens):
+            node = node.same_key
+        return node
+
+    def _walk(self, query: PrefixQuery) -> list[PrefixNode]:
+        """Nodes of the leading whole pages of ``query`` that groups without a window all hold."""
+        node = self._roots.get(query.salt)
+        path: list[PrefixNode] = []
+        if node is None:
+            return path
+        step = self._page_bytes
+        full = [g for g, group in enumerate(self.layout.groups) if group.window is None]
+        for at, digest in enumerate(self.digests(query)):
+            node = self._find(digest, node, query.data[at * step : (at + 1) * step])
+            if node is None or any(node.pages[g] == NO_PAGE for g in full):
+                break
+            path.append(node)
+        return path
+
+    def _nearest(self, parent: PrefixNode, rest: bytes) -> PrefixNode | None:
+        """The page behind ``parent`` that begins with most of ``rest``, of those beside it."""
+        at = bisect_left(parent.children, rest, key=_tokens_of)
+        near = [c for c in parent.children[max(0, at - 1) : at + 1] if NO_PAGE not in c.pages]
+        return max(near, key=lambda node: common_tokens(node.tokens, rest), default=None)
+
+    def _missing(self, path: list[PrefixNode], whole: int, length: int) -> int | None:
+        """The last page of ``path[:whole]`` that a token at ``length`` sees and that is gone."""
+        gone = (
+            number
+            for g, group in enumerate(self.layout.groups)
+            if group.window is not None
+            for number in range(group.first_needed(length) // self.layout.page_size, whole)
+            if path[number].pages[g] == NO_PAGE
+        )
+        return max(gone, default=None)
+
+    def _made(
+        self, query: PrefixQuery, path: list[PrefixNode], partial: PrefixNode | None, length: int
+    ) -> PrefixMatch:
+        size, node = self.layout.page_size, path[-1] if path else None
+        if partial is not None:
+            path = [*path, partial]
+        first = tuple(
+            min(group.first_needed(length) // size, len(path)) for group in self.layout.groups
+        )
+        pages = tuple(tuple(n.pages[g] for n in path[first[g] :]) for g in range(len(first)))
+        tail = query.data[length // size * self._page_bytes : length * TOKEN_BYTES]
+        return PrefixMatch(query.salt, length, node, first, pages, partial, tail)
+
+    def _give(self, node: PrefixNode, group: int, page: int) -> None:
+        """Make ``page`` part of ``node``; a shorter page that it held before is forgotten."""
+        before = self._of_page[group][page]
+        if before is not None:
+            before.pages[group] = NO_PAGE
+        node.pages[group] = page
+        self._of_page[group][page] = node
+        self._allocators[group].keep(page)
+        if self.observer is not None:
+            self.observer.added(node, group)
+        if before is not None:
+            self._prune(before)
+
+    def _take(self, node: PrefixNode, group: int) -> None:
+        page = node.pages[group]
+        if page != NO_PAGE:
+            if self.observer is not None:
+                self.observer.leaving(node, group)
+            node.pages[group] = NO_PAGE
+            self._of_page[group][page] = None
+            self._allocators[group].forget(page)
+
+    def _note(self, node: PrefixNode, reason: str) -> None:
+        self.evicted[node.digest] = Eviction(time.time(), reason)
+        if len(self.evicted) > REMEMBERED:
+            self.evicted.popitem(last=False)
+
+    def _prune(self, node: PrefixNode) -> None:
+        """Remove ``node`` and those above it as far as nothing and nobody needs them."""
+        while not node.users and not node.children:
+            parent = node.parent
+            if parent is None:
+                self._roots.pop(node.tokens.decode(), None)
+                return
+            if any(page != NO_PAGE for page in node.pages):
+                return
+            self._unlink(node, parent)
+            node = parent
+
+    def _unlink(self, node: PrefixNode, parent: PrefixNode) -> None:
+        at = bisect_left(parent.children, node.tokens, key=_tokens_of)
+        while parent.children[at] is not node:
+            at += 1
+        del parent.children[at]
+        key = node.digest[: self.digest_bytes]
+        other = self._by_key[key]
+        if other is node:
+            if node.same_key is None:
+                del self._by_key[key]
+            else:
+                self._by_key[key] = node.same_key
+        else:
+            while other.same_key is not node:
+                assert other.same_key is not None
+                other = other.same_key
+            other.same_key = node.same_key
+        self.num_nodes -= 1

@@ -1,0 +1,47 @@
+"""What computed a page: everything that decides its bits, so that no other may read it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import quire
+from quire.backends import Backend
+from quire.config import ModelConfig
+from quire.layout import CacheLayout
+from quire.models import weights_digest, weights_files
+
+__all__ = ["describe", "identity_bytes"]
+
+FORMAT = "1"  # of pages as tiers and session files hold them
+
+_NOT_COMPARED = ("model",)
+# Facts of a config that do not decide what is computed.
+_IGNORED = ("ignored_keys", "bos_token_id", "eos_token_ids")
+
+
+def describe(
+    directory: Path, config: ModelConfig, layout: CacheLayout, backend: Backend
+) -> dict[str, str]:
+    """The identity of what an engine computes. Reads all weights, to digest them.
+
+    ``model`` is for people and is not compared.
+    """
+    facts = {name: value for name, value in asdict(config).items() if name not in _IGNORED}
+    return {
+        "model": str(directory),
+        "weights": weights_digest(weights_files(directory)),
+        "architecture": json.dumps(facts, sort_keys=True, default=str),
+        "page_format": layout.shapes[0].format.name,
+        "page_size": str(layout.page_size),
+        "backend": backend.identity,
+        "quire": quire.__version__,
+        "format": FORMAT,
+    }
+
+
+def identity_bytes(identity: Mapping[str, str]) -> bytes:
+    """A digest of all that is compared, to begin chains of page hashes with."""
+    compared = {name: value for name, value in identity.items() if name not in _NOT_COMPARED}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).digest()

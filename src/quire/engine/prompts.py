@@ -1,0 +1,120 @@
+"""Which prompts an engine can serve: text to token ids, and every refusal with its numbers."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from quire.cache import KVCache, PrefixQuery
+from quire.config import ModelConfig
+from quire.engine.request import SamplingParams
+from quire.errors import RequestError
+from quire.layout import LayerGroup, pages_for
+from quire.models import TextCodec
+
+__all__ = ["Prompt", "PromptReader", "as_prompts", "require_salt"]
+
+Prompt = str | Sequence[int]
+
+
+class PromptReader:
+    """Prompts of one model and one cache. ``directory`` names the model in messages."""
+
+    def __init__(
+        self, directory: Path, config: ModelConfig, codec: TextCodec | None, cache: KVCache
+    ) -> None:
+        self.directory, self.config, self.codec, self.cache = directory, config, codec, cache
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; RequestError for one that is empty or not of this vocabulary."""
+        if isinstance(prompt, str):
+            if self.codec is None:
+                raise RequestError(
+                    f"{self.directory} has no tokenizer, so prompts must be lists of token ids"
+                )
+            tokens = self.codec.encode(prompt)
+            if not tokens and self.config.bos_token_id is not None:
+                tokens = [self.config.bos_token_id]
+        else:
+            if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+                raise RequestError(f"a prompt must be text or a list of token ids, not {prompt!r}")
+            tokens = list(prompt)
+        if not tokens:
+            raise RequestError("the prompt is empty; give at least one token")
+        vocab = self.config.vocab_size
+        for at, token in enumerate(tokens):
+            integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
+            if not integer or not 0 <= token < vocab:
+                raise RequestError(
+                    f"token {at} of the prompt is {token!r}; ids of this model are 0 to {vocab - 1}"
+                )
+        return [int(token) for token in tokens]
+
+    def query(self, prompt: Prompt, salt: str) -> PrefixQuery:
+        """A prompt to look up in the prefix cache; RequestError for a salt that is not text."""
+        return PrefixQuery(self.tokens(prompt), require_salt(salt))
+
+    def require_context(self, prompt: int, new: int) -> None:
+        """Raise RequestError unless ``prompt`` and ``new`` tokens fit the model's context."""
+        limit = self.config.max_position
+        if prompt + new > limit:
+            raise RequestError(
+                f"the prompt has {prompt} tokens; with room for {new} new ones that is more than "
+                f"the model's context of {limit}; shorten it by {prompt + new - limit}"
+            )
+
+    def require_servable(self, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Raise RequestError for a request that this engine can never serve."""
+        self.require_context(len(tokens), 1)
+        if params.stop and self.codec is None:
+            raise RequestError(
+                "stop strings need a tokenizer, which this checkpoint does not have; use "
+                "stop_token_ids"
+            )
+        for token in params.stop_token_ids:
+            if token >= self.config.vocab_size:
+                raise RequestError(
+                    f"stop token id {token} is outside the vocabulary of {self.config.vocab_size}"
+                )
+        # The last new token is never fed back, so it needs no slot.
+        most = min(len(tokens) + params.max_new_tokens, self.config.max_position) - 1
+        for group, pages in zip(self.cache.layout.groups, self.cache.num_pages, strict=True):
+            need = self._pages_needed(group, len(tokens), most, params.beam_width)
+            if need > pages:
+                beams = f" in {params.beam_width} beams" if params.beam_width > 1 else ""
+                raise RequestError(
+                    f"{len(tokens)} prompt tokens and up to {params.max_new_tokens} new "
+                    f"ones{beams} need {need} pages of {self.cache.layout.page_size} tokens ({group.name()}), "
+                    f"but the pool has {pages}; lower max_new_tokens, shorten the prompt or raise "
+                    "kv_memory"
+                )
+
+    def _pages_needed(self, group: LayerGroup, prompt: int, most: int, beams: int) -> int:
+        """Pages of all beams at once, which share the whole pages of the prompt."""
+        size = self.cache.layout.page_size
+        one = group.most_pages(most, 1, size)
+        if beams == 1:
+            return one
+        own = pages_for(most, size) - prompt // size
+        return one + (beams - 1) * min(one, own) + beams  # each may have to copy a page
+
+
+def require_salt(salt: str) -> str:
+    """``salt`` if it is text that can be encoded; else RequestError."""
+    try:
+        str.encode(salt)
+    except (TypeError, UnicodeEncodeError):
+        raise RequestError(f"salt must be text, not {salt!r}") from None
+    return salt
+
+
+def as_prompts(prompts: Sequence[Prompt] | Prompt) -> list[Prompt]:
+    """A list of prompts from one prompt or several; RequestError for anything else."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts must be text or a list, not {prompts!r}")
+    listed = list(prompts)
+    if listed and all(isinstance(item, int | np.integer) for item in listed):
+        return [listed]  # type: ignore[list-item]
+    return listed  # type: ignore[return-value]

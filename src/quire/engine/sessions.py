@@ -1,0 +1,80 @@
+"""A conversation's pages to a file and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quire.cache import KVCache, PrefixQuery
+from quire.cache.session import (
+    Expected,
+    GroupPages,
+    SessionFile,
+    read_header,
+    read_session,
+)
+from quire.config import ModelConfig
+from quire.errors import CacheFull, SessionError
+
+
+__all__ = ["Session", "load_session", "pages_of"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What :meth:`Engine.load_session` found.
+
+    tokens   those whose pages are in the cache now: a prompt that begins with them is not computed
+             again; empty for a miss
+    extra    what was saved beside the pages; also of a miss, if the file's header is sound
+    reason   why it is a miss, or None
+    """
+
+    tokens: tuple[int, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+
+
+def pages_of(cache: KVCache, sequence: int) -> tuple[GroupPages, ...]:
+    """The pages of ``sequence``; slots that hold none of its tokens are zero."""
+    length, size = cache.length(sequence), cache.layout.page_size
+    groups = []
+    for group, (first, pages) in enumerate(cache.page_tables(sequence)):
+        data = cache.export_pages(group, pages)
+        if length % size:  # others' numbers may be behind the last token
+            cache.blank_slots(group, data[-1:], length % size)
+        groups.append(GroupPages(first, data))
+    return tuple(groups)
+
+
+def load_session(
+    cache: KVCache,
+    path: Path,
+    salt: str,
+    identity: Mapping[str, str],
+    model: ModelConfig,
+) -> Session:
+    """Bring a file's pages into the prefix index; a miss, with the reason, changes nothing."""
+    layout = cache.layout
+    expected = Expected(
+        identity={name: value for name, value in identity.items() if name != "model"},
+        page_size=layout.page_size,
+        groups=[(layout.page_bytes(g), group.window) for g, group in enumerate(layout.groups)],
+        max_tokens=model.max_position,
+    )
+    extra: Mapping[str, Any] = {}
+    try:
+        if cache.prefix is None:
+            raise SessionError("the prefix cache is off, so nothing can be taken from a session")
+        extra = read_header(path).extra
+        session = read_session(path, expected)
+        if max(session.tokens) >= model.vocab_size:
+            raise SessionError(
+                f"session {path} has token id {max(session.tokens)}; ids of this model are 0 to "
+                f"{model.vocab_size - 1}; start a new session"
+            )
+        query = PrefixQuery(session.tokens, salt)
+        cache.release(cache.restore(query, [group.data for group in session.groups]))
+    except (SessionError, CacheFull) as error:
+        return Session(extra=extra, reason=str(error))
+    return Session(session.tokens, extra)

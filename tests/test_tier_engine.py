@@ -1,0 +1,295 @@
+"""Tiers below the pool: what was computed once comes back, the same bits, after anything."""
+
+import subprocess
+import sys
+import threading
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import quire
+from conformance import SUBJECTS
+from quire.backends import Backend
+from quire.backends.reference import ReferenceBackend
+from quire.cache.tiers import HostTier
+from quire.errors import ConfigError
+from test_exactness import Recorder, same_bits
+from tiny import random_prompt, write_llama, write_mixed, write_sliding
+
+WRITERS = {
+    "full": write_llama,
+    "mixed": write_mixed,
+    "sliding": write_sliding,
+    "wide": partial(write_mixed, head_dim=32, max_position_embeddings=1100, sliding_window=300),
+}
+ONE = quire.SamplingParams(max_new_tokens=1, ignore_eos=True)
+SHORT = quire.SamplingParams(max_new_tokens=5, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: write(root / name, dtype="bf16") for name, write in WRITERS.items()}
+
+
+@pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)
+def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines made in the test compute with the backend in turn, whatever they ask for."""
+    subject, threads = request.param, cycle((1, 2))
+
+    def create(name: str, number: int | None = None) -> Backend:
+        if subject.name == "reference":
+            return ReferenceBackend()
+        from quire.backends.native import NativeBackend
+
+        return NativeBackend(subject.name.removeprefix("native-"), next(threads))
+
+    monkeypatch.setattr("quire.engine.engine.create_backend", create)
+
+
+def engine_with(directory: Path, num_pages: int = 12, **tiers: Any) -> quire.Engine:
+    cache = quire.CacheConfig(page_size=4, num_pages=num_pages, **tiers)
+    return quire.Engine(directory, backend="reference", cache=cache, max_batch_tokens=13)
+
+
+def prefer_loading(engine: quire.Engine) -> None:
+    """Tiny models compute faster than anything loads; let them seem slow."""
+    assert engine._tiers is not None
+    engine._tiers.compute_pace.add = lambda seconds, units: None  # type: ignore[method-assign]
+    engine._tiers.compute_pace.seconds = 1e3
+
+
+def run(engine: quire.Engine, prompt: list[int], params: quire.SamplingParams) -> quire.Completion:
+    [completion] = engine.generate([prompt], params)
+    engine.cache.check()
+    return completion
+
+
+def assert_warm_is_cold(directory: Path, recorder: Recorder) -> None:
+    assert recorder.rows
+    for sample, position, logits in recorder.rows:
+        plain = quire.CacheConfig(page_size=16, num_pages=80, prefix_cache=False)
+        alone = quire.Engine(directory, backend="reference", cache=plain)
+        whole = alone.logits(sample.tokens[: position + 1])
+        assert same_bits(logits, whole[position])
+
+
+@pytest.mark.usefixtures("every_backend")
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_pages_that_the_pool_gave_up_come_back_from_host_memory(
+    models: dict[str, Path], kind: str
+) -> None:
+    engine = engine_with(models[kind], host_cache="4MiB")
+    prefer_loading(engine)
+    first, other = random_prompt(38, seed=1), random_prompt(46, seed=2)
+    run(engine, first, ONE)
+    run(engine, other, ONE)  # takes every page of the pool
+    recorder = Recorder(engine, all_rows=True)
+    again = run(engine, [*first, *random_prompt(3, seed=3)], SHORT)
+    tiers = again.cached_tokens_by_tier
+    assert tiers["pool"] + tiers["host"] == 36
+    assert tiers["host"] >= 12
+    assert tiers["disk"] == 0
+    assert again.tier_decision is not None
+    assert "loaded" in again.tier_decision
+    assert_warm_is_cold(models[kind], recorder)
+
+
+@pytest.mark.usefixtures("every_backend")
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_a_restart_finds_its_prefixes_on_disk(
+    models: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    prompt = random_prompt(38, seed=4)
+    with engine_with(models[kind], num_pages=24, cache_dir=tmp_path) as engine:
+        run(engine, prompt, ONE)
+    with engine_with(models[kind], num_pages=24, cache_dir=tmp_path) as engine:
+        recorder = Recorder(engine, all_rows=True)
+        again = run(engine, [*prompt, *random_prompt(3, seed=5)], SHORT)
+        assert again.cached_tokens_by_tier == {"pool": 0, "host": 0, "disk": 36}
+        assert_warm_is_cold(models[kind], recorder)
+        warm = run(engine, prompt, ONE)
+        assert warm.cached_tokens_by_tier == {"pool": 37, "host": 0, "disk": 0}
+
+
+def test_another_process_reads_what_this_one_stored(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    prompt = random_prompt(38, seed=6)
+    code = (
+        "import quire, sys\n"
+        "cache = quire.CacheConfig(page_size=4, num_pages=24, cache_dir=sys.argv[2])\n"
+        "with quire.Engine(sys.argv[1], backend='reference', cache=cache) as engine:\n"
+        "    params = quire.SamplingParams(max_new_tokens=3, ignore_eos=True)\n"
+        f"    [done] = engine.generate([{prompt}], params)\n"
+        "print(done.cached_tokens_by_tier['disk'], *done.token_ids)\n"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", code, models["full"], tmp_path],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert [int(first) for first, *_ in told] == [0, 36]
+    assert told[0][1:] == told[1][1:]
+
+
+def test_other_weights_or_settings_never_meet(models: dict[str, Path], tmp_path: Path) -> None:
+    prompt = random_prompt(38, seed=7)
+    other_weights = write_llama(tmp_path / "other", dtype="bf16", seed=1)
+    other_rope = write_llama(tmp_path / "rope", dtype="bf16", rope_theta=20_000.0)
+    store = tmp_path / "store"
+
+    def cached(directory: Path, salt: str = "", **settings: Any) -> int:
+        cache = quire.CacheConfig(num_pages=24, cache_dir=store, **({"page_size": 4} | settings))
+        with quire.Engine(directory, backend="reference", cache=cache) as engine:
+            request = engine.submit(prompt, ONE, salt=salt)
+            while not request.finished:
+                engine.step()
+            return request.completions[0].cached_tokens
+
+    assert cached(models["full"]) == 0
+    assert cached(other_weights) == 0
+    assert cached(other_rope) == 0
+    assert cached(models["full"], kv_format="fp32") == 0
+    assert cached(models["full"], page_size=2) == 0
+    assert cached(models["full"], salt="tenant") == 0
+    assert cached(models["full"]) == 36
+    assert cached(models["full"], salt="tenant") == 36
+
+
+def test_a_tier_that_is_slower_than_computing_is_not_used(models: dict[str, Path]) -> None:
+    engine = engine_with(models["full"], host_cache="4MiB")
+    assert engine._tiers is not None
+    first = random_prompt(38, seed=8)
+    run(engine, first, ONE)
+    run(engine, random_prompt(46, seed=9), ONE)
+    engine._tiers._paces["host"].add(1e6, 1)
+    again = run(engine, first, ONE)
+    assert again.cached_tokens_by_tier["host"] == 0
+    assert again.tier_decision is not None
+    assert "computed: loading is expected to take" in again.tier_decision
+
+
+def test_preempted_samples_are_swapped_and_not_computed_again(models: dict[str, Path]) -> None:
+    params = quire.SamplingParams(max_new_tokens=24, ignore_eos=True)
+    prompts = [random_prompt(17, seed=10), random_prompt(18, seed=11)]
+
+    def computed(**tiers: Any) -> tuple[int, list[tuple[int, ...]]]:
+        engine = engine_with(models["full"], num_pages=14, **tiers)
+        if tiers:
+            prefer_loading(engine)
+        recorder = Recorder(engine, all_rows=True)
+        done = engine.generate(prompts, params)
+        assert engine.status().preemptions
+        if tiers:
+            assert_warm_is_cold(models["full"], recorder)
+        return len(recorder.rows), [completion.token_ids for completion in done]
+
+    without, expected = computed()
+    swapped, tokens = computed(host_cache="4MiB")
+    assert tokens == expected
+    once = sum(len(prompt) for prompt in prompts) + 2 * 23
+    assert once <= swapped < without  # but for the tokens of an unfinished page
+
+
+def test_many_that_wait_for_one_prefix_load_it_once(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    shared = random_prompt(36, seed=12)
+    with engine_with(models["full"], num_pages=64, cache_dir=tmp_path) as engine:
+        run(engine, [*shared, 1], ONE)
+    with engine_with(models["full"], num_pages=64, cache_dir=tmp_path) as engine:
+        done = engine.generate([[*shared, i, i] for i in range(6)], ONE)
+        by_tier = [completion.cached_tokens_by_tier for completion in done]
+        assert [tiers["disk"] for tiers in by_tier] == [36, 0, 0, 0, 0, 0]
+        assert [tiers["pool"] for tiers in by_tier] == [0, 36, 36, 36, 36, 36]
+
+
+def test_a_request_can_be_cancelled_while_it_loads(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_prompt(38, seed=13)
+    with engine_with(models["full"], num_pages=24, cache_dir=tmp_path) as engine:
+        run(engine, prompt, ONE)
+    with engine_with(models["full"], num_pages=24, cache_dir=tmp_path) as engine:
+        assert engine._tiers is not None
+        disk, gate = engine._tiers.tiers["disk"], threading.Event()
+        get = disk.get
+        monkeypatch.setattr(disk, "get", lambda record: gate.wait(10) and get(record))
+        request = engine.submit(prompt, ONE)
+        other = engine.submit(random_prompt(9, seed=14), ONE)
+        engine.step()
+        assert other.finished  # steps go on while the other loads
+        assert not request.finished
+        gate.set()
+        engine.cancel(request)
+        assert request.finished
+        engine.cache.check()
+        assert engine.cache.sequences == ()
+
+
+def test_damage_and_loss_in_a_tier_only_cost_time(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_prompt(38, seed=15)
+    with engine_with(models["full"], num_pages=24, cache_dir=tmp_path) as engine:
+        expected = run(engine, prompt, SHORT).token_ids
+    with engine_with(models["full"], num_pages=24, cache_dir=tmp_path) as engine:
+        assert engine._tiers is not None
+        disk, calls = engine._tiers.tiers["disk"], iter(range(100))
+        get = disk.get
+        monkeypatch.setattr(disk, "get", lambda record: get(record) if next(calls) < 4 else None)
+        again = run(engine, prompt, SHORT)
+        assert again.cached_tokens_by_tier["disk"] == 16
+        assert again.token_ids == expected
+
+
+def test_settings_that_cannot_work_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    for wrong, message in [
+        ({"disk_cache": "1GiB"}, "disk_cache needs a cache_dir"),
+        ({"host_cache": "1GiB", "prefix_cache": False}, "host_cache needs prefix_cache"),
+        ({"cache_dir": tmp_path, "page_size": "whole"}, "never whole"),
+        ({"cache_dir": 7}, "cache_dir must be a path"),
+        ({"host_cache": "lots"}, "not a size in bytes"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            quire.CacheConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="too small for pages of"):
+        engine_with(models["full"], host_cache=64)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_exported_pages_come_back_the_same(models: dict[str, Path], page_size: int) -> None:
+    cache = quire.CacheConfig(page_size=page_size, num_pages=40, prefix_cache=False)
+    for backend in ("reference", "native"):
+        engine = quire.Engine(models["wide"], backend=backend, cache=cache)
+        engine.logits(random_prompt(30, seed=16))
+        for group in range(len(engine.cache.layout.groups)):
+            pages = [3, 0, 7]
+            data = engine.cache.export_pages(group, pages)
+            assert data.shape == (3, engine.cache.layout.page_bytes(group))
+            layer = engine.cache.layout.groups[group].layers[0]
+            before = engine.cache.pools[layer].read_pages(pages)
+            engine.cache.import_pages(group, [11, 12, 13], data)
+            after = engine.cache.pools[layer].read_pages([11, 12, 13])
+            for one, other in zip(before, after, strict=True):
+                assert one.tobytes() == other.tobytes()
+                assert np.asarray(one, np.float32).any()
+
+
+def test_a_host_tier_is_what_the_engine_reports(models: dict[str, Path]) -> None:
+    engine = engine_with(models["full"], host_cache="4MiB")
+    run(engine, random_prompt(38, seed=17), ONE)
+    run(engine, random_prompt(46, seed=18), ONE)
+    [usage] = engine.status().tiers
+    assert usage.name == HostTier.name
+    assert 0 < usage.bytes_used <= usage.budget == 4 * 2**20
+    assert usage.pages >= 9
