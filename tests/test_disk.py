@@ -1,5 +1,6 @@
 """What the disk tier promises beside test_tiers.py: kills, damage, full disks, sharing."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -7,7 +8,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +165,42 @@ def _watch_two(directory: Path, steps: int) -> int:
         assert evicted > 0
     assert damaged(directory) == []
     return most
+
+
+def test_no_transaction_journals_more_than_its_share_of_the_budget(tmp_path: Path) -> None:
+    pages = chain(0, 900)
+    fill_sizes = [2_000 if i % 5 else 80_000 for i in range(900)]
+    tier = tier_of(tmp_path)
+    for i, page in enumerate(pages):
+        assert tier.put(page, payload(i, fill_sizes[i]))
+    tier.close()
+    store = StoreWriter(tmp_path / STORE_NAME, MIN_BUDGET)
+    with _watch(tmp_path / f"{STORE_NAME}-journal") as most:
+        store.touch({i: (10**10, 1) for i in range(1, 901)})
+        store.remove(1, [page.key for page in pages[::3]])
+        assert store.trim(store.max_pages) > 0  # evicts, and moves pages from the end of the file
+        store.trim(10)
+    store.close()
+    assert 100_000 < most[0] <= 3 << 19
+    assert (tmp_path / STORE_NAME).stat().st_size < 200_000
+    assert damaged(tmp_path) == []
+
+
+@contextlib.contextmanager
+def _watch(file: Path) -> Iterator[list[int]]:
+    """The most bytes that ``file`` took, in a list of one."""
+    most, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.0002):
+            with contextlib.suppress(FileNotFoundError):
+                most[0] = max(most[0], file.stat().st_size)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    yield most
+    done.set()
+    thread.join()
 
 
 # -- kills
@@ -371,7 +410,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 def test_a_changed_schema_is_damage(tmp_path: Path, statement: str) -> None:
     fill(tmp_path, chain(0, 2))
     sql(tmp_path, statement)
-    assert "schema is damaged" in str(tier_of(tmp_path).off)
+    assert "header or schema is damaged" in str(tier_of(tmp_path).off)
 
 
 def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:

@@ -108,10 +108,15 @@ def test_a_restart_finds_its_prefixes_on_disk(
     with engine_with(models[kind], num_pages=24, cache_dir=tmp_path) as engine:
         run(engine, prompt, ONE)
     with engine_with(models[kind], num_pages=24, cache_dir=tmp_path) as engine:
+        explained = engine.explain_prefix(prompt)
+        assert explained.cached_tokens_by_tier == {"pool": 0, "host": 0, "disk": 36}
+        assert "36 on disk" in explained.reasons[0]
         recorder = Recorder(engine, all_rows=True)
         again = run(engine, [*prompt, *random_prompt(3, seed=5)], SHORT)
         assert again.cached_tokens_by_tier == {"pool": 0, "host": 0, "disk": 36}
         assert_warm_is_cold(models[kind], recorder)
+        explained = engine.explain_prefix([*prompt, 1, 2])
+        assert explained.cached_tokens_by_tier["pool"] == 38
         warm = run(engine, prompt, ONE)
         assert warm.cached_tokens_by_tier == {"pool": 37, "host": 0, "disk": 0}
 

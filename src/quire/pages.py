@@ -137,6 +137,9 @@ class PagePool(Protocol):
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole pages, ``source[i]`` to ``target[i]``; no page is in both lists."""
 
+    def discard(self) -> None:
+        """Forget what all pages hold, and give their memory back to the system if it can be."""
+
     def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
         """Copies of K ``[n, page_size, num_kv_heads, key_dim]`` and V, in the stored dtype.
 

@@ -55,6 +55,10 @@ class ReferencePool:
         self.key[list(target)] = self.key[list(source)]
         self.value[list(target)] = self.value[list(source)]
 
+    def discard(self) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        self.key, self.value = np.zeros_like(self.key), np.zeros_like(self.value)
+
     def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
         """See :class:`quire.pages.PagePool`."""
         ids = np.asarray(pages, dtype=np.int64)

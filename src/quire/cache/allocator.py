@@ -109,6 +109,11 @@ class PageAllocator:
                 del self._cached[page]
                 self._free.append(page)
 
+    def evict_all(self) -> None:
+        """Give up every cached page."""
+        while self._cached:
+            self._evict()
+
     def check(self, held: Iterable[int]) -> None:
         """Compare with ``held``, every reference listed once; CacheInvariantError on a mismatch."""
         expected = [0] * self.num_pages

@@ -17,7 +17,6 @@ from pathlib import Path
 from quire.cache.disk_file import (
     LOCK_SECONDS,
     Readers,
-    StoreUnusable,
     find_store,
     find_wanted,
     present,
@@ -101,18 +100,18 @@ class DiskTier:
         self._no_writes: str | None = None
         self._readers = Readers(self._path)
         self._thread = threading.Thread(target=self._run, name="quire-disk-tier", daemon=True)
-        try:
-            self._store = StoreWriter(self._path, self._budget)
-        except StoreUnusable as error:
-            self._off = self._damaged(error)
-            return
-        try:
-            self._identity = self._store.identity_id(identity)
-        except sqlite3.Error as error:
-            self._off = self._damaged(error)
+        self._store = StoreWriter(self._path, self._budget)
+        damage: object = self._store.damage
+        if damage is None:
+            try:
+                self._identity = self._store.identity_id(identity)
+            except sqlite3.Error as error:
+                damage = error
+        if damage is None:
+            self._thread.start()
+        else:
             self._store.close()
-            return
-        self._thread.start()
+            self._off = self._damaged(damage)
 
     @property
     def off(self) -> str | None:
@@ -285,7 +284,7 @@ class DiskTier:
         else:
             self._turn_off(self._damaged(error))
 
-    def _damaged(self, error: Exception) -> str:
+    def _damaged(self, error: object) -> str:
         return (
             f"the disk tier is off: {self._path} cannot be used ({error}). Nothing was deleted; "
             "if it is damaged, move it away or delete it, and a new one is begun"

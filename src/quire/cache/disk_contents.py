@@ -89,12 +89,16 @@ def open_contents(directory: Path) -> "Iterator[StoreContents]":
     try:
         db = _open(path)
         with contextlib.closing(db):
-            check_store(db, path)
+            damage = check_store(db, path)
+            if damage is not None:
+                raise TierError(_unusable(path, damage))
             yield StoreContents(db, path)
     except sqlite3.Error as error:
-        raise TierError(
-            f"{path} cannot be read ({error}); if it is damaged, move it away or delete it"
-        ) from error
+        raise TierError(_unusable(path, error)) from error
+
+
+def _unusable(path: Path, why: object) -> str:
+    return f"{path} cannot be used ({why}); if it is damaged, move it away or delete it"
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -242,8 +246,10 @@ def prune_store(directory: Path, most_bytes: int) -> int:
     path = find_store(directory)
     store = StoreWriter(path, max(store_bytes(path), MIN_BUDGET))  # bounds the journal, too
     try:
+        if store.damage is not None:
+            raise TierError(_unusable(path, store.damage))
         return store.trim(most_bytes // PAGE_SIZE)
     except sqlite3.Error as error:
-        raise TierError(f"{path} cannot be pruned: {error}") from error
+        raise TierError(_unusable(path, error)) from error
     finally:
         store.close()

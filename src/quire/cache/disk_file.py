@@ -19,7 +19,6 @@ __all__ = [
     "PAGE_SIZE",
     "STORE_NAME",
     "Readers",
-    "StoreUnusable",
     "check_store",
     "connect",
     "find_store",
@@ -50,10 +49,6 @@ _FIND = (
     "SELECT page.id, key, parent, tokens, depth, element, codec, size, checksum, data "
     "FROM page LEFT JOIN payload ON payload.id = page.id "
 )
-
-
-class StoreUnusable(TierError):
-    """The store is damaged or the disk fails: nothing that the caller could have asked better."""
 
 
 def find_store(directory: Path, *, create: bool = False) -> Path:
@@ -109,10 +104,11 @@ def connect(
     return db
 
 
-def check_store(db: sqlite3.Connection, path: Path) -> None:
-    """Raise TierError unless the database is one that this version of Quire made.
+def check_store(db: sqlite3.Connection, path: Path) -> str | None:
+    """What is damaged in the header or the schema; None if nothing is.
 
-    StoreUnusable if it seems to be ours and damaged. sqlite3.DatabaseError passes through.
+    Raises TierError for a database that is not ours or of another format, and sqlite3.Error for
+    one that SQLite cannot read.
     """
     made = {
         text_of(name): text_of(sql)
@@ -130,8 +126,7 @@ def check_store(db: sqlite3.Connection, path: Path) -> None:
         )
     expected = (APPLICATION_ID, FORMAT_VERSION, PAGE_SIZE, 2)
     facts = (application, version, pragma(db, "page_size"), pragma(db, "auto_vacuum"))
-    if made != SCHEMA or facts != expected:
-        raise StoreUnusable("its header or its schema is damaged")
+    return None if made == SCHEMA and facts == expected else "its header or schema is damaged"
 
 
 def present(db: sqlite3.Connection, identity: int, keys: Sequence[bytes]) -> set[bytes]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from quire.cache.disk_file import (
     LOCK_SECONDS,
     PAGE_SIZE,
-    StoreUnusable,
     check_store,
     connect,
     journal_of,
@@ -44,6 +43,12 @@ _MIN_RESERVE, _MAX_RESERVE = 3 << 19, 32 << 20
 _VICTIMS_A_TRANSACTION = 256
 _IDENTITY_PAGES = 16  # more than writing an identity can take
 
+# Errors at opening that the user can do something about; the others are damage or a full disk.
+_REFUSED = (
+    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM),
+    sqlite3.SQLITE_BUSY,
+)
+
 
 class StoreWriter:
     """The connection that changes a store. Used by one thread at a time.
@@ -52,7 +57,8 @@ class StoreWriter:
     budget     bytes that database and journal together stay under at every moment, if they did
                when it was opened; else :meth:`trim` it to ``max_pages``
 
-    Raises TierError for a file that is not ours or cannot be written, StoreUnusable for damage.
+    Raises TierError for a file that is not ours or cannot be written. If it is damaged, or the disk
+    is full, ``damage`` says so, and nothing may be done but :meth:`close`.
     """
 
     def __init__(self, path: Path, budget: int) -> None:
@@ -62,15 +68,21 @@ class StoreWriter:
         self._journal_limit = reserve - _OPERATION_PAGES * (PAGE_SIZE + 8)
         try:
             self._db = connect(path, "rwc")
-            try:
-                self._set_up(path)
-            except BaseException:
-                self._db.close()
-                raise
         except sqlite3.Error as error:
-            raise _cannot_open(path, error) from error
+            raise TierError(_cannot_open(path, error)) from error
+        try:
+            self.damage = self._set_up(path)
+        except sqlite3.Error as error:
+            self.damage = str(error)
+            if _code(error) in _REFUSED:
+                self._db.close()
+                raise TierError(_cannot_open(path, error)) from error
+        except TierError:
+            self._db.close()
+            raise
 
-    def _set_up(self, path: Path) -> None:
+    def _set_up(self, path: Path) -> str | None:
+        """Create or check the database and its settings; what is damaged, or None."""
         for new in (f"page_size={PAGE_SIZE}", "auto_vacuum=INCREMENTAL"):
             self._db.execute(f"PRAGMA {new}")
         with self.transaction():
@@ -80,13 +92,16 @@ class StoreWriter:
                     self._db.execute(sql)
                 self._db.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
-        check_store(self._db, path)
+        damage = check_store(self._db, path)
+        if damage is not None:
+            return damage
         if text_of(self._db.execute("PRAGMA journal_mode=TRUNCATE").fetchone()[0]) != "truncate":
-            raise StoreUnusable("its journal mode cannot be set")
+            return "its journal mode cannot be set"
         self._db.execute(f"PRAGMA synchronous={SYNCHRONOUS}")
         # Off, a freed page is neither wiped nor journaled. Some builds of SQLite have it on.
         self._db.execute("PRAGMA secure_delete=OFF")
         self._db.execute(f"PRAGMA max_page_count={max(self.max_pages, 1)}")
+        return None
 
     def close(self) -> None:
         """Close the connection."""
@@ -264,17 +279,14 @@ def pages_needed(page: PackedPage) -> int:
     return payload // (PAGE_SIZE - 64) + payload // (1000 * PAGE_SIZE) + 16
 
 
-def _cannot_open(path: Path, error: sqlite3.Error) -> TierError:
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-        return TierError(
-            f"{path} cannot be written ({error}); give a cache directory that this user may write"
-        )
-    if code == sqlite3.SQLITE_BUSY:
-        return TierError(
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+
+
+def _cannot_open(path: Path, error: sqlite3.Error) -> str:
+    if _code(error) == sqlite3.SQLITE_BUSY:
+        return (
             f"{path} has been locked by another process for {LOCK_SECONDS:.0f} s; end that process "
             "or choose another cache directory"
         )
-    if code == sqlite3.SQLITE_FULL:
-        return StoreUnusable("the disk is full")
-    return StoreUnusable(str(error))
+    return f"{path} cannot be written ({error}); give a cache directory that this user may write"

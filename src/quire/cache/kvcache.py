@@ -98,6 +98,18 @@ class KVCache:
             return self._add(SequenceState([PageTable() for _ in self.layout.groups]))
         return self._add(self._sharing.start(match))
 
+    def clear(self) -> None:
+        """Give up every cached page and give the pools' memory back to the system.
+
+        CacheError, with nothing changed, while there are sequences.
+        """
+        if self._sequences:
+            raise CacheError(f"{len(self._sequences)} sequences hold pages; release them first")
+        for allocator in self._allocators:
+            allocator.evict_all()
+        for pool in self.pools:
+            pool.discard()
+
     def restore(self, query: PrefixQuery, data: Sequence[npt.NDArray[np.uint8]]) -> int:
         """Admit a sequence that holds all tokens of ``query``, computed before; returns its handle.
 

@@ -105,7 +105,7 @@ def lay_out(num_tokens: int, groups: Sequence[tuple[int, int]]) -> tuple[Tensor,
     rows = list(accumulate(map(_pieces, sizes), initial=1))
     table_bytes = rows[-1] * DIGEST_BYTES
     begins = list(accumulate(sizes, initial=table_bytes))
-    kinds = [("tokens", "U32", (num_tokens,))]
+    kinds: list[tuple[str, str, tuple[int, ...]]] = [("tokens", "U32", (num_tokens,))]
     kinds += [(f"group.{index}", "U8", shape) for index, shape in enumerate(groups)]
     return (
         Tensor("checksums", "U8", (rows[-1], DIGEST_BYTES), 0, table_bytes, 0),

@@ -191,7 +191,7 @@ class HostTier:
         self._held: dict[bytes, _Held] = {}
         self._queue: list[tuple[int, int, int, bytes]] = []  # a heap of orders; may be outdated
         self._number = 0
-        self._bytes = 0
+        self._bytes = self._lent = 0
         self._tally = Tally()
         self._off: str | None = None
 
@@ -245,6 +245,23 @@ class HostTier:
                 if key in self._held:
                     self._remove(key)
 
+    def lend(self, size: int) -> bool:
+        """Set ``size`` bytes of the budget aside for another use; False if that is too much.
+
+        Older pages make way.
+        """
+        with self._lock:
+            if self._off is not None or size + self._lent > self._budget:
+                return False
+            self._make_room(size)
+            self._lent += size
+            return True
+
+    def take_back(self, size: int) -> None:
+        """What :meth:`lend` gave is free for pages again."""
+        with self._lock:
+            self._lent -= size
+
     def flush(self) -> None:
         """Nothing waits; memory does not survive the process."""
 
@@ -259,22 +276,23 @@ class HostTier:
     def usage(self) -> TierUsage:
         """See :meth:`Tier.usage`."""
         with self._lock:
-            used, pages, off = self._bytes, len(self._held), self._off
+            used, pages, off = self._bytes + self._lent, len(self._held), self._off
         counts = self._tally.as_dict()
         return TierUsage(self.name, self._budget, used, 0, pages, **counts, off=off)
 
     def _refusal(self, need: int) -> str | None:
         if self._off is not None:
             return self._off
-        if need > self._budget:
+        if need > self._budget - self._lent:
+            lent = f", of which {format_bytes(self._lent)} are lent" if self._lent else ""
             return (
                 f"a page of {format_bytes(need)} is larger than the host tier's budget of "
-                f"{format_bytes(self._budget)}; raise the budget"
+                f"{format_bytes(self._budget)}{lent}; raise the budget"
             )
         return None
 
     def _make_room(self, need: int) -> None:
-        while self._bytes + need > self._budget:
+        while self._bytes + self._lent + need > self._budget:
             *order, key = heapq.heappop(self._queue)
             held = self._held.get(key)
             if held is not None and held.order == tuple(order):

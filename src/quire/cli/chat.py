@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,10 +10,10 @@ import click
 from quire.cli.generate import report, run_request
 from quire.cli.options import engine_options, make_engine, sampling_options, sampling_params
 from quire.cli.reading import decode_utf8
-from quire.errors import RequestError
+from quire.errors import RequestError, SessionError
 
 if TYPE_CHECKING:
-    from quire.engine import Engine, SamplingParams, StepOutput
+    from quire.engine import Engine, Request, SamplingParams, StepOutput
 
 __all__ = ["chat"]
 
@@ -21,14 +22,24 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 
 @click.command()
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
+@click.option(
+    "--session",
+    "path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Go on with the conversation in FILE, without prefill, and save it there at the end.",
+)
 @sampling_options
 @engine_options
-def chat(system: str | None, **options: Any) -> None:
+def chat(system: str | None, path: Path | None, **options: Any) -> None:
     """Hold a conversation.
 
     Every line of input is a message. In it, /reset forgets the conversation, /exit leaves and
     Ctrl-C stops a reply.
     """
+    saved = _saved_messages(path)
+    if saved and system is not None:
+        raise click.UsageError(f"{path} begins with its own messages; leave --system away")
     params = sampling_params(options)
     engine = make_engine(options)
     if engine.codec is None:
@@ -37,18 +48,55 @@ def chat(system: str | None, **options: Any) -> None:
     engine.codec.render_chat([*opening, {"role": "user", "content": ""}])  # refuse before asking
     if sys.stdin.isatty():
         click.echo(_HELP, err=True)
-    messages = list(opening)
-    for line in _lines():
-        if line == "/exit":
-            break
-        if line == "/reset":
-            messages = list(opening)
-        elif line in ("/help", "/?"):
-            click.echo(_HELP, err=True)
-        elif line.startswith("/"):
-            click.echo(f"quire: there is no command {line!r}; {_HELP}", err=True)
-        elif line:
-            _turn(engine, messages, line, params)
+    messages = saved or list(opening)
+    if path is not None and saved:
+        _resume(engine, path, len(saved))
+    last: Request | None = None
+    try:
+        for line in _lines():
+            if line == "/exit":
+                break
+            if line == "/reset":
+                messages[:], last = opening, None
+            elif line in ("/help", "/?"):
+                click.echo(_HELP, err=True)
+            elif line.startswith("/"):
+                click.echo(f"quire: there is no command {line!r}; {_HELP}", err=True)
+            elif line:
+                last = _turn(engine, messages, line, params) or last
+    finally:
+        if path is not None and last is not None:
+            engine.save_session(last, path, extra={"messages": messages})
+            click.echo(f"quire: {len(messages)} messages saved in {path}", err=True)
+
+
+def _saved_messages(path: Path | None) -> list[dict[str, str]]:
+    """The messages of a session file; none if there is no file yet.
+
+    Raises SessionError for a file that is no sound session, so that it is never written over.
+    """
+    if path is None or not path.exists():
+        return []
+    from quire.cache.session import read_header
+
+    messages = read_header(path).extra.get("messages", [])
+    keys = {"role", "content"}
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and m.keys() == keys and all(isinstance(v, str) for v in m.values())
+        for m in messages
+    ):
+        raise SessionError(f"{path} holds no messages of a chat; give another file")
+    return messages
+
+
+def _resume(engine: "Engine", path: Path, messages: int) -> None:
+    session = engine.load_session(path)
+    how = (
+        f"{len(session.tokens)} tokens without prefill"
+        if session.reason is None
+        else f"its pages are not used and will be computed again: {session.reason}"
+    )
+    click.echo(f"quire: {path} goes on after {messages} messages; {how}", err=True)
 
 
 def _lines() -> Iterator[str]:
@@ -69,7 +117,7 @@ def _lines() -> Iterator[str]:
 
 def _turn(
     engine: "Engine", messages: list[dict[str, str]], line: str, params: "SamplingParams"
-) -> None:
+) -> "Request | None":
     """One message and its reply; a message that cannot be served is taken back, with the reason."""
     assert engine.codec is not None
     asked = [*messages, {"role": "user", "content": line}]
@@ -78,7 +126,7 @@ def _turn(
         request = engine.submit(engine.codec.encode(text, add_special_tokens=False), params)
     except RequestError as error:
         click.echo(f"quire: error: {error} (/reset begins anew)", err=True)
-        return
+        return None
     interrupted = run_request(engine, request, _show)
     completion = request.completions[0]
     click.echo()
@@ -87,6 +135,7 @@ def _turn(
     if interrupted and not sys.stdin.isatty():
         raise click.Abort
     messages[:] = [*asked, {"role": "assistant", "content": completion.text}]
+    return request
 
 
 def _show(output: "StepOutput") -> None:

@@ -62,6 +62,21 @@ _ENGINE = (
         help="Keep what was computed while there is room, and share equal prefixes.",
     ),
     click.option(
+        "--host-cache",
+        metavar="BYTES",
+        help="Host memory for pages that the pool gives up, such as 4GiB.  [default: none]",
+    ),
+    click.option(
+        "--cache-dir",
+        metavar="DIR",
+        help="Keep pages in DIR, so that later processes need not compute them.  [default: none]",
+    ),
+    click.option(
+        "--disk-cache",
+        metavar="BYTES",
+        help="Most bytes of the files in --cache-dir.  [default: 20GiB]",
+    ),
+    click.option(
         "--max-batch-tokens",
         type=int,
         default=512,
@@ -113,6 +128,9 @@ _SAMPLING = (
 )
 
 
+_TIERS = ("prefix_cache", "host_cache", "cache_dir", "disk_cache")
+
+
 def _with(options: tuple[Callable[[Any], Any], ...]) -> Callable[[_F], _F]:
     return lambda command: functools.reduce(lambda f, option: option(f), options[::-1], command)
 
@@ -134,7 +152,7 @@ def make_engine(options: dict[str, Any]) -> "Engine":
     cache = CacheConfig(
         page_size=_page_size(options.pop("page_size")),
         kv_format=options.pop("kv_format"),
-        prefix_cache=options.pop("prefix_cache"),
+        **{name: options.pop(name) for name in _TIERS},
         **_pool_size(options.pop("num_pages"), options.pop("kv_memory")),
     )
     if model is None:
@@ -148,6 +166,10 @@ def make_engine(options: dict[str, Any]) -> "Engine":
             max_batch_tokens=options.pop("max_batch_tokens"),
             progress=progress,
         )
+    click.get_current_context().call_on_close(engine.close)  # what is to be on disk gets there
+    for tier in engine.status().tiers:
+        if tier.off is not None:
+            click.echo(f"quire: warning: the {tier.name} cache is off: {tier.off}", err=True)
     ignored = engine.model_config.ignored_keys
     if ignored:
         click.echo(

@@ -38,4 +38,5 @@ def completion_of(
         error=error,
         score=sample.score,
         tier_decision=sample.tier_decision,
+        streamed=sample.streamed,
     )

@@ -4,6 +4,7 @@ Not thread-safe: one thread drives an engine.
 """
 
 import functools
+import itertools
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from quire.engine.request import (
 from quire.engine.sampler import choose, logprobs_of, require_finite, uniform
 from quire.engine.scheduler import Limits, StepPlan, awaits, plan_step
 from quire.engine.sessions import Session, load_session, pages_of
+from quire.engine.streamed import StreamedRun, StreamPlan, plan_stream
 from quire.engine.tiering import PrefixTiers
 from quire.errors import ConfigError, QuireError, RequestError, SessionError
 from quire.layout import cache_layout, fit_pages
@@ -113,6 +115,7 @@ class Engine:
         self._prompts = PromptReader(self.directory, self.model_config, self.codec, self.cache)
         self._tiers = self._open_tiers()
         self._queues = Queues(self.cache)
+        self._streamed: StreamedRun | None = None
         self._searches: dict[Request, BeamGroup] = {}
         self._texts: dict[Sample, TextStream] = {}
         self._arrivals = 0
@@ -140,6 +143,7 @@ class Engine:
         tokens = tuple(self._prompts.tokens(prompt))
         self._prompts.require_servable(tokens, params)
         require_salt(salt)
+        stream = self._plan_stream(tokens, params)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         request = Request(self._arrivals, tokens, params, seed, time.perf_counter(), salt=salt)
         samples = max(params.n, params.beam_width)
@@ -147,6 +151,7 @@ class Engine:
         self._arrivals += 1
         for sample in request.samples:
             self._texts[sample] = TextStream(self.codec, tuple(params.stop))
+        request.samples[0].stream = stream
         if params.beam_width > 1:
             self._searches[request] = BeamGroup(request, self._search(request))
         first = request.samples[:1] if params.beam_width > 1 else request.samples
@@ -174,11 +179,15 @@ class Engine:
         If it raises, the cache and the queues are as before the pass, and a later step repeats it.
         """
         self._pins.expire()
+        waiting = self._before_stream()
+        if not waiting and not self._queues.running and self.has_work:
+            return self._stream_on(self._queues.waiting[0])
         self._finish_loads()
-        self._start_loads()
-        plan = plan_step(self._queues.running, self._queues.waiting, self._limits, self.cache)
+        self._start_loads(waiting)
+        waiting = self._before_stream()
+        plan = plan_step(self._queues.running, waiting, self._limits, self.cache)
         while not plan.chunks and self.has_work and self._pins.drop_one():
-            plan = plan_step(self._queues.running, self._queues.waiting, self._limits, self.cache)
+            plan = plan_step(self._queues.running, waiting, self._limits, self.cache)
         self._start(plan)
         if not plan.chunks:
             if loading := [s.load for s in self._queues.running if s.load is not None]:
@@ -279,7 +288,7 @@ class Engine:
 
     def explain_prefix(self, prompt: Prompt, *, salt: str = "") -> PrefixExplanation:
         """What of a prompt is cached now and why the rest is not; changes nothing."""
-        return explain(self.cache, self.codec, self._prompts.query(prompt, salt))
+        return explain(self.cache, self.codec, self._prompts.query(prompt, salt), self._tiers)
 
     def pin(self, prompt: Prompt, seconds: float, *, salt: str = "") -> int:
         """Hold what is cached of a prompt for ``seconds``; returns how many tokens that is.
@@ -410,10 +419,41 @@ class Engine:
         for sample, match in zip(plan.admit, plan.matches, strict=True):
             self._queues.admit(sample, self.cache.create(match))
 
-    def _start_loads(self) -> None:
+    def _before_stream(self) -> list[Sample]:
+        """Waiting samples before the first that must be streamed, which then has its turn alone."""
+        return list(itertools.takewhile(lambda s: s.stream is None, self._queues.waiting))
+
+    def _plan_stream(self, tokens: Sequence[int], params: SamplingParams) -> StreamPlan | None:
+        """How to stream a request that does not fit the pool; RequestError if it cannot be."""
+        if self._prompts.fits_pool(tokens, params):
+            return None
+        if self._tiers is None:
+            self._prompts.refuse(tokens, params)
+        most, chunk = self._prompts.most_tokens(tokens, params), self.config.max_batch_tokens
+        return plan_stream(self.cache, self.config.cache, most, params, chunk)
+
+    def _stream_on(self, sample: Sample) -> list[StepOutput]:
+        """A step of the sample that is streamed; it has the engine for itself."""
+        if self._streamed is None:
+            assert sample.stream is not None
+            assert self._tiers is not None
+            while self._pins.drop_one():
+                pass
+            self._streamed = StreamedRun(
+                sample,
+                sample.stream,
+                self.cache,
+                self.backend,
+                tiers=self._tiers,
+                settings=self.config.cache,
+            )
+        logits = self._streamed.step(self._loaded.model, self.config.max_batch_tokens)
+        return [] if logits is None else [self._decide(sample, logits)]
+
+    def _start_loads(self, waiting: Sequence[Sample]) -> None:
         """Let waiting samples whose next pages are in a tier start, if loading them pays."""
         queues, tiers = self._queues, self._tiers
-        for sample in list(queues.waiting) if tiers is not None else ():
+        for sample in waiting if tiers is not None else ():
             if len(queues.running) >= self.config.max_sequences:
                 return
             if sample.asked_tiers:
@@ -630,6 +670,9 @@ class Engine:
         stopped_by: str | int | None,
         error: str | None = None,
     ) -> Completion:
+        if self._streamed is not None and self._streamed.sample is sample:
+            self._streamed.close()
+            self._streamed = None
         if sample.load is not None:
             sample.load.cancelled = True
             self._settle(sample)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from quire.cache import KVCache, PrefixQuery
+from quire.engine.completion import TIERS
+from quire.engine.tiering import PrefixTiers
 from quire.models import TextCodec
 
 __all__ = ["PrefixExplanation", "explain"]
@@ -33,11 +35,26 @@ class PrefixExplanation:
         return "\n".join([head, *(f"- {reason}" for reason in self.reasons)])
 
 
-def explain(cache: KVCache, codec: TextCodec | None, query: PrefixQuery) -> PrefixExplanation:
+def explain(
+    cache: KVCache, codec: TextCodec | None, query: PrefixQuery, tiers: PrefixTiers | None
+) -> PrefixExplanation:
     """Look ``query`` up as a request would, changing nothing."""
-    hit = cache.match(query, query.num_tokens - 1).tokens
-    by_tier = {"pool": hit, "host": 0, "disk": 0}
-    reasons = _reasons(cache, codec, query, hit)
+    limit = query.num_tokens - 1
+    plan = None if tiers is None else tiers.plan(query, limit)
+    if plan is None:
+        hit = cache.match(query, limit).tokens
+        reasons = _reasons(cache, codec, query, hit)
+        by_tier = dict.fromkeys(TIERS, 0) | {"pool": hit}
+        return PrefixExplanation(query.num_tokens, hit, by_tier, tuple(reasons))
+    size = cache.layout.page_size
+    by_tier = {name: plan.sources.count(name) * size for name in TIERS}
+    by_tier["pool"] = plan.match.tokens
+    hit = sum(by_tier.values())
+    reasons = [plan.decision]
+    if limit - hit >= size:
+        reasons.append(f"the page from token {hit} on is in no tier")
+    else:
+        reasons.append(f"the last {query.num_tokens - hit} tokens are no whole page")
     return PrefixExplanation(query.num_tokens, hit, by_tier, tuple(reasons))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -76,18 +77,33 @@ class PromptReader:
                 raise RequestError(
                     f"stop token id {token} is outside the vocabulary of {self.config.vocab_size}"
                 )
-        # The last new token is never fed back, so it needs no slot.
-        most = min(len(tokens) + params.max_new_tokens, self.config.max_position) - 1
+
+    def fits_pool(self, tokens: Sequence[int], params: SamplingParams) -> bool:
+        """True if a request finds room in the pool when it has it for itself."""
+        most = self.most_tokens(tokens, params)
+        return all(
+            self._pages_needed(group, len(tokens), most, params.beam_width) <= pages
+            for group, pages in zip(self.cache.layout.groups, self.cache.num_pages, strict=True)
+        )
+
+    def most_tokens(self, tokens: Sequence[int], params: SamplingParams) -> int:
+        """Tokens that the longest reply leaves in the cache; the last one is never fed back."""
+        return min(len(tokens) + params.max_new_tokens, self.config.max_position) - 1
+
+    def refuse(self, tokens: Sequence[int], params: SamplingParams) -> NoReturn:
+        """Raise RequestError for a request that does not fit the pool, with the numbers."""
+        most = self.most_tokens(tokens, params)
         for group, pages in zip(self.cache.layout.groups, self.cache.num_pages, strict=True):
             need = self._pages_needed(group, len(tokens), most, params.beam_width)
             if need > pages:
                 beams = f" in {params.beam_width} beams" if params.beam_width > 1 else ""
                 raise RequestError(
                     f"{len(tokens)} prompt tokens and up to {params.max_new_tokens} new "
-                    f"ones{beams} need {need} pages of {self.cache.layout.page_size} tokens ({group.name()}), "
-                    f"but the pool has {pages}; lower max_new_tokens, shorten the prompt or raise "
-                    "kv_memory"
+                    f"ones{beams} need {need} pages of {self.cache.layout.page_size} tokens "
+                    f"({group.name()}), but the pool has {pages}; lower max_new_tokens, shorten "
+                    "the prompt, raise kv_memory, or give a host_cache or cache_dir to stream from"
                 )
+        raise AssertionError("refuse() is for requests that do not fit")
 
     def _pages_needed(self, group: LayerGroup, prompt: int, most: int, beams: int) -> int:
         """Pages of all beams at once, which share the whole pages of the prompt."""

@@ -7,12 +7,15 @@ scheduler runs.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from quire.cache import PrefixQuery
 from quire.config import settings
 from quire.engine.tiering import Load
 from quire.errors import RequestError
+
+if TYPE_CHECKING:
+    from quire.engine.streamed import StreamPlan
 
 __all__ = [
     "Completion",
@@ -168,6 +171,7 @@ class Completion:
     index                which of the ``n`` samples of its prompt
     preemptions          why it lost its pages and was computed again, once for each time
     error                with finish_reason ``error``: what went wrong
+    streamed             of a context larger than the pool: what was read from where, how fast
     score                of a beam: summed log-probability over length ** length_penalty
     """
 
@@ -189,6 +193,7 @@ class Completion:
     error: str | None = None
     score: float | None = None
     tier_decision: str | None = None
+    streamed: str | None = None
 
 
 class Status(Enum):
@@ -209,6 +214,7 @@ class Sample:
     sequence  handle in the KVCache while it runs
     cached_tokens  by tier, what was found in the cache when it first ran
     load      pages on their way up from a tier; until they are there it computes nothing
+    stream    how to stream it from below, if its context is larger than the pool
     asked_tiers   tiers had nothing to load since it began to wait
     """
 
@@ -229,6 +235,8 @@ class Sample:
     load: Load | None = None
     asked_tiers: bool = False
     tier_decision: str | None = None
+    stream: "StreamPlan | None" = None
+    streamed: str | None = None
     _query: PrefixQuery | None = None
 
     @property

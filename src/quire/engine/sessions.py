@@ -1,6 +1,6 @@
 """A conversation's pages to a file and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,11 @@ from quire.cache import KVCache, PrefixQuery
 from quire.cache.session import (
     Expected,
     GroupPages,
-    SessionFile,
     read_header,
     read_session,
 )
 from quire.config import ModelConfig
 from quire.errors import CacheFull, SessionError
-
 
 __all__ = ["Session", "load_session", "pages_of"]
 

@@ -33,12 +33,13 @@ class NativePool:
         self.shape, self.num_pages = shape, num_pages
         heads, size, dtype = shape.num_kv_heads, shape.page_size, shape.format.dtype
         try:
-            self.key = _zeros((num_pages, heads * size * shape.key_dim), dtype)
-            self.value = _zeros((num_pages, heads * size * shape.value_dim), dtype)
+            key, self.key = _zeros((num_pages, heads * size * shape.key_dim), dtype)
+            value, self.value = _zeros((num_pages, heads * size * shape.value_dim), dtype)
         except (OSError, OverflowError, ValueError) as error:
             raise BackendError(
                 f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
             ) from error
+        self._memory = (key, value)
         self.handle = _native.Pool(
             self.key.reshape(-1).view(np.uint8),
             self.value.reshape(-1).view(np.uint8),
@@ -50,6 +51,12 @@ class NativePool:
         """See :class:`quire.pages.PagePool`."""
         self.key[list(target)] = self.key[list(source)]
         self.value[list(target)] = self.value[list(source)]
+
+    def discard(self) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for memory in self._memory:
+                memory.madvise(mmap.MADV_DONTNEED)  # private pages: they read as zero from now on
 
     def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
         """See :class:`quire.pages.PagePool`."""
@@ -92,8 +99,8 @@ class NativePool:
         )
 
 
-def _zeros(shape: tuple[int, int], dtype: Any) -> Array:
-    """Zeros from the system, page-aligned, on huge pages where it has them.
+def _zeros(shape: tuple[int, int], dtype: Any) -> tuple[mmap.mmap, Array]:
+    """Memory of the system and an array of zeros in it, page-aligned, on huge pages if it has them.
 
     Scattered reads through 4 KiB pages wait for page walks. Raises OSError or, for sizes beyond any
     address, OverflowError or ValueError.
@@ -103,4 +110,4 @@ def _zeros(shape: tuple[int, int], dtype: Any) -> Array:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
+    return memory, np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)

@@ -1,0 +1,157 @@
+"""Running a sample whose context is larger than the pool, alone."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from quire.backends import Backend
+from quire.cache import KVCache
+from quire.cache.tiers import HostTier
+from quire.config import CacheConfig, format_bytes
+from quire.engine.request import Sample, SamplingParams
+from quire.engine.streaming import (
+    FileStore,
+    LayerStream,
+    MemoryStore,
+    PageStore,
+    stream_cache,
+)
+from quire.engine.tiering import PrefixTiers
+from quire.errors import RequestError
+from quire.layout import CacheLayout
+from quire.models import CausalLM
+
+__all__ = ["StreamPlan", "StreamedRun", "plan_stream"]
+
+
+class StreamPlan:
+    """What streaming a context of ``tokens`` takes.
+
+    num_pages     of each group, for the whole context
+    layer_bytes   of the largest layer: what a staging pool must hold
+    total_bytes   of all layers: what the store must hold
+    """
+
+    def __init__(self, layout: CacheLayout, tokens: int, chunk: int) -> None:
+        self.tokens = tokens
+        self.num_pages = tuple(
+            group.most_pages(tokens, chunk, layout.page_size) for group in layout.groups
+        )
+        per_layer = [
+            shape.bytes_per_page * self.num_pages[layout.group_of_layer[layer]]
+            for layer, shape in enumerate(layout.shapes)
+        ]
+        self.layer_bytes, self.total_bytes = max(per_layer), sum(per_layer)
+
+
+def plan_stream(
+    cache: KVCache, settings: CacheConfig, tokens: int, params: SamplingParams, chunk: int
+) -> StreamPlan:
+    """How a context of ``tokens`` would be streamed; RequestError, with the numbers, if it cannot.
+
+    ``chunk`` is the most tokens of a step.
+    """
+    plan = StreamPlan(cache.layout, tokens, chunk)
+    pool = cache.usage().pool_bytes
+    what = f"a context of {tokens} tokens takes {format_bytes(plan.total_bytes)} of pages"
+    if params.n > 1 or params.beam_width > 1:
+        raise RequestError(
+            f"{what}, more than the pool of {format_bytes(pool)}; only one sample at a time can be "
+            f"streamed from below, not n = {params.n} and beam_width = {params.beam_width}; raise "
+            "kv_memory"
+        )
+    if plan.layer_bytes > pool:
+        raise RequestError(
+            f"{what}, and one layer of it {format_bytes(plan.layer_bytes)}, more than the pool of "
+            f"{format_bytes(pool)}; raise kv_memory to at least {format_bytes(plan.layer_bytes)}"
+        )
+    budgets = [settings.host_cache or 0, settings.disk_cache or 0]
+    if plan.total_bytes > max(budgets):  # type: ignore[operator]
+        raise RequestError(
+            f"{what}, more than the pool of {format_bytes(pool)} and than any tier below it; "
+            f"lower max_new_tokens, shorten the prompt, raise kv_memory, or give a host_cache or "
+            f"a disk_cache of at least {format_bytes(plan.total_bytes)} to stream it from"
+        )
+    return plan
+
+
+class StreamedRun:
+    """The one streamed sample of an engine. The pool's memory is given back while it runs."""
+
+    def __init__(
+        self,
+        sample: Sample,
+        plan: StreamPlan,
+        cache: KVCache,
+        backend: Backend,
+        *,
+        tiers: PrefixTiers,
+        settings: CacheConfig,
+    ) -> None:
+        cache.clear()
+        self.sample = sample
+        host = tiers.tiers.get("host")
+        lends = isinstance(host, HostTier) and host.lend(plan.total_bytes)
+        self._lender = host if lends and isinstance(host, HostTier) else None
+        self._lent = plan.total_bytes
+        self.tier = "host memory" if lends else "disk"
+        self._store = self._open_store(plan, cache.layout, settings)
+        self._books = stream_cache(cache.layout, plan.num_pages)
+        self._sequence = self._books.create()
+        self._stream = LayerStream(cache.layout, backend, self._store)
+        pool = cache.usage().pool_bytes
+        buffers = 2 if 2 * plan.layer_bytes <= pool else 1
+        self._stream.allocate(max(plan.num_pages), buffers)
+        self._seconds = 0.0
+        sample.kv_bytes_peak = buffers * plan.layer_bytes
+        sample.cached_tokens = {}
+
+    def step(self, model: CausalLM, most: int) -> npt.NDArray[np.float32] | None:
+        """Compute up to ``most`` tokens; logits float32 [vocab] if those were all there are."""
+        sample, started = self.sample, time.perf_counter()
+        chunk = sample.tokens[sample.computed : sample.computed + most]
+        ends = len(chunk) == sample.uncomputed
+        logits = self._forward(model, chunk, [len(chunk) - 1] if ends else [])
+        sample.computed += len(chunk)
+        self._seconds += time.perf_counter() - started
+        sample.streamed = (
+            f"{format_bytes(self._stream.bytes_read)} of pages read from {self.tier} and "
+            f"{format_bytes(self._stream.bytes_written)} written in {self._seconds:.2f} s of steps "
+            f"({format_bytes(self._stream.bytes_read / self._seconds)}/s)"
+        )
+        return logits[0] if ends else None
+
+    def close(self) -> None:
+        """Let the staging pools and the store go."""
+        self._stream.close()
+        if self._lender is not None:
+            self._lender.take_back(self._lent)
+            self._lender = None
+
+    def _open_store(
+        self, plan: StreamPlan, layout: CacheLayout, settings: CacheConfig
+    ) -> PageStore:
+        counts = [plan.num_pages[layout.group_of_layer[n]] for n in range(len(layout.shapes))]
+        if self._lender is not None:
+            return MemoryStore(layout.shapes, counts)
+        assert settings.cache_dir is not None
+        return FileStore(Path(settings.cache_dir), layout.shapes, counts)
+
+    def _forward(
+        self, model: CausalLM, chunk: Sequence[int], rows: Sequence[int]
+    ) -> npt.NDArray[np.float32]:
+        reservation = self._books.reserve([(self._sequence, len(chunk))])
+        try:
+            self._stream.begin(reservation.batch)
+            try:
+                logits = model.forward(chunk, reservation.batch, self._stream, rows)
+            finally:
+                self._stream.end()
+        except BaseException:
+            self._books.rollback(reservation)
+            raise
+        self._books.commit(reservation)
+        return logits
