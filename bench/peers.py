@@ -1,13 +1,13 @@
 """Quire beside other engines on this machine: the same token ids, in turns, within one run.
 
     python bench/peers.py --cache DIR --envs DIR [--models 160m,1b] [--engines quire,llama.cpp]
-                          [--cases prefill@512,decode@4096,batch8,start] [--rounds 3]
+                          [--cases prefill@512,batch8,start,shared16] [--rounds 3]
                           [--threads N] [--set ENGINE:NAME=JSON] [--json FILE]
 
 Runs in Quire's environment. Each engine works in a process of its own (``peers_workers``), in the
 environment ``ENVS/<engine>`` or, without one, in Quire's; one works at a time, greedily, ignoring
-the end of text, with fresh random ids in every repetition and no prefix cache. Rounds begin with
-another engine each. Cases:
+the end of text, with fresh random ids in every repetition and no prefix cache, but for the last two
+cases. Rounds begin with another engine each. Cases:
 
     prefill@N   tokens a second of a fresh prompt, up to its first new token
     decode@N    tokens a second after a context of N, in three windows of 64
@@ -15,6 +15,9 @@ another engine each. Cases:
                 token until the first sequence ends, so that the batch is whole; and, as "whole",
                 all tokens, prompts included, over all of the time
     start       seconds from the start of a process to the fourth token after 512
+    sharedN, multiturn   seconds, with every engine's prefix cache on; see peers_prefix.py.
+                transformers has none and stays out; llama.cpp takes one request behind the other
+                and keeps the last, as its Python API does
 
 A cell is the median, ± half of greatest less least. "x best" is Quire over the best peer, the
 median of the rounds' ratios; above 1 Quire is faster. "limit" is what reading every weight and
@@ -60,6 +63,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+sys.path.insert(0, str(Path(__file__).parent))  # for a caller that loads this file by its path
+
+import peers_prefix as prefix  # noqa: E402
+
 WORKERS = Path(__file__).with_name("peers_workers")
 WINDOW, WINDOWS = 64, 3
 QUIET = 0.1  # processors that others may keep busy without a turn being taken again
@@ -93,7 +100,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 CASES = {
     "160m": "prefill@512,prefill@2048,prefill@8192,decode@512,decode@4096,decode@16384,"
-    "batch8,start,batch32",
+    "batch8,start,batch32,shared16,multiturn",
     "1b": "prefill@2048,decode@512,decode@4096",
 }
 
@@ -103,10 +110,10 @@ CASES = {
 
 @dataclass(frozen=True)
 class Case:
-    """``sequences`` prompts of ``prompt`` tokens, ``new`` tokens after each."""
+    """``sequences`` prompts of at most ``prompt`` tokens, at most ``new`` tokens after each."""
 
     name: str
-    kind: Literal["prefill", "decode", "batch", "start"]
+    kind: Literal["prefill", "decode", "batch", "start", "shared", "multiturn"]
     prompt: int
     sequences: int
     new: int
@@ -115,6 +122,18 @@ class Case:
     def tokens(self) -> int:
         """The most tokens in the cache."""
         return self.sequences * (self.prompt + self.new)
+
+    @property
+    def drawn(self) -> int:
+        """Random ids that a round needs for each sequence."""
+        return {"shared": prefix.SHARED_IDS, "multiturn": prefix.MULTITURN_IDS}.get(
+            self.kind, self.prompt
+        )
+
+    @property
+    def keeps(self) -> bool:
+        """True if engines keep prefixes between requests."""
+        return self.kind in ("shared", "multiturn")
 
     @property
     def least_chunk(self) -> int:
@@ -143,7 +162,14 @@ def parse_case(name: str) -> Case:
         return Case(name, "batch", BATCH_PROMPT, int(name[5:]), BATCH_NEW)
     if name == "start":
         return Case(name, "start", 512, 1, 4)
-    raise ValueError(f"{name!r} is not a case; write prefill@N, decode@N, batchB or start")
+    if name.startswith("shared") and name[6:].isdecimal() and int(name[6:]):
+        length = prefix.SHARED + prefix.OWN
+        return Case(name, "shared", length, int(name[6:]), prefix.SHARED_NEW)
+    if name == "multiturn":
+        return Case(name, "multiturn", prefix.LAST_PROMPT, 1, prefix.REPLY)
+    raise ValueError(
+        f"{name!r} is not a case; write prefill@N, decode@N, batchB, start, sharedN or multiturn"
+    )
 
 
 def measures(case: Case, times: Sequence[Sequence[float]]) -> dict[str, list[float]]:
@@ -151,9 +177,7 @@ def measures(case: Case, times: Sequence[Sequence[float]]) -> dict[str, list[flo
 
     Raises ValueError if a sequence has another number of tokens than was asked for.
     """
-    counts = {len(sequence) for sequence in times}
-    if counts != {case.new} or len(times) != case.sequences:
-        raise ValueError(f"{case.sequences} x {case.new} tokens were asked for, {counts} came")
+    prefix.require_tokens(times, case.sequences, case.new)
     if case.kind == "prefill":
         return {case.name: [case.prompt / times[0][0]]}
     if case.kind == "decode":
@@ -213,7 +237,8 @@ class Engine:
     """An engine to compare.
 
     ``chunk`` is the most tokens that it computes in a step: of 512 and 2048 what was faster, or
-    all, for an engine without steps; more for a case that needs it.
+    all, for an engine without steps; more for a case that needs it. ``keeps``: it can keep
+    prefixes between requests.
     """
 
     name: str
@@ -221,11 +246,18 @@ class Engine:
     module: str
     form: Literal["transformers", "gguf", "openvino"] = "transformers"
     chunk: int = 512
+    keeps: bool = True
 
 
 ENGINES = (
     Engine("quire", WORKERS / "run_quire.py", "quire"),
-    Engine("transformers", WORKERS / "run_transformers.py", "transformers", chunk=1 << 30),
+    Engine(
+        "transformers",
+        WORKERS / "run_transformers.py",
+        "transformers",
+        chunk=1 << 30,
+        keeps=False,
+    ),
     Engine("llama.cpp", WORKERS / "run_llama.py", "llama_cpp", "gguf"),
     Engine("openvino", WORKERS / "run_openvino.py", "openvino_genai", "openvino", 2048),
     Engine("vllm", WORKERS / "run_vllm.py", "vllm"),
@@ -383,17 +415,18 @@ class Contestant:
     timeout: float = 900
     process: Process | None = None
     chunk: int = 0
+    keeps: bool = False
     about: str = ""
     idle_cpu: float = 0.0
     idle_since: tuple[float, float] | None = None
     idle_wall: float = 0.0
 
     def prepare(self, case: Case) -> None:
-        """Have the process, from its start, compute as many tokens a step as a case needs."""
-        least = max(self.load["chunk"], case.least_chunk)
-        if least != self.chunk:
+        """Have the process, from its start, keep prefixes and take steps as a case needs."""
+        wanted = max(self.load["chunk"], case.least_chunk), case.keeps
+        if wanted != (self.chunk, self.keeps):
             self.close()
-        self.chunk = least
+        self.chunk, self.keeps = wanted
 
     def run(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
         """One run. Raises Failure, after which the next run starts another process."""
@@ -422,7 +455,8 @@ class Contestant:
             process.close()
 
     def _message(self, sizes: dict[str, Any]) -> dict[str, Any]:
-        return {"do": "load", "model": str(self.model), **sizes, "chunk": self.chunk}
+        wanted = {"chunk": self.chunk, "prefix_cache": self.keeps}
+        return {"do": "load", "model": str(self.model), **sizes, **wanted}
 
     def cpu_seconds(self) -> float:
         """Processor time of its process, and of all that have ended, so far."""
@@ -483,7 +517,7 @@ class Cell:
 
 def better(row: str, one: float, other: float) -> float:
     """How many times better ``one`` is; seconds are better when fewer."""
-    return other / one if row == "start" else one / other
+    return other / one if row.startswith(("start", "shared", "multiturn")) else one / other
 
 
 def times_best(cells: Sequence[Cell]) -> tuple[float, str] | None:
@@ -529,7 +563,7 @@ class Comparison:
             one.prepare(case)
         alive = [one for one in self.contestants if self._warm(one, case)]
         for turn in range(rounds):
-            prompts, firsts = self._prompts(case.sequences, case.prompt), {}
+            prompts, firsts = self._prompts(case.sequences, case.drawn), {}
             shift = turn % max(1, len(alive))
             for one in [*alive[shift:], *alive[:shift]]:
                 answer = self._turn(one, case, prompts)
@@ -548,6 +582,12 @@ class Comparison:
         return [self._random.choices(range(self._vocabulary), k=length) for _ in range(sequences)]
 
     def _warm(self, one: Contestant, case: Case) -> bool:
+        if case.keeps:
+            if not one.engine.keeps:
+                self._cell(one, case.name).note = "keeps nothing between requests"
+                return False
+            drawn = self._prompts(case.sequences, case.drawn)
+            return self._try(one, case, lambda: self._work(one, case, drawn)) is not None
         sequences, prompt, new = case.warm_up()
         prompts = self._prompts(sequences, prompt)
         if case.kind == "start":  # what engines compile once and keep in files
@@ -567,10 +607,13 @@ class Comparison:
             if disturbed <= QUIET or not chance:
                 self._keep(one, case, answer, disturbed)
                 return answer
-            prompts = self._prompts(case.sequences, case.prompt)
+            prompts = self._prompts(case.sequences, case.drawn)
         return None
 
     def _work(self, one: Contestant, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
+        if case.keeps:
+            run = prefix.run_shared if case.kind == "shared" else prefix.run_multiturn
+            return {**run(case.name, prompts, one.run), "prompts": prompts}
         if case.kind == "start":
             seconds, answer = one.start(case, prompts)
         else:
@@ -665,7 +708,7 @@ def format_peaks(cells: Iterable[Cell], engines: Sequence[str]) -> list[str]:
     """Peak resident memory in GiB, one line a row."""
     rows: dict[str, dict[str, int]] = {}
     for cell in cells:
-        if cell.peak and "whole" not in cell.row:
+        if cell.peak and " " not in cell.row:
             rows.setdefault(cell.row, {})[cell.engine] = cell.peak
     return [
         " ".join(
@@ -790,7 +833,7 @@ def compare(model: str, options: argparse.Namespace, read: float) -> None:
     found, absent = contestants(model, cases, options)
     engines, notes = [one.engine.name for one in found], list[str]()
     shape = SHAPES[model]
-    print(f"\n{model}: tokens a second, start in seconds")
+    print(f"\n{model}: tokens a second; start, shared and multiturn in seconds")
     print(header(engines))
     comparison = Comparison(model, found, read=read, vocabulary=shape["vocab_size"])
     try:

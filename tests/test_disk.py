@@ -176,7 +176,7 @@ def test_no_transaction_journals_more_than_its_share_of_the_budget(tmp_path: Pat
     tier.close()
     store = StoreWriter(tmp_path / STORE_NAME, MIN_BUDGET)
     with _watch(tmp_path / f"{STORE_NAME}-journal") as most:
-        store.touch({i: (10**10, 1) for i in range(1, 901)})
+        store.touch(dict.fromkeys(range(1, 901), (10**10, 1)))
         store.remove(1, [page.key for page in pages[::3]])
         assert store.trim(store.max_pages) > 0  # evicts, and moves pages from the end of the file
         store.trim(10)

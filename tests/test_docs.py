@@ -15,7 +15,10 @@ def test_the_command_line_reference_is_current() -> None:
     assert made == current, "run: python docs/make_cli.py"
 
 
-def test_the_readme_tour_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_tour_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # it saves a session
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tours = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert len(tours) == 1

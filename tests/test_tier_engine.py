@@ -51,16 +51,16 @@ def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("quire.engine.engine.create_backend", create)
 
 
-def engine_with(directory: Path, num_pages: int = 12, **tiers: Any) -> quire.Engine:
-    cache = quire.CacheConfig(page_size=4, num_pages=num_pages, **tiers)
-    return quire.Engine(directory, backend="reference", cache=cache, max_batch_tokens=13)
-
-
-def prefer_loading(engine: quire.Engine) -> None:
-    """Tiny models compute faster than anything loads; let them seem slow."""
-    assert engine._tiers is not None
-    engine._tiers.compute_pace.add = lambda seconds, units: None  # type: ignore[method-assign]
-    engine._tiers.compute_pace.seconds = 1e3
+def engine_with(
+    directory: Path, num_pages: int = 12, *, eager: bool = True, **settings: Any
+) -> quire.Engine:
+    """An engine that, if ``eager``, takes its model for slow: tiny ones would never load."""
+    cache = quire.CacheConfig(**({"page_size": 4, "num_pages": num_pages} | settings))
+    engine = quire.Engine(directory, backend="reference", cache=cache, max_batch_tokens=13)
+    if eager and engine._tiers is not None:
+        engine._tiers.compute_pace.add = lambda seconds, units: None  # type: ignore[method-assign]
+        engine._tiers.compute_pace.seconds = 1e3
+    return engine
 
 
 def run(engine: quire.Engine, prompt: list[int], params: quire.SamplingParams) -> quire.Completion:
@@ -84,7 +84,6 @@ def test_pages_that_the_pool_gave_up_come_back_from_host_memory(
     models: dict[str, Path], kind: str
 ) -> None:
     engine = engine_with(models[kind], host_cache="4MiB")
-    prefer_loading(engine)
     first, other = random_prompt(38, seed=1), random_prompt(46, seed=2)
     run(engine, first, ONE)
     run(engine, other, ONE)  # takes every page of the pool
@@ -129,6 +128,7 @@ def test_another_process_reads_what_this_one_stored(
         "import quire, sys\n"
         "cache = quire.CacheConfig(page_size=4, num_pages=24, cache_dir=sys.argv[2])\n"
         "with quire.Engine(sys.argv[1], backend='reference', cache=cache) as engine:\n"
+        "    engine._tiers.compute_pace.seconds = 1e3  # a tiny model would never load\n"
         "    params = quire.SamplingParams(max_new_tokens=3, ignore_eos=True)\n"
         f"    [done] = engine.generate([{prompt}], params)\n"
         "print(done.cached_tokens_by_tier['disk'], *done.token_ids)\n"
@@ -153,8 +153,7 @@ def test_other_weights_or_settings_never_meet(models: dict[str, Path], tmp_path:
     store = tmp_path / "store"
 
     def cached(directory: Path, salt: str = "", **settings: Any) -> int:
-        cache = quire.CacheConfig(num_pages=24, cache_dir=store, **({"page_size": 4} | settings))
-        with quire.Engine(directory, backend="reference", cache=cache) as engine:
+        with engine_with(directory, 24, cache_dir=store, **settings) as engine:
             request = engine.submit(prompt, ONE, salt=salt)
             while not request.finished:
                 engine.step()
@@ -171,7 +170,7 @@ def test_other_weights_or_settings_never_meet(models: dict[str, Path], tmp_path:
 
 
 def test_a_tier_that_is_slower_than_computing_is_not_used(models: dict[str, Path]) -> None:
-    engine = engine_with(models["full"], host_cache="4MiB")
+    engine = engine_with(models["full"], eager=False, host_cache="4MiB")
     assert engine._tiers is not None
     first = random_prompt(38, seed=8)
     run(engine, first, ONE)
@@ -189,8 +188,6 @@ def test_preempted_samples_are_swapped_and_not_computed_again(models: dict[str, 
 
     def computed(**tiers: Any) -> tuple[int, list[tuple[int, ...]]]:
         engine = engine_with(models["full"], num_pages=14, **tiers)
-        if tiers:
-            prefer_loading(engine)
         recorder = Recorder(engine, all_rows=True)
         done = engine.generate(prompts, params)
         assert engine.status().preemptions
@@ -298,3 +295,36 @@ def test_a_host_tier_is_what_the_engine_reports(models: dict[str, Path]) -> None
     assert usage.name == HostTier.name
     assert 0 < usage.bytes_used <= usage.budget == 4 * 2**20
     assert usage.pages >= 9
+
+
+def test_a_full_disk_is_said_and_costs_nothing_else(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Files of this process may not grow beyond 400 KB: what a full disk is to the store."""
+    prompts = [random_prompt(90, seed=seed) for seed in range(20)]
+    code = f"""
+import resource, sys
+import quire
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+cache = quire.CacheConfig(page_size=4, num_pages=60, cache_dir=sys.argv[2], kv_format="fp32")
+params = quire.SamplingParams(max_new_tokens=3, ignore_eos=True)
+with quire.Engine(sys.argv[1], backend="reference", cache=cache) as engine:
+    for prompt in {prompts}:
+        [done] = engine.generate([prompt], params)
+        print(*done.token_ids)
+    engine.flush()
+    [usage] = engine.status().tiers
+    print(usage.no_writes or usage.off)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, models["full"], tmp_path / "store"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *told, reason = ran.stdout.splitlines()
+    plain = engine_with(models["full"], 60, kv_format="fp32", prefix_cache=False)
+    for prompt, line in zip(prompts, told, strict=True):
+        [done] = plain.generate([prompt], quire.SamplingParams(max_new_tokens=3, ignore_eos=True))
+        assert line.split() == [str(token) for token in done.token_ids]
+    assert reason != "None"

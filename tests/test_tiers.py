@@ -178,6 +178,19 @@ def test_a_page_larger_than_the_tier_takes_is_refused_with_the_numbers(tier: Tie
     assert "8 MiB" in usage.last_drop
 
 
+def test_room_is_what_would_be_taken_now(tier: Tier) -> None:
+    number = 0
+    while tier.room() >= PAGE and number < 100:
+        assert tier.put(record(number), payload(number, PAGE))
+        number += 1
+    assert number > 5
+    tier.flush()
+    assert tier.room() > PAGE
+    tier.close()
+    assert tier.room() == 0
+    assert tier.usage().dropped == 0
+
+
 def test_a_closed_tier_holds_and_takes_nothing(tier: Tier) -> None:
     put(tier, record(1), b"x" * 100)
     tier.close()

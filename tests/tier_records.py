@@ -3,6 +3,7 @@
 import hashlib
 import random
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from quire.cache.tiers import PageRecord
 
@@ -26,6 +27,7 @@ def chain(first: int, length: int) -> list[PageRecord]:
     return pages
 
 
+@lru_cache(maxsize=64)
 def payload(number: int, size: int) -> bytes:
     """Bytes that cannot be packed, the same for the same number."""
     return random.Random(number).randbytes(size)

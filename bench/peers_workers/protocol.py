@@ -3,13 +3,14 @@
 Only the standard library, so that it runs in every peer's environment.
 
     {"do": "load", "model": PATH, "threads": N, "tokens": N, "longest": N, "sequences": N,
-     "chunk": N, "set": {}}
+     "chunk": N, "prefix_cache": false, "set": {}}
         -> {"seconds": s, "about": "version and settings"}
     {"do": "run", "prompts": [[id, ...], ...], "new": N}
         -> {"times": [[s, ...], ...], "ids": [[id, ...], ...], "peak": bytes}
 
 ``tokens`` is the most that are in the cache at a time, ``longest`` the most of one sequence,
-``chunk`` the most that are computed in a step, ``set`` what --set says. ``times`` are seconds
+``chunk`` the most that are computed in a step, ``prefix_cache`` whether what runs had in common
+with earlier ones is kept (not, if it is left out), ``set`` what --set says. ``times`` are seconds
 from the moment the prompts were handed over to the arrival of each token of each sequence,
 ``peak`` the most memory that was resident meanwhile. An exception answers ``{"error": text}``,
 what an engine cannot do ``{"unsupported": reason}``.
@@ -40,7 +41,8 @@ class Worker(Protocol):
         """Load ``model``; returns version and settings in words."""
 
     def run(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[Times, Ids]:
-        """``new`` greedy tokens after each prompt, end of text ignored, nothing reused."""
+        """``new`` greedy tokens after each prompt, end of text ignored; reused is only what
+        ``prefix_cache`` allows."""
 
 
 class Clock:

@@ -29,6 +29,8 @@ class LlamaWorker:
             raise RuntimeError(f"llama.cpp did not load {message['model']}")
         vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+        self.longest, self.keeps = message["longest"], message.get("prefix_cache", False)
+        self.kept: list[int] = []
         self.context: Any = None
         self.shape: tuple[int, int, bool] | None = None
         return (
@@ -36,10 +38,9 @@ class LlamaWorker:
             f"flash attention {self.flash}, n_batch {self.chunk}, n_ubatch {self.ubatch}"
         )
 
-    def _prepare(self, sequences: int, length: int, new: int) -> None:
-        """A context that holds ``sequences`` of ``length`` tokens, empty."""
+    def _prepare(self, sequences: int, length: int, best: bool) -> None:
+        """A context that holds ``sequences`` of ``length`` tokens; ``best``: of flash attention."""
         length = -(-length // 256) * 256
-        best = sequences > 1 or new < 64
         flash = best if self.flash == "best" else self.flash == "on"
         if (sequences, length, flash) != self.shape:
             if self.context is not None:
@@ -56,7 +57,6 @@ class LlamaWorker:
                 raise RuntimeError(f"llama.cpp made no context of {sequences} x {length} tokens")
             self.batch = llama_cpp.llama_batch_init(self.chunk, 0, 1)
             self.shape = (sequences, length, flash)
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
     def _decode(self, rows: Sequence[tuple[int, int, int, bool]]) -> list[int]:
         """Compute (token, position, sequence, wanted) rows; the nearest token of each wanted."""
@@ -81,7 +81,11 @@ class LlamaWorker:
         self, prompts: Sequence[Sequence[int]], new: int
     ) -> tuple[protocol.Times, protocol.Ids]:
         """The prompts one after another in pieces of n_batch, then all take steps together."""
-        self._prepare(len(prompts), max(map(len, prompts)) + new, new)
+        if self.keeps:
+            return self._run_in_turn(prompts, new)
+        best = len(prompts) > 1 or new < 64
+        self._prepare(len(prompts), max(map(len, prompts)) + new, best)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
         clock = protocol.Clock(len(prompts))
         rows = [
             (token, position, sequence, position == len(prompt) - 1)
@@ -98,6 +102,31 @@ class LlamaWorker:
                 for sequence, prompt in enumerate(prompts)
             ]
             clock.arrived(dict(enumerate(self._decode(rows))))
+        return clock.times, clock.ids
+
+    def _run_in_turn(
+        self, prompts: Sequence[Sequence[int]], new: int
+    ) -> tuple[protocol.Times, protocol.Ids]:
+        """One request after another in one sequence, from the longest prefix that it has in common
+        with the one before: what ``Llama.generate`` does."""
+        self._prepare(1, self.longest, True)
+        memory = llama_cpp.llama_get_memory(self.context)
+        clock = protocol.Clock(len(prompts))
+        for at, prompt in enumerate(prompts):
+            pairs = zip(self.kept, prompt[:-1], strict=False)
+            common = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+            if common is None:
+                common = min(len(self.kept), len(prompt) - 1)
+            llama_cpp.llama_memory_seq_rm(memory, 0, common, -1)
+            rows = [(prompt[i], i, 0, i == len(prompt) - 1) for i in range(common, len(prompt))]
+            found: list[int] = []
+            for start in range(0, len(rows), self.chunk):
+                found = self._decode(rows[start : start + self.chunk])
+            clock.arrived({at: found})
+            for step in range(new - 1):
+                found = self._decode([(found[0], len(prompt) + step, 0, True)])
+                clock.arrived({at: found})
+            self.kept = [*prompt, *clock.ids[at][:-1]]
         return clock.times, clock.ids
 
 

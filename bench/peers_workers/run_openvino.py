@@ -28,7 +28,7 @@ class OpenVINOWorker:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.max_num_batched_tokens = message["chunk"]
         scheduler.max_num_seqs = message["sequences"]
-        scheduler.enable_prefix_caching = False
+        scheduler.enable_prefix_caching = message.get("prefix_cache", False)
         scheduler.dynamic_split_fuse = bool(wanted.get("split", True))
         blocks = -(-message["tokens"] // 32) + 2 * message["sequences"]
         if wanted.get("kv", "bf16") == "u8":
@@ -55,7 +55,7 @@ class OpenVINOWorker:
     def run(
         self, prompts: Sequence[Sequence[int]], new: int
     ) -> tuple[protocol.Times, protocol.Ids]:
-        """All at once; prefix caching is off."""
+        """All at once."""
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = new
         config.min_new_tokens = 0

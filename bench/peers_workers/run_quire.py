@@ -25,7 +25,7 @@ class QuireWorker:
                 page_size=page,
                 kv_format=wanted.get("kv_format", "auto"),
                 num_pages=-(-message["tokens"] // page) + 2 * sequences,
-                prefix_cache=False,
+                prefix_cache=message.get("prefix_cache", False),
             ),
         )
         backend = self.engine.backend
@@ -35,7 +35,7 @@ class QuireWorker:
     def run(
         self, prompts: Sequence[Sequence[int]], new: int
     ) -> tuple[protocol.Times, protocol.Ids]:
-        """All at once; the cache keeps nothing between requests."""
+        """All at once."""
         params = quire.SamplingParams(max_new_tokens=new, ignore_eos=True)
         clock = protocol.Clock(len(prompts))
         of = {self.engine.submit(prompt, params): at for at, prompt in enumerate(prompts)}

@@ -24,7 +24,7 @@ class VLLMWorker:
             max_model_len=longest,
             max_num_seqs=message["sequences"],
             max_num_batched_tokens=max(message["chunk"], message["sequences"]),
-            enable_prefix_caching=False,
+            enable_prefix_caching=message.get("prefix_cache", False),
             enforce_eager=eager,
             **wanted,
         )
@@ -36,7 +36,7 @@ class VLLMWorker:
     def run(
         self, prompts: Sequence[Sequence[int]], new: int
     ) -> tuple[protocol.Times, protocol.Ids]:
-        """All at once; prefix caching is off."""
+        """All at once."""
         params = self.vllm.SamplingParams(
             temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False
         )

@@ -226,7 +226,7 @@ class HostTier:
 
     def room(self) -> int:
         """See :meth:`Tier.room`: all of it, since older pages make way."""
-        return self._budget
+        return self._budget if self._off is None else 0
 
     def get(self, record: PageRecord) -> bytes | None:
         """See :meth:`Tier.get`; the bytes are not copied."""

@@ -16,6 +16,7 @@ from quire.cli.bench import bench
 from quire.cli.chat import chat
 from quire.cli.doctor import doctor
 from quire.cli.generate import generate
+from quire.cli.inspect import inspect
 from quire.errors import QuireError, did_you_mean
 
 __all__ = ["cli", "main"]
@@ -56,7 +57,7 @@ def cli() -> None:
     """
 
 
-for command in (generate, chat, bench, doctor):
+for command in (generate, chat, bench, doctor, inspect):
     cli.add_command(command)
 
 

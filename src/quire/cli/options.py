@@ -166,10 +166,8 @@ def make_engine(options: dict[str, Any]) -> "Engine":
             max_batch_tokens=options.pop("max_batch_tokens"),
             progress=progress,
         )
-    click.get_current_context().call_on_close(engine.close)  # what is to be on disk gets there
-    for tier in engine.status().tiers:
-        if tier.off is not None:
-            click.echo(f"quire: warning: the {tier.name} cache is off: {tier.off}", err=True)
+    _warn_of_tiers(engine)
+    click.get_current_context().call_on_close(functools.partial(_close, engine))
     ignored = engine.model_config.ignored_keys
     if ignored:
         click.echo(
@@ -178,6 +176,24 @@ def make_engine(options: dict[str, Any]) -> "Engine":
             err=True,
         )
     return engine
+
+
+def _close(engine: "Engine") -> None:
+    """Let everything get to disk that is to be there, and say if it could not."""
+    engine.flush()
+    _warn_of_tiers(engine)
+    engine.close()
+
+
+def _warn_of_tiers(engine: "Engine") -> None:
+    for tier in engine.status().tiers:
+        if tier.off is not None:
+            click.echo(f"quire: warning: the {tier.name} cache is off: {tier.off}", err=True)
+        elif tier.no_writes is not None:
+            click.echo(
+                f"quire: warning: the {tier.name} cache stores nothing more: {tier.no_writes}",
+                err=True,
+            )
 
 
 def sampling_params(options: dict[str, Any], **fixed: Any) -> "SamplingParams":

@@ -43,9 +43,10 @@ from quire.engine.sampler import choose, logprobs_of, require_finite, uniform
 from quire.engine.scheduler import Limits, StepPlan, awaits, plan_step
 from quire.engine.sessions import Session, load_session, pages_of
 from quire.engine.streamed import StreamedRun, StreamPlan, plan_stream
-from quire.engine.tiering import PrefixTiers
+from quire.engine.tiering import PrefixTiers, compute_pace
 from quire.errors import ConfigError, QuireError, RequestError, SessionError
 from quire.layout import cache_layout, fit_pages
+from quire.machine import this_machine
 from quire.models import Progress, load_model, resolve_model
 from quire.pages import page_format
 
@@ -408,7 +409,11 @@ class Engine:
 
             assert isinstance(settings.disk_cache, int)
             tiers.append(DiskTier(Path(settings.cache_dir), settings.disk_cache, self.identity))
-        return PrefixTiers(self.cache, tiers) if tiers else None
+        if not tiers:
+            return None
+        weights = self._loaded.bytes_read_a_step // layout.shapes[0].format.dtype.itemsize
+        pace = compute_pace(self.backend.name, this_machine().threads, weights)
+        return PrefixTiers(self.cache, tiers, pace)
 
     # -- inside: a step ----------------------------------------------------------------------
 

@@ -26,13 +26,19 @@ def describe(
 ) -> dict[str, str]:
     """The identity of what an engine computes. Reads all weights, to digest them.
 
-    ``model`` is for people and is not compared.
+    ``model`` is for people and is not compared; ``config`` covers every fact of the config.
     """
     facts = {name: value for name, value in asdict(config).items() if name not in _IGNORED}
     return {
         "model": str(directory),
         "weights": weights_digest(weights_files(directory)),
-        "architecture": json.dumps(facts, sort_keys=True, default=str),
+        "architecture": (
+            f"{config.architecture}, {config.num_layers} layers of {config.hidden_size}, "
+            f"{config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}, vocabulary "
+            f"{config.vocab_size}"
+        ),
+        "rope": "none" if config.rope is None else f"{config.rope.kind} {config.rope.theta:g}",
+        "config": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16],
         "page_format": layout.shapes[0].format.name,
         "page_size": str(layout.page_size),
         "backend": backend.identity,

@@ -22,21 +22,35 @@ __all__ = ["Load", "LoadPlan", "Pace", "PrefixTiers"]
 PIECE = 8  # pages that are exported at a time, so that no step waits long
 
 
+# Guesses until something was measured: multiply-adds a second of a thread; of a tier, bytes a
+# second, and seconds to begin.
+THREAD_RATE = {"native": 50e9, "reference": 5e9}
+TIER_RATE = {"host": 2e9, "disk": 5e8}
+TIER_START = {"host": 2e-4, "disk": 2e-2}
+
+
 @dataclass
 class Pace:
-    """Seconds a unit of something takes, as measured lately; None until it was measured."""
+    """Seconds a unit of something takes: a guess until it was measured, then as measured lately."""
 
-    seconds: float | None = None
+    seconds: float
+    measured: bool = False
 
     def add(self, seconds: float, units: int) -> None:
         """Take a measurement in; the newest counts a third."""
         if units > 0:
             each = seconds / units
-            self.seconds = each if self.seconds is None else (2 * self.seconds + each) / 3
+            self.seconds = (2 * self.seconds + each) / 3 if self.measured else each
+            self.measured = True
 
     def of(self, units: int) -> float:
-        """Expected seconds of ``units``; 0 if nothing was measured."""
-        return 0.0 if self.seconds is None else self.seconds * units
+        """Expected seconds of ``units``."""
+        return self.seconds * units
+
+
+def compute_pace(backend: str, threads: int, weights: int) -> Pace:
+    """A guess at the seconds a token takes to compute, with ``weights`` numbers to multiply by."""
+    return Pace(weights / (THREAD_RATE.get(backend, 50e9) * threads))
 
 
 @dataclass(frozen=True)
@@ -77,11 +91,13 @@ class Load:
 class PrefixTiers:
     """The tiers of one cache, fastest first."""
 
-    def __init__(self, cache: KVCache, tiers: Sequence[Tier]) -> None:
+    def __init__(self, cache: KVCache, tiers: Sequence[Tier], compute: Pace) -> None:
         assert cache.prefix is not None
         self.tiers = {tier.name: tier for tier in tiers}
-        self.compute_pace = Pace()  # a token
-        self._paces = {tier.name: Pace() for tier in tiers}  # a page
+        self.compute_pace = compute  # a token
+        layout = cache.layout
+        page = sum(layout.page_bytes(group) for group in range(len(layout.groups)))
+        self._paces = {name: Pace(page / TIER_RATE[name]) for name in self.tiers}  # a page
         self._cache, self._index = cache, cache.prefix
         self._fresh: deque[tuple[PrefixNode, int]] = deque()
         self._element = cache.layout.shapes[0].format.dtype.itemsize
@@ -157,15 +173,15 @@ class PrefixTiers:
         if not sources:
             return None
         load = sum(self._paces[name].of(1) for name in sources)
+        load += sum(TIER_START[name] for name in set(sources))
         compute = self.compute_pace.of(len(sources) * size)
-        known = self.compute_pace.seconds is not None
-        worthwhile = not known or load <= compute
+        worthwhile = load <= compute
         counts = {name: sources.count(name) * size for name in self.tiers if name in sources}
         held = " and ".join(f"{count} on {name}" for name, count in counts.items())
         verb = "loaded" if worthwhile else "computed"
-        cost = f"loading is expected to take {load:.3f} s, computing {compute:.3f} s"
-        decision = f"{len(sources) * size} tokens ({held}) {verb}: " + (
-            cost if known else "nothing was computed yet to compare with"
+        decision = (
+            f"{len(sources) * size} tokens ({held}) {verb}: loading is expected to take "
+            f"{load:.3f} s, computing {compute:.3f} s"
         )
         return LoadPlan(match, tuple(sources), worthwhile, decision)
 
@@ -209,7 +225,8 @@ class PrefixTiers:
             self._index.observer = self
         came = load.plan.sources[: load.done]
         for name in set(came):
-            self._paces[name].add(load.seconds * came.count(name) / len(came), came.count(name))
+            seconds = max(0.0, load.seconds - TIER_START[name]) * came.count(name) / len(came)
+            self._paces[name].add(seconds, came.count(name))
         return {name: came.count(name) * size for name in self.tiers}
 
     # -- inside ------------------------------------------------------------------------------

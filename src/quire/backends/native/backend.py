@@ -28,7 +28,7 @@ _ACTIVATIONS = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "re
 
 @functools.cache
 def _extension_digest() -> str:
-    return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()
+    return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()[:16]
 
 
 class NativeBackend:
