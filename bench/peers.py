@@ -65,7 +65,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a caller that loads this file by its path
 
-import peers_prefix as prefix  # noqa: E402
+import peers_prefix as prefix
 
 WORKERS = Path(__file__).with_name("peers_workers")
 WINDOW, WINDOWS = 64, 3

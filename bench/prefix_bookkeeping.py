@@ -76,12 +76,17 @@ def bookkeeping(report: Report, pools: Sequence[int], requests: int) -> None:
 def _tell(report: Report, num_pages: int, name: str, seconds: list[list[float]]) -> None:
     """``seconds``: of each stage of each request, in order."""
     part = f"bookkeeping {num_pages}"
-    parts = [seconds[at * len(seconds) // PARTS : (at + 1) * len(seconds) // PARTS] for at in range(PARTS)]
+    parts = [
+        seconds[at * len(seconds) // PARTS : (at + 1) * len(seconds) // PARTS]
+        for at in range(PARTS)
+    ]
     means = np.array([np.mean(each, axis=0) for each in parts if each])
     whole = means.sum(axis=1) * 1e6
     report.add(Figure(part, f"{name}: all of it", "us/token", (whole / PROMPT).tolist()))
     asked = "microseconds"
-    report.add(Figure(part, f"{name}: all of it", "us/page", (whole / PROMPT_PAGES).tolist(), asked))
+    report.add(
+        Figure(part, f"{name}: all of it", "us/page", (whole / PROMPT_PAGES).tolist(), asked)
+    )
     for stage, values in zip(STAGES, means.T * 1e6 / PROMPT_PAGES, strict=True):
         report.add(Figure(part, f"{name}:   {stage}", "us/page", values.tolist(), asked))
     longest = max(map(sum, seconds))

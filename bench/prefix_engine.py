@@ -32,11 +32,11 @@ class Setting:
     quiet: Quiet
     max_position: int
     vocabulary: int
-    random: random.Random = field(default_factory=lambda: random.Random(0))
+    draw: random.Random = field(default_factory=lambda: random.Random(0))
 
     def ids(self, count: int) -> list[int]:
         """Random token ids."""
-        return self.random.choices(range(self.vocabulary), k=count)
+        return self.draw.choices(range(self.vocabulary), k=count)
 
 
 # -- shared ----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Part ``trace`` of ``bench/prefix.py``: a trace through the real scheduler, cache and index.
 
-There is no model: a pretended engine computes so many tokens a second, as many as keep it busy for
-70 % of the trace if nothing were shared, and replies are ids that nothing else has. Everything that
-decides what is cached is the engine's own: ``plan_step``, ``Queues``, ``KVCache``.
+There is no model: a pretended one takes 20 ms a step, and computes so many tokens a second beside
+as keep it busy for 70 % of the trace if nothing were shared; replies are ids that nothing else has.
+Everything that decides what is cached is the engine's own: ``plan_step``, ``Queues``, ``KVCache``.
 """
 
 import time
@@ -24,6 +24,7 @@ from quire.layout import pages_for
 
 LIMITS = Limits(max_batch_tokens=512, max_sequences=64)  # the engine's defaults
 BUSY = 0.7
+STEP_SECONDS = 0.02
 SHARES = (1 / 64, 1 / 16, 1 / 4)  # of the pages that a pool without limit comes to hold
 LOOK = 512  # steps between two looks at the waste
 
@@ -147,7 +148,7 @@ class Replay:
             self._advance(sample, count)
         tokens = sum(count for _, count in chunks)
         done.computed, done.steps = done.computed + tokens, done.steps + 1
-        self._now += tokens / self._speed
+        self._now += STEP_SECONDS + tokens / self._speed
 
     def _look(self) -> None:
         [free], done = self.cache.free_pages, self.done

@@ -47,9 +47,9 @@ def synthetic(requests: int, seed: int = 0) -> list[Arrival]:
     """A trace of ``requests`` requests, the same for the same arguments.
 
     Conversations begin as a Poisson process, one in 2 s. Each stands behind one of 200 documents
-    (system prompts, tools, papers) of 1 to 32 blocks, geometric with a mean of 6, chosen with Zipf's
-    law (exponent 1). A turn adds what the user says (log-normal, median 200 tokens, sigma 1) to
-    what was said before; replies are log-normal (median 100, sigma 0.8, at most 1,000). After a
+    (system prompts, tools, papers) of 1 to 32 blocks, geometric with a mean of 6, chosen with
+    Zipf's law (exponent 1). A turn adds what the user says (log-normal, median 200 tokens, sigma 1)
+    to what was said before; replies are log-normal (median 100, sigma 0.8, at most 1,000). After a
     reply the conversation goes on with probability 0.6, after 30 s in the mean (exponential), while
     it fits 32,768 tokens. Whole blocks of a conversation keep their ids from turn to turn, an
     unfinished last one has a new id each time, as a digest of its tokens would.

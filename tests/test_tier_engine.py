@@ -276,11 +276,11 @@ def test_exported_pages_come_back_the_same(models: dict[str, Path], page_size: i
         engine.logits(random_prompt(30, seed=16))
         for group in range(len(engine.cache.layout.groups)):
             pages = [3, 0, 7]
-            data = engine.cache.export_pages(group, pages)
+            data = engine.cache.raw.read(group, pages)
             assert data.shape == (3, engine.cache.layout.page_bytes(group))
             layer = engine.cache.layout.groups[group].layers[0]
             before = engine.cache.pools[layer].read_pages(pages)
-            engine.cache.import_pages(group, [11, 12, 13], data)
+            engine.cache.raw.write(group, [11, 12, 13], data)
             after = engine.cache.pools[layer].read_pages([11, 12, 13])
             for one, other in zip(before, after, strict=True):
                 assert one.tobytes() == other.tobytes()

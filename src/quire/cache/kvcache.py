@@ -18,13 +18,15 @@ import numpy.typing as npt
 
 from quire.batch import PagedBatch
 from quire.cache.allocator import PageAllocator
+from quire.cache.books import check_sequence
 from quire.cache.export import KVArrays, LayerKV, arrange, require_layout
-from quire.cache.prefix import TOKEN_BYTES, PrefixIndex, PrefixMatch, PrefixQuery
+from quire.cache.prefix import PrefixIndex, PrefixMatch, PrefixQuery
+from quire.cache.raw import RawPages
 from quire.cache.sequence import Growth, Reservation, SequenceState, grown
 from quire.cache.sharing import PrefixSharing
 from quire.cache.table import PageTable, flatten
 from quire.cache.usage import CacheUsage
-from quire.errors import CacheError, CacheFull, CacheInvariantError
+from quire.errors import CacheError, CacheFull
 from quire.layout import CacheLayout, pages_for
 from quire.pages import PagePool
 
@@ -62,6 +64,7 @@ class KVCache:
                 )
         self.layout = layout
         self.pools = tuple(pools)
+        self.raw = RawPages(layout, self.pools)
         self._allocators = tuple(
             PageAllocator(count, partial(self._on_evict, group))
             for group, count in enumerate(num_pages)
@@ -113,7 +116,7 @@ class KVCache:
     def restore(self, query: PrefixQuery, data: Sequence[npt.NDArray[np.uint8]]) -> int:
         """Admit a sequence that holds all tokens of ``query``, computed before; returns its handle.
 
-        ``data[g]``: uint8 ``[pages, layout.page_bytes(g)]``, what :meth:`export_pages` gave of the
+        ``data[g]``: uint8 ``[pages, layout.page_bytes(g)]``, what ``raw.read`` gave of the
         pages that a next token would see. Raises CacheFull, with nothing changed, if they do not
         fit; CacheError without a prefix index.
         """
@@ -129,7 +132,7 @@ class KVCache:
         tables = []
         for group, (allocator, pages) in enumerate(zip(self._allocators, data, strict=True)):
             ids = allocator.allocate(len(pages))
-            self.import_pages(group, ids, pages)
+            self.raw.write(group, ids, pages)
             first = self.layout.groups[group].first_needed(query.num_tokens)
             tables.append(PageTable(array("q", ids), first // self.layout.page_size))
         return self._add(self._sharing.restore(query, tables))
@@ -379,32 +382,6 @@ class KVCache:
         """For each group, the number of a sequence's first page and the ids from there on."""
         return [(t.first_page, t.pages.tolist()) for t in self._get(sequence).tables]
 
-    def blank_slots(self, group: int, data: npt.NDArray[np.uint8], first: int) -> None:
-        """Zero the slots from ``first`` on in exported pages of a group, in place."""
-        start = 0
-        for layer in self.layout.groups[group].layers:
-            size = self.layout.shapes[layer].bytes_per_page
-            self.pools[layer].blank_slots(data[:, start : start + size], first)
-            start += size
-
-    def export_pages(self, group: int, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Whole pages of a group as raw bytes, uint8 ``[n, layout.page_bytes(group)]``.
-
-        Layer after layer in the backend's own layout, for :meth:`import_pages`.
-        """
-        parts = [
-            self.pools[layer].export_pages(pages) for layer in self.layout.groups[group].layers
-        ]
-        return np.concatenate(parts, axis=1)
-
-    def import_pages(self, group: int, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
-        """Overwrite whole pages of a group with what :meth:`export_pages` gave."""
-        start = 0
-        for layer in self.layout.groups[group].layers:
-            size = self.layout.shapes[layer].bytes_per_page
-            self.pools[layer].import_pages(pages, data[:, start : start + size])
-            start += size
-
     def check(self) -> None:
         """Verify the conservation law; CacheInvariantError if it does not hold.
 
@@ -412,22 +389,8 @@ class KVCache:
         cover exactly the tokens that can still be seen; the waste of a sequence in a group is less
         than one page.
         """
-        size = self.layout.page_size
         for handle, state in self._sequences.items():
-            for group, table in zip(self.layout.groups, state.tables, strict=True):
-                if table.end_page != max(pages_for(state.length, size), table.first_page):
-                    raise CacheInvariantError(
-                        f"sequence {handle} of {state.length} tokens ends at page {table.end_page}"
-                    )
-                if table.first_page != group.first_needed(state.length) // size:
-                    raise CacheInvariantError(
-                        f"sequence {handle} of {state.length} tokens begins at page "
-                        f"{table.first_page} ({group.name()})"
-                    )
-                waste = table.end_page * size - state.length if table.pages else 0
-                if not 0 <= waste < size:
-                    raise CacheInvariantError(f"sequence {handle} wastes {waste} slots")
-            self._check_chain(handle, state)
+            check_sequence(self.layout, handle, state)
         for index, allocator in enumerate(self._allocators):
             allocator.check(self._references(index))
         if self.prefix is not None:
@@ -450,26 +413,6 @@ class KVCache:
             state.chain = None
         else:
             self._sharing.extend(state, tokens)
-
-    def _check_chain(self, handle: int, state: SequenceState) -> None:
-        chain, size = state.chain, self.layout.page_size
-        if chain is None:
-            return
-        if chain.whole * size + len(chain.tail) // TOKEN_BYTES != state.length:
-            raise CacheInvariantError(
-                f"sequence {handle} of {state.length} tokens stands behind {chain.whole} pages and "
-                f"{len(chain.tail) // TOKEN_BYTES} tokens in the prefix index"
-            )
-        node = chain.node
-        while node.parent is not None:
-            for group, table in enumerate(state.tables):
-                held = table.page(node.depth) if node.depth >= table.first_page else None
-                if held is not None and held != node.pages[group]:
-                    raise CacheInvariantError(
-                        f"page {node.depth} of sequence {handle} is {held}, but "
-                        f"{node.pages[group]} in the prefix index (group {group})"
-                    )
-            node = node.parent
 
     def _add(self, state: SequenceState) -> int:
         handle, self._next = self._next, self._next + 1

@@ -16,15 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends import create_backend
-from quire.cache import CacheUsage, KVCache, PrefixQuery
+from quire.cache import CacheUsage, PrefixQuery
 from quire.cache.session import SessionFile, write_session
-from quire.cache.tiers import HostTier, Tier, TierUsage
-from quire.config import CacheConfig, EngineConfig, format_bytes, refuse_unknown
+from quire.cache.tiers import TierUsage
+from quire.config import CacheConfig, EngineConfig, refuse_unknown
 from quire.engine.beam import BeamSearch
 from quire.engine.beams import BeamGroup
 from quire.engine.completion import completion_of
 from quire.engine.explain import PrefixExplanation, explain
 from quire.engine.identity import describe, identity_bytes
+from quire.engine.loads import Loads
 from quire.engine.output import TextStream
 from quire.engine.pieces import Pieces
 from quire.engine.pins import Pins
@@ -40,12 +41,12 @@ from quire.engine.request import (
     StepOutput,
 )
 from quire.engine.sampler import choose, logprobs_of, require_finite, uniform
-from quire.engine.scheduler import Limits, StepPlan, awaits, plan_step
+from quire.engine.scheduler import Limits, StepPlan, plan_step
 from quire.engine.sessions import Session, load_session, pages_of
+from quire.engine.storage import layout_of, make_cache, open_tiers
 from quire.engine.streamed import StreamedRun, StreamPlan, plan_stream
 from quire.engine.tiering import PrefixTiers, compute_pace
-from quire.errors import ConfigError, QuireError, RequestError, SessionError
-from quire.layout import cache_layout, fit_pages
+from quire.errors import QuireError, RequestError, SessionError
 from quire.machine import this_machine
 from quire.models import Progress, load_model, resolve_model
 from quire.pages import page_format
@@ -111,11 +112,15 @@ class Engine:
         self._loaded = load_model(self.directory, self.backend, progress)
         self.model_config = self._loaded.config
         self.codec = self._loaded.codec
-        self.cache = self._make_cache()
+        self._layout = layout_of(self.config, self._loaded)
+        keyed = self.config.cache.cache_dir is not None  # pages that outlive the process
+        identity = identity_bytes(self.identity) if keyed else b""
+        self.cache = make_cache(self.config, self._layout, self.backend, identity)
         self._pins = Pins(self.cache)
         self._prompts = PromptReader(self.directory, self.model_config, self.codec, self.cache)
         self._tiers = self._open_tiers()
         self._queues = Queues(self.cache)
+        self._loads = Loads(self._queues, self.cache, self._tiers, max_sequences)
         self._streamed: StreamedRun | None = None
         self._searches: dict[Request, BeamGroup] = {}
         self._texts: dict[Sample, TextStream] = {}
@@ -147,16 +152,16 @@ class Engine:
         stream = self._plan_stream(tokens, params)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         request = Request(self._arrivals, tokens, params, seed, time.perf_counter(), salt=salt)
+        search = self._search(request) if params.beam_width > 1 else None
         samples = max(params.n, params.beam_width)
         request.samples = tuple(Sample(request, i, list(tokens)) for i in range(samples))
         self._arrivals += 1
         for sample in request.samples:
             self._texts[sample] = TextStream(self.codec, tuple(params.stop))
         request.samples[0].stream = stream
-        if params.beam_width > 1:
-            self._searches[request] = BeamGroup(request, self._search(request))
-        first = request.samples[:1] if params.beam_width > 1 else request.samples
-        for sample in first:
+        if search is not None:
+            self._searches[request] = BeamGroup(request, search)
+        for sample in request.samples if search is None else request.samples[:1]:
             self._queues.add(sample)
         return request
 
@@ -183,18 +188,17 @@ class Engine:
         waiting = self._before_stream()
         if not waiting and not self._queues.running and self.has_work:
             return self._stream_on(self._queues.waiting[0])
-        self._finish_loads()
-        self._start_loads(waiting)
+        self._loads.finish()
+        self._loads.start(waiting)
         waiting = self._before_stream()
         plan = plan_step(self._queues.running, waiting, self._limits, self.cache)
+        if not plan.chunks and self._loads.wait():
+            return []
         while not plan.chunks and self.has_work and self._pins.drop_one():
             plan = plan_step(self._queues.running, waiting, self._limits, self.cache)
         self._start(plan)
         if not plan.chunks:
-            if loading := [s.load for s in self._queues.running if s.load is not None]:
-                loading[0].finished.wait()
-                self._finish_loads()
-            elif self.has_work:
+            if self.has_work:
                 raise QuireError(
                     f"no sample can run: {len(self._queues.running)} running, "
                     f"{len(self._queues.waiting)} waiting, {self.cache.free_pages} of "
@@ -220,6 +224,14 @@ class Engine:
         if self._tiers is not None:
             self._tiers.close()
             self._tiers = None
+
+    def _open_tiers(self) -> PrefixTiers | None:
+        tiers = open_tiers(self.config.cache, self._layout, lambda: self.identity)
+        if not tiers:
+            return None
+        weights = self._loaded.bytes_read_a_step // self._layout.shapes[0].format.dtype.itemsize
+        pace = compute_pace(self.backend.name, this_machine().threads, weights)
+        return PrefixTiers(self.cache, tiers, pace)
 
     def __enter__(self) -> "Engine":
         return self
@@ -367,54 +379,6 @@ class Engine:
     def _limits(self) -> Limits:
         return Limits(self.config.max_batch_tokens, self.config.max_sequences)
 
-    def _make_cache(self) -> KVCache:
-        settings, model = self.config.cache, self.model_config
-        name = self._loaded.page_format if settings.kv_format == "auto" else settings.kv_format
-        size = model.max_position if settings.page_size == "whole" else settings.page_size
-        layout = cache_layout(model, size, page_format(name))
-        if settings.num_pages is not None:
-            num_pages = (settings.num_pages,) * len(layout.groups)
-        else:
-            assert isinstance(settings.kv_memory, int)
-            num_pages = fit_pages(
-                layout, settings.kv_memory, self.config.max_sequences, self.config.max_batch_tokens
-            )
-        of_layer = layout.group_of_layer
-        pools = [
-            self.backend.pool(shape, num_pages[of_layer[layer]])
-            for layer, shape in enumerate(layout.shapes)
-        ]
-        self._layout = layout
-        identity = b""
-        if settings.cache_dir is not None:
-            identity = identity_bytes(self.identity)
-        return KVCache(layout, num_pages, pools, identity if settings.prefix_cache else None)
-
-    def _open_tiers(self) -> PrefixTiers | None:
-        settings, layout = self.config.cache, self._layout
-        tiers: list[Tier] = []
-        largest = max(layout.page_bytes(group) for group in range(len(layout.groups)))
-        for name in ("host_cache", "disk_cache"):
-            budget = getattr(settings, name)
-            if budget is not None and budget < 4 * largest:
-                raise ConfigError(
-                    f"{name} of {format_bytes(budget)} is too small for pages of "
-                    f"{format_bytes(largest)}; give at least {format_bytes(4 * largest)}"
-                )
-        if settings.host_cache is not None:
-            assert isinstance(settings.host_cache, int)
-            tiers.append(HostTier(settings.host_cache))
-        if settings.cache_dir is not None:
-            from quire.cache.disk import DiskTier
-
-            assert isinstance(settings.disk_cache, int)
-            tiers.append(DiskTier(Path(settings.cache_dir), settings.disk_cache, self.identity))
-        if not tiers:
-            return None
-        weights = self._loaded.bytes_read_a_step // layout.shapes[0].format.dtype.itemsize
-        pace = compute_pace(self.backend.name, this_machine().threads, weights)
-        return PrefixTiers(self.cache, tiers, pace)
-
     # -- inside: a step ----------------------------------------------------------------------
 
     def _start(self, plan: StepPlan) -> None:
@@ -454,49 +418,6 @@ class Engine:
             )
         logits = self._streamed.step(self._loaded.model, self.config.max_batch_tokens)
         return [] if logits is None else [self._decide(sample, logits)]
-
-    def _start_loads(self, waiting: Sequence[Sample]) -> None:
-        """Let waiting samples whose next pages are in a tier start, if loading them pays."""
-        queues, tiers = self._queues, self._tiers
-        for sample in waiting if tiers is not None else ():
-            if len(queues.running) >= self.config.max_sequences:
-                return
-            if sample.asked_tiers:
-                continue
-            query, limit = sample.prefix_query, len(sample.tokens) - 1
-            computing = [(s, s.computed) for s in queues.running if s.uncomputed > 1]
-            if awaits(sample, self.cache.match(query, limit).tokens, computing, self.cache):
-                continue
-            assert tiers is not None
-            plan = tiers.plan(query, limit)
-            sample.tier_decision = sample.tier_decision or (plan.decision if plan else None)
-            if plan is None or not plan.worthwhile:
-                sample.asked_tiers = True
-                continue
-            growth = self.cache.growth(plan.match, len(sample.tokens) - plan.match.tokens)
-            room = zip(growth, self.cache.free_pages, strict=True)
-            if any(need + len(queues.running) > free for need, free in room):
-                return
-            load = tiers.start(plan, query)
-            queues.admit(sample, load.sequence)
-            sample.load = load
-
-    def _finish_loads(self) -> None:
-        for sample in self._queues.running:
-            if sample.load is not None and sample.load.finished.is_set():
-                self._settle(sample)
-
-    def _settle(self, sample: Sample) -> None:
-        """Take in what a load has brought; waits for it."""
-        assert self._tiers is not None
-        assert sample.load is not None
-        came = self._tiers.finish(sample.load)
-        sample.load = None
-        assert sample.sequence is not None
-        sample.computed = self.cache.length(sample.sequence)
-        assert sample.cached_tokens is not None
-        if not sample.preemptions:
-            sample.cached_tokens |= came
 
     def _run(self, plan: StepPlan) -> list[StepOutput]:
         parts, deciding = [], []
@@ -678,9 +599,7 @@ class Engine:
         if self._streamed is not None and self._streamed.sample is sample:
             self._streamed.close()
             self._streamed = None
-        if sample.load is not None:
-            sample.load.cancelled = True
-            self._settle(sample)
+        self._loads.cancel(sample)
         self._queues.leave(sample, Status.FINISHED)
         text = self._texts.pop(sample)
         if reason == "cancelled":

@@ -38,9 +38,9 @@ def pages_of(cache: KVCache, sequence: int) -> tuple[GroupPages, ...]:
     length, size = cache.length(sequence), cache.layout.page_size
     groups = []
     for group, (first, pages) in enumerate(cache.page_tables(sequence)):
-        data = cache.export_pages(group, pages)
+        data = cache.raw.read(group, pages)
         if length % size:  # others' numbers may be behind the last token
-            cache.blank_slots(group, data[-1:], length % size)
+            cache.raw.blank(group, data[-1:], length % size)
         groups.append(GroupPages(first, data))
     return tuple(groups)
 

@@ -117,7 +117,7 @@ class PrefixTiers:
         if host is not None and self._is_whole(node):
             record = self._record(node, group)
             if not host.contains([record.key])[0]:
-                data = self._cache.export_pages(group, [node.pages[group]])
+                data = self._cache.raw.read(group, [node.pages[group]])
                 host.put(record, data[0])
 
     def store(self) -> None:
@@ -133,7 +133,7 @@ class PrefixTiers:
                 node, _ = self._fresh.popleft()
                 if node.pages[group] != NO_PAGE:
                     batch.append(node)
-            data = self._cache.export_pages(group, [node.pages[group] for node in batch])
+            data = self._cache.raw.read(group, [node.pages[group] for node in batch])
             for node, payload in zip(batch, data, strict=True):
                 disk.put(self._record(node, group), payload)
 
@@ -293,5 +293,5 @@ class PrefixTiers:
             if data is None or len(data) != self._cache.layout.page_bytes(group):
                 return False
             row = np.frombuffer(data, np.uint8)[None]
-            self._cache.import_pages(group, [load.pages[group][at]], row)
+            self._cache.raw.write(group, [load.pages[group][at]], row)
         return True

@@ -1,0 +1,51 @@
+"""Whether what is written of a sequence can be true."""
+
+from quire.cache.prefix import TOKEN_BYTES
+from quire.cache.sequence import SequenceState
+from quire.errors import CacheInvariantError
+from quire.layout import CacheLayout, pages_for
+
+__all__ = ["check_sequence"]
+
+
+def check_sequence(layout: CacheLayout, handle: int, state: SequenceState) -> None:
+    """Raise CacheInvariantError unless tables, length and chain of a sequence fit together."""
+    _check_tables(layout, handle, state)
+    if state.chain is not None:
+        _check_chain(layout, handle, state)
+
+
+def _check_tables(layout: CacheLayout, handle: int, state: SequenceState) -> None:
+    size = layout.page_size
+    for group, table in zip(layout.groups, state.tables, strict=True):
+        if table.end_page != max(pages_for(state.length, size), table.first_page):
+            raise CacheInvariantError(
+                f"sequence {handle} of {state.length} tokens ends at page {table.end_page}"
+            )
+        if table.first_page != group.first_needed(state.length) // size:
+            raise CacheInvariantError(
+                f"sequence {handle} of {state.length} tokens begins at page "
+                f"{table.first_page} ({group.name()})"
+            )
+        waste = table.end_page * size - state.length if table.pages else 0
+        if not 0 <= waste < size:
+            raise CacheInvariantError(f"sequence {handle} wastes {waste} slots")
+
+
+def _check_chain(layout: CacheLayout, handle: int, state: SequenceState) -> None:
+    assert state.chain is not None
+    chain, tail = state.chain, len(state.chain.tail) // TOKEN_BYTES
+    if chain.whole * layout.page_size + tail != state.length:
+        raise CacheInvariantError(
+            f"sequence {handle} of {state.length} tokens stands behind {chain.whole} pages and "
+            f"{tail} tokens in the prefix index"
+        )
+    node = chain.node
+    while node.parent is not None:
+        for group, table in enumerate(state.tables):
+            if node.depth >= table.first_page and table.page(node.depth) != node.pages[group]:
+                raise CacheInvariantError(
+                    f"page {node.depth} of sequence {handle} is {table.page(node.depth)}, but "
+                    f"{node.pages[group]} in the prefix index (group {group})"
+                )
+        node = node.parent

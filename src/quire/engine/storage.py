@@ -1,0 +1,70 @@
+"""The cache and the tiers that an engine's settings describe."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from quire.backends import Backend
+from quire.cache import KVCache
+from quire.cache.tiers import HostTier, Tier
+from quire.config import CacheConfig, EngineConfig, format_bytes
+from quire.errors import ConfigError
+from quire.layout import CacheLayout, cache_layout, fit_pages
+from quire.models import LoadedModel
+from quire.pages import page_format
+
+__all__ = ["layout_of", "make_cache", "open_tiers"]
+
+
+def layout_of(config: EngineConfig, loaded: LoadedModel) -> CacheLayout:
+    """Layer groups and pages of a loaded model's cache."""
+    settings, model = config.cache, loaded.config
+    name = loaded.page_format if settings.kv_format == "auto" else settings.kv_format
+    size = model.max_position if settings.page_size == "whole" else settings.page_size
+    return cache_layout(model, size, page_format(name))
+
+
+def make_cache(
+    config: EngineConfig, layout: CacheLayout, backend: Backend, identity: bytes
+) -> KVCache:
+    """The cache, its pools allocated. ``identity`` begins the chains of its prefix index."""
+    settings = config.cache
+    if settings.num_pages is not None:
+        num_pages = (settings.num_pages,) * len(layout.groups)
+    else:
+        assert isinstance(settings.kv_memory, int)
+        num_pages = fit_pages(
+            layout, settings.kv_memory, config.max_sequences, config.max_batch_tokens
+        )
+    of_layer = layout.group_of_layer
+    pools = [
+        backend.pool(shape, num_pages[of_layer[layer]]) for layer, shape in enumerate(layout.shapes)
+    ]
+    return KVCache(layout, num_pages, pools, identity if settings.prefix_cache else None)
+
+
+def open_tiers(
+    settings: CacheConfig, layout: CacheLayout, identity: Callable[[], Mapping[str, str]]
+) -> list[Tier]:
+    """Tiers below the pool, the fastest first; ``identity`` is asked for only by those on disk.
+
+    Raises ConfigError for a budget that is too small for this model's pages, TierError for a
+    directory that cannot be used.
+    """
+    largest = max(layout.page_bytes(group) for group in range(len(layout.groups)))
+    for name in ("host_cache", "disk_cache"):
+        budget = getattr(settings, name)
+        if budget is not None and budget < 4 * largest:
+            raise ConfigError(
+                f"{name} of {format_bytes(budget)} is too small for pages of "
+                f"{format_bytes(largest)}; give at least {format_bytes(4 * largest)}"
+            )
+    tiers: list[Tier] = []
+    if settings.host_cache is not None:
+        assert isinstance(settings.host_cache, int)
+        tiers.append(HostTier(settings.host_cache))
+    if settings.cache_dir is not None:
+        from quire.cache.disk import DiskTier  # sqlite3 and zstandard, for those who want them
+
+        assert isinstance(settings.disk_cache, int)
+        tiers.append(DiskTier(Path(settings.cache_dir), settings.disk_cache, identity()))
+    return tiers
