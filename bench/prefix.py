@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
         restart(report, computing, (512,) if quick else (2048, 8192, 32_768))
     if "bookkeeping" in options.parts:
         pools = (2000,) if quick else (10_000, 100_000, 1_000_000)
-        bookkeeping(report, pools, 14 if quick else 210)
+        bookkeeping(report, pools, 14 if quick else 210, 0.0 if quick else 30.0)
         memory(report, 2000 if quick else 100_000)
     if "trace" in options.parts:
         most = min(options.requests, 60) if quick else options.requests

@@ -9,15 +9,16 @@ step. Python's garbage collector runs as it does in an engine.
     decode   one token of each of 16 sequences a step
 """
 
+import functools
 import gc
 import itertools
 import random
 import time
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from prefix_figures import Figure, Report
+from prefix_figures import Figure, Quiet, Report
 from prefix_stub import LAYOUT, PAGE, stub_cache
 
 from quire.cache import KVCache, PrefixQuery
@@ -27,6 +28,7 @@ PROMPT = PROMPT_PAGES * PAGE
 PARTS = 7  # a figure is the median of so many parts of the requests
 STAGES = ("match", "create", "reserve", "commit", "release")
 DECODING = 16
+ASKED = "microseconds"
 
 
 def prompt(seed: int) -> list[int]:
@@ -51,50 +53,56 @@ def admit(cache: KVCache, tokens: Sequence[int]) -> list[float]:
     return [end - start for start, end in itertools.pairwise(moments)]
 
 
-def bookkeeping(report: Report, pools: Sequence[int], requests: int) -> None:
-    """All of it on pools of so many pages; at most ``requests`` a case, but as many as fill one."""
+def bookkeeping(report: Report, pools: Sequence[int], requests: int, patience: float) -> None:
+    """All of it on pools of so many pages: ``requests`` a case, but as many as fill a pool.
+
+    A case waits at most ``patience`` seconds for quiet; none can be taken again.
+    """
+    quiet = Quiet(patience, chances=1)
     for num_pages in pools:
         prompts = f"prompts of {PROMPT:,} tokens ({PROMPT_PAGES} pages)"
         report.title(f"bookkeeping: a pool of {num_pages:,} pages of {PAGE} tokens, {prompts}")
-        cache = stub_cache(num_pages)
-        fits = num_pages // PROMPT_PAGES
-        seeds = random.Random(0)
-        order = {
+        cache, part = stub_cache(num_pages), f"bookkeeping {num_pages}"
+        fits, seeds = num_pages // PROMPT_PAGES, random.Random(0)
+        held = range(fits + requests)[-fits:][fits // 4 :]  # the oldest may have lost their tails
+        cases: dict[str, Sequence[int]] = {
             "fill": range(fits),
             "miss": range(fits, fits + requests),
+            "hit": seeds.choices(held, k=requests),
         }
-        for name, numbers in order.items():
-            _tell(report, num_pages, name, [admit(cache, prompt(n)) for n in numbers])
-        held = range(fits + requests)[-fits:][fits // 4 :]  # the oldest may have lost their tails
-        hits = [admit(cache, prompt(seeds.choice(held))) for _ in range(requests)]
-        _tell(report, num_pages, "hit", hits)
-        _decode(report, num_pages, cache, seeds.sample(held, min(len(held), DECODING)))
-        if num_pages <= 100_000:  # it takes minutes for a million
-            cache.check()
+        for name, numbers in cases.items():
+            seconds = quiet.turn(functools.partial(_admit_all, cache, numbers))
+            for figure in _figures(part, name, seconds):
+                figure.disturbed = quiet.worst
+                report.add(figure)
+            quiet.take_worst()
+        again = seeds.sample(held, min(len(held), DECODING))
+        values = quiet.turn(functools.partial(_decode, cache, again))
+        name = f"decode: {len(again)} sequences, reserve + commit"
+        report.add(Figure(part, name, "us/token", values, disturbed=quiet.take_worst()))
+        cache.check()
 
 
-def _tell(report: Report, num_pages: int, name: str, seconds: list[list[float]]) -> None:
+def _admit_all(cache: KVCache, numbers: Sequence[int]) -> list[list[float]]:
+    return [admit(cache, prompt(number)) for number in numbers]
+
+
+def _figures(part: str, name: str, seconds: list[list[float]]) -> Iterator[Figure]:
     """``seconds``: of each stage of each request, in order."""
-    part = f"bookkeeping {num_pages}"
-    parts = [
-        seconds[at * len(seconds) // PARTS : (at + 1) * len(seconds) // PARTS]
-        for at in range(PARTS)
-    ]
-    means = np.array([np.mean(each, axis=0) for each in parts if each])
-    whole = means.sum(axis=1) * 1e6
-    report.add(Figure(part, f"{name}: all of it", "us/token", (whole / PROMPT).tolist()))
-    asked = "microseconds"
-    report.add(
-        Figure(part, f"{name}: all of it", "us/page", (whole / PROMPT_PAGES).tolist(), asked)
-    )
-    for stage, values in zip(STAGES, means.T * 1e6 / PROMPT_PAGES, strict=True):
-        report.add(Figure(part, f"{name}:   {stage}", "us/page", values.tolist(), asked))
-    longest = max(map(sum, seconds))
-    report.add(Figure(part, f"{name}: the longest request", "ms", [longest * 1e3]))
+    edges = [at * len(seconds) // PARTS for at in range(PARTS + 1)]
+    pieces = [seconds[start:end] for start, end in itertools.pairwise(edges) if start < end]
+    means = np.array([np.mean(piece, axis=0) for piece in pieces]) * 1e6
+    whole = means.sum(axis=1)
+    yield Figure(part, f"{name}: all of it", "us/token", (whole / PROMPT).tolist())
+    whole /= PROMPT_PAGES
+    yield Figure(part, f"{name}: all of it", "us/page", whole.tolist(), ASKED)
+    for stage, values in zip(STAGES, means.T / PROMPT_PAGES, strict=True):
+        yield Figure(part, f"{name}:   {stage}", "us/page", values.tolist(), ASKED)
+    yield Figure(part, f"{name}: the longest request", "ms", [max(map(sum, seconds)) * 1e3])
 
 
-def _decode(report: Report, num_pages: int, cache: KVCache, seeds: Sequence[int]) -> None:
-    """Steps of one token for each sequence, each behind a prompt that is cached."""
+def _decode(cache: KVCache, seeds: Sequence[int]) -> list[float]:
+    """Microseconds a token in steps of one for each sequence, each behind a cached prompt."""
     sequences = []
     for seed in seeds:
         tokens = prompt(seed)
@@ -109,8 +117,7 @@ def _decode(report: Report, num_pages: int, cache: KVCache, seeds: Sequence[int]
         values.append(each * 1e6)
     for sequence in sequences:
         cache.release(sequence)
-    name = f"decode: {len(chunks)} sequences, reserve + commit"
-    report.add(Figure(f"bookkeeping {num_pages}", name, "us/token", values))
+    return values
 
 
 def memory(report: Report, num_pages: int) -> None:

@@ -207,14 +207,12 @@ def test_pruning_removes_the_least_recently_used_and_shrinks_the_file(tmp_path: 
     assert "pruned 0 pages" in run(tmp_path, "--prune", "all").output
 
 
-@pytest.mark.parametrize(
-    ("path", "message"), [("missing", "there is nothing at"), ("file", "is a file; give a")]
-)
-def test_paths_that_are_no_cache_directory(tmp_path: Path, path: str, message: str) -> None:
+def test_paths_that_are_neither_a_cache_nor_a_session(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
-    result = run(tmp_path / path)
+    result = run(tmp_path / "missing")
     assert result.exit_code == click.UsageError.exit_code
-    assert message in result.output
+    assert "there is nothing at" in result.output
+    assert "is no session file" in str(run(tmp_path / "file").exception)
 
 
 def test_a_directory_without_a_cache_and_a_bad_size_are_refused(tmp_path: Path) -> None:

@@ -201,6 +201,15 @@ def test_chat_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert "without prefill" in second.stderr
     messages = read_header(path).extra["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    inspect = [sys.executable, "-m", "quire", "inspect", str(path)]
+    shown = subprocess.run([*inspect, "--verify"], capture_output=True, text=True, check=True)
+    assert "user: the quick fox" in shown.stdout
+    assert "every checksum is right" in shown.stdout
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    told = subprocess.run([*inspect, "--verify"], capture_output=True, text=True, check=False)
+    assert told.returncode == 1
+    assert "damaged:" in told.stdout
     path.write_bytes(b"notes that are not a session")
     third = chat("the fox")
     assert third.returncode == 2

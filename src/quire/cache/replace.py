@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from quire.errors import SessionError
+
 __all__ = ["replacing"]
 
 _UNFINISHED = re.compile(r"\.quire-[0-9a-f]{16}\.tmp")
@@ -24,7 +26,7 @@ def replacing(path: Path) -> Iterator[int]:
 
     The new file can be read and written by its owner only (mode 0600). It is synced, renamed, and
     its directory is synced. If anything raises before the rename, it is removed and ``path`` is
-    as it was. Raises OSError; FileExistsError if ``path`` is there and is not a regular file.
+    as it was. Raises OSError; SessionError if ``path`` is there and is not a regular file.
     """
     _require_replaceable(path)
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -51,15 +53,15 @@ def _require_replaceable(path: Path) -> None:
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode):
             kind = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
-            raise FileExistsError(None, f"it is {kind}")
+            raise SessionError(f"cannot replace {path}: it is {kind}; choose another place")
 
 
 def _sync_directory(directory: int) -> None:
     try:
         os.fsync(directory)
     except OSError as error:
-        raise OSError(
-            error.errno, f"the new file is there, but may be lost with power ({error.strerror})"
+        raise SessionError(
+            f"the new file is there, but may be lost with power ({error.strerror}); save it again"
         ) from error
 
 

@@ -201,7 +201,7 @@ def _prepare(path: Path, session: SessionFile) -> tuple[Header, list[_ByteArray]
             lay_out(len(tokens), shapes),
         )
         parse_header(encode_header(header)[8:])  # what would not be read is not written
-    except (ValueError, TypeError, OverflowError) as error:
+    except (SessionError, ValueError, TypeError, OverflowError) as error:
         raise SessionError(
             f"cannot store this session in {path}: {error}; a session is made of token ids below "
             "2**32, uint8 pages, and an identity and extra that JSON can hold"
@@ -211,10 +211,10 @@ def _prepare(path: Path, session: SessionFile) -> tuple[Header, list[_ByteArray]
 
 
 def _page_shape(index: int, group: GroupPages) -> tuple[int, int]:
-    """(pages, bytes a page); ValueError for what is no uint8 array of pages."""
+    """(pages, bytes a page); SessionError for what is no uint8 array of pages."""
     data = group.data
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] == 0 or group.first_page < 0:
-        raise ValueError(
+        raise SessionError(
             f"group {index} has {data.dtype} pages of shape {list(data.shape)} from page "
             f"{group.first_page} on; they must be uint8 [pages, bytes_per_page] from 0 or more"
         )

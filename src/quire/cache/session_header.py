@@ -2,7 +2,7 @@
 
 A session file is a safetensors file (https://github.com/huggingface/safetensors) in which nothing
 is left open: names, dtypes, order and offsets of the tensors follow from three lists of numbers.
-What is parsed here may come from anyone; every failure is a ValueError that says why.
+What is parsed here may come from anyone; every failure is a SessionError that says why.
 docs/sessions.md describes the format byte by byte.
 """
 
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+
+from quire.errors import SessionError
 
 __all__ = [
     "DIGEST_BYTES",
@@ -119,8 +121,8 @@ def lay_out(num_tokens: int, groups: Sequence[tuple[int, int]]) -> tuple[Tensor,
 def encode_header(header: Header) -> bytes:
     """The first bytes of the file: the JSON's length, the JSON, spaces up to a multiple of 8.
 
-    Raises TypeError or ValueError for what JSON cannot hold. Whether it is within the limits,
-    :func:`parse_header` tells.
+    Raises TypeError, ValueError or SessionError for what JSON cannot hold. Whether it is within
+    the limits, :func:`parse_header` tells.
     """
     metadata = {
         "version": FORMAT_VERSION,
@@ -137,26 +139,26 @@ def encode_header(header: Header) -> bytes:
 
 
 def parse_header(text: bytes) -> Header:
-    """The header whose JSON is ``text``; ValueError, saying why, if it is not a session's.
+    """The header whose JSON is ``text``; SessionError, saying why, if it is not a session's.
 
     Whether the file has ``data_bytes`` behind it is the caller's to check.
     """
     entries = _object(_parse(text.decode("ascii")), "header")
     metadata = _object(entries.pop(_METADATA, None), _METADATA)
     if set(metadata) != {_OURS} or not isinstance(metadata[_OURS], str):
-        raise ValueError(f"it is a safetensors file without {_OURS!r} in its metadata")
+        raise SessionError(f"it is a safetensors file without {_OURS!r} in its metadata")
     ours = _object(_parse(metadata[_OURS]), _OURS)
     version = ours.get("version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(
+        raise SessionError(
             f"its format version is {version!r:.40}, this Quire reads version {FORMAT_VERSION}"
         )
     if set(ours) != _KEYS:
-        raise ValueError(f"it has the facts {_list(ours)} instead of {_list(_KEYS)}")
+        raise SessionError(f"it has the facts {_list(ours)} instead of {_list(_KEYS)}")
     tensors = _tensors(entries)
     first_pages = tuple(_count(n, "a first page") for n in _array(ours["first_pages"]))
     if len(first_pages) != len(tensors) - 2:
-        raise ValueError(f"it has {len(first_pages)} first pages for {len(tensors) - 2} groups")
+        raise SessionError(f"it has {len(first_pages)} first pages for {len(tensors) - 2} groups")
     return Header(
         _identity(ours["identity"]),
         _extra(ours["extra"]),
@@ -171,27 +173,27 @@ def _tensors(entries: dict[str, Any]) -> tuple[Tensor, ...]:
     """The tensors that ``entries`` describe, if they lie exactly as :func:`lay_out` has them."""
     groups = len(entries) - 2
     if groups > MAX_GROUPS:
-        raise ValueError(f"it holds {groups} layer groups, at most {MAX_GROUPS} are possible")
+        raise SessionError(f"it holds {groups} layer groups, at most {MAX_GROUPS} are possible")
     names = ["checksums", "tokens", *(f"group.{index}" for index in range(groups))]
     if set(entries) != set(names):
-        raise ValueError(f"it holds the tensors {_list(entries)} instead of {_list(names)}")
+        raise SessionError(f"it holds the tensors {_list(entries)} instead of {_list(names)}")
     shapes = {name: _shape(entries[name], name) for name in names}
     pages = [(shapes[name][0], shapes[name][1]) for name in names[2:]]
     if any(page_bytes == 0 for _, page_bytes in pages):
-        raise ValueError("it holds pages of 0 bytes")
+        raise SessionError("it holds pages of 0 bytes")
     tensors = lay_out(shapes["tokens"][0], pages)
     for tensor in tensors:
         pair = entries[tensor.name], tensor.entry()
         found, wanted = (json.dumps(entry, sort_keys=True) for entry in pair)
         if found != wanted:
-            raise ValueError(f"tensor {tensor.name!r} is {found:.200}, but must be {wanted}")
+            raise SessionError(f"tensor {tensor.name!r} is {found:.200}, but must be {wanted}")
     return tensors
 
 
 def _shape(entry: object, name: str) -> list[int]:
     shape = _array(_object(entry, f"tensor {name!r}").get("shape"))
     if len(shape) != (1 if name == "tokens" else 2):
-        raise ValueError(f"tensor {name!r} has {len(shape)} axes")
+        raise SessionError(f"tensor {name!r} has {len(shape)} axes")
     return [_count(length, f"the shape of {name!r}") for length in shape]
 
 
@@ -199,7 +201,7 @@ def _identity(value: object) -> dict[str, str]:
     identity = _object(value, "identity")
     for key, fact in identity.items():
         if not isinstance(key, str) or not isinstance(fact, str):
-            raise ValueError(f"identity: {key!r:.100} is {fact!r:.100}, not text")
+            raise SessionError(f"identity: {key!r:.100} is {fact!r:.100}, not text")
     _limit("identity", identity, MAX_IDENTITY_BYTES)
     return identity
 
@@ -213,24 +215,24 @@ def _extra(value: object) -> dict[str, Any]:
 def _limit(what: str, value: object, most: int) -> None:
     size = len(_dump(value))
     if size > most:
-        raise ValueError(f"{what} is {size} bytes as JSON, at most {most} are possible")
+        raise SessionError(f"{what} is {size} bytes as JSON, at most {most} are possible")
 
 
 def _object(value: object, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is no JSON object")
+        raise SessionError(f"{what} is no JSON object")
     return value
 
 
 def _array(value: object) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{value!r:.100} stands where a list is expected")
+        raise SessionError(f"{value!r:.100} stands where a list is expected")
     return value
 
 
 def _count(value: object, what: str) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{what} holds {value!r:.100}, not a whole number of 0 or more")
+        raise SessionError(f"{what} holds {value!r:.100}, not a whole number of 0 or more")
     return value
 
 
@@ -245,16 +247,16 @@ def _pieces(nbytes: int) -> int:
 def _dump(value: object) -> str:
     """ASCII, so that any text can be stored, lone surrogates too.
 
-    Raises ValueError for a NaN and for what is nested too deeply.
+    Raises SessionError for a NaN and for what is nested too deeply.
     """
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"))
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise SessionError("it is nested too deeply") from None
 
 
 def _parse(text: str) -> Any:
-    """JSON without repeated keys, huge numbers, NaN and infinities; ValueError for those."""
+    """JSON without repeated keys, huge numbers, NaN and infinities; SessionError for those."""
     try:
         return json.loads(
             text,
@@ -264,30 +266,30 @@ def _parse(text: str) -> Any:
             parse_constant=_refuse_constant,
         )
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise SessionError("it is nested too deeply") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"key {name!r:.100} stands twice")
+            raise SessionError(f"key {name!r:.100} stands twice")
         found[name] = value
     return found
 
 
 def _int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits, at most {MAX_DIGITS} are possible")
+        raise SessionError(f"a number of {len(digits)} digits, at most {MAX_DIGITS} are possible")
     return int(digits)
 
 
 def _float(digits: str) -> float:
     number = float(digits) if len(digits) <= 40 else math.inf
     if not math.isfinite(number):
-        raise ValueError(f"the number {digits:.40} cannot be stored")
+        raise SessionError(f"the number {digits:.40} cannot be stored")
     return number
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise SessionError(f"{name} is no JSON number")

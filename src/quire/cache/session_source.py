@@ -182,7 +182,7 @@ def _with_header(source: _OpenFile) -> SessionSource:
         raise SessionError(f"{path} is no session file, or its header is damaged; {_NOT_OURS}")
     try:
         header = parse_header(head[8:])
-    except ValueError as error:
+    except (SessionError, ValueError) as error:
         raise SessionError(f"{path} is no usable session file: {error}; {_NOT_OURS}") from None
     if start + header.data_bytes != source.size:
         raise SessionError(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quire.cli.inspect_session import inspect_session
+
 if TYPE_CHECKING:
     from quire.cache.disk_contents import HeldIdentity, HeldPrefix, StoreContents
     from quire.models.text import TextCodec
@@ -32,7 +34,7 @@ _ENDS = 40  # tokens decoded at either end of a prefix
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(path: Path, verify: bool, prune: str | None, as_json: bool) -> None:
-    """List what the cache directory PATH holds: prefixes, tokens, bytes, age, hits.
+    """List what the cache directory or session file PATH holds: prefixes, tokens, bytes, age, hits.
 
     Other processes may go on using it. Nothing is changed but by --prune.
     """
@@ -45,8 +47,10 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         return "directory"
     if not path.exists():
-        raise click.UsageError(f"there is nothing at {path}; give a cache directory")
-    raise click.UsageError(f"{path} is a file; give a cache directory")
+        raise click.UsageError(
+            f"there is nothing at {path}; give a cache directory or a session file"
+        )
+    return "file"
 
 
 def _inspect_store(path: Path, verify: bool, prune: str | None, as_json: bool) -> bool:
@@ -68,7 +72,10 @@ def _inspect_store(path: Path, verify: bool, prune: str | None, as_json: bool) -
 
 
 # What is done for each kind of path: (path, verify, prune, as_json) -> is something damaged?
-_KINDS: dict[str, Callable[[Path, bool, str | None, bool], bool]] = {"directory": _inspect_store}
+_KINDS: dict[str, Callable[[Path, bool, str | None, bool], bool]] = {
+    "directory": _inspect_store,
+    "file": inspect_session,
+}
 
 
 def _prune_bytes(prune: str) -> int:

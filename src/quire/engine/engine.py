@@ -394,10 +394,10 @@ class Engine:
 
     def _plan_stream(self, tokens: Sequence[int], params: SamplingParams) -> StreamPlan | None:
         """How to stream a request that does not fit the pool; RequestError if it cannot be."""
+        if self._tiers is None:
+            self._prompts.require_fit(tokens, params)
         if self._prompts.fits_pool(tokens, params):
             return None
-        if self._tiers is None:
-            self._prompts.refuse(tokens, params)
         most, chunk = self._prompts.most_tokens(tokens, params), self.config.max_batch_tokens
         return plan_stream(self.cache, self.config.cache, most, params, chunk)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
@@ -90,8 +89,8 @@ class PromptReader:
         """Tokens that the longest reply leaves in the cache; the last one is never fed back."""
         return min(len(tokens) + params.max_new_tokens, self.config.max_position) - 1
 
-    def refuse(self, tokens: Sequence[int], params: SamplingParams) -> NoReturn:
-        """Raise RequestError for a request that does not fit the pool, with the numbers."""
+    def require_fit(self, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Raise RequestError, with the numbers, for a request that does not fit the pool."""
         most = self.most_tokens(tokens, params)
         for group, pages in zip(self.cache.layout.groups, self.cache.num_pages, strict=True):
             need = self._pages_needed(group, len(tokens), most, params.beam_width)
@@ -103,8 +102,6 @@ class PromptReader:
                     f"({group.name()}), but the pool has {pages}; lower max_new_tokens, shorten "
                     "the prompt, raise kv_memory, or give a host_cache or cache_dir to stream from"
                 )
-        raise AssertionError("refuse() is for requests that do not fit")
-
     def _pages_needed(self, group: LayerGroup, prompt: int, most: int, beams: int) -> int:
         """Pages of all beams at once, which share the whole pages of the prompt."""
         size = self.cache.layout.page_size

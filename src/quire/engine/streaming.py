@@ -175,8 +175,6 @@ class LayerStream(Sequence[PagePool]):
     def __getitem__(self, layer: slice) -> Sequence[PagePool]: ...
     def __getitem__(self, layer: int | slice) -> PagePool | Sequence[PagePool]:
         assert isinstance(layer, int)
-        if not 0 <= layer < len(self):
-            raise IndexError(layer)
         self._put_back()
         if self._fetched is not None and self._fetched[0] == layer:
             self._fetched[1].result()

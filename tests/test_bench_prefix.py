@@ -1,0 +1,310 @@
+"""bench/prefix.py and the prefix cases of bench/peers.py: what they count is right."""
+
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import VOCAB, random_prompt, write_llama
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import peers
+import peers_prefix
+import prefix
+import prefix_bookkeeping as books
+from prefix_engine import Setting, restart, shared
+from prefix_figures import Figure, Quiet, Report
+from prefix_replay import Replay, Replayed, pages_wanted
+from prefix_stub import PAGE, stub_cache
+from prefix_trace import BLOCK, Arrival, Tokens, read_trace, synthetic, unbounded_hits
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in pairs)
+
+
+def brute_force_hits(trace: Sequence[Arrival]) -> int:
+    """Each prompt compared with every prompt before it, token by token."""
+    tokens, before, hits = Tokens(trace), list[list[int]](), 0
+    for arrival in trace:
+        prompt = tokens.of_prompt(arrival)
+        hits += max((common(prompt[:-1], other) for other in before), default=0)
+        before.append(prompt)
+    return hits
+
+
+def one_by_one(trace: Sequence[Arrival]) -> list[Arrival]:
+    """The same requests, each after the end of the one before."""
+    return [
+        Arrival(1e6 * at, each.input_length, each.output_length, each.blocks)
+        for at, each in enumerate(trace)
+    ]
+
+
+def without_time(done: Replayed) -> dict[str, Any]:
+    return asdict(done) | {"seconds": 0}
+
+
+# -- traces ----------------------------------------------------------------------------------
+
+
+def test_the_generator_is_deterministic_and_grows_by_turns() -> None:
+    trace = synthetic(300, seed=3)
+    assert trace == synthetic(300, seed=3)
+    assert trace != synthetic(300, seed=4)
+    assert len(trace) == 300
+    assert [a.seconds for a in trace] == sorted(a.seconds for a in trace)
+    for arrival in trace:
+        assert len(arrival.blocks) == -(-arrival.input_length // BLOCK)
+        assert arrival.output_length >= 1
+    firsts = [arrival.blocks[0] for arrival in trace]
+    often = max(firsts.count(block) for block in set(firsts))
+    assert often > 10 * len(firsts) / len(set(firsts)) / 3  # some documents are popular
+    # A later turn has all whole blocks of the turn before, and more of them.
+    grown = [
+        (a, b)
+        for a, b in itertools.combinations(trace[:60], 2)
+        if common(a.blocks, b.blocks) > 32 or common(a.blocks, b.blocks) == len(a.blocks) - 1 > 3
+    ]
+    assert grown
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_hit_rate_is_that_of_a_dict_where_nothing_is_evicted(seed: int) -> None:
+    trace = one_by_one(synthetic(24, seed))
+    again = trace[5]
+    parted = Arrival(1e9, again.input_length - 7, 3, again.blocks)  # ends inside a page
+    repeated = Arrival(2e9, again.input_length, 1, again.blocks)
+    trace = [*trace, parted, repeated]
+    if len(parted.blocks) != -(-parted.input_length // BLOCK):
+        trace.remove(parted)
+    replay = Replay(trace, pages_wanted(trace), speed=1e6)
+    done = replay.run()
+    replay.cache.check()
+    assert done.hits == unbounded_hits(trace) == brute_force_hits(trace) > 0
+    assert (done.evicted, done.preempted, done.refused) == (0, 0, 0)
+    assert done.asked == sum(arrival.input_length for arrival in trace)
+    replies = sum(arrival.output_length - 1 for arrival in trace)
+    assert done.computed == done.asked - done.hits + replies
+    assert replay.cache.sequences == ()
+    assert 0 < done.kept <= pages_wanted(trace)
+
+
+def test_requests_side_by_side_share_what_is_whole() -> None:
+    """The same requests at once: what an unfinished page would have given may be missing."""
+    trace = [Arrival(0.0, 3 * BLOCK + 100, 4, (1, 2, 3, 10 + at)) for at in range(6)]
+    done = Replay(trace, pages_wanted(trace), speed=1e4).run()
+    assert done.hits == unbounded_hits(trace) == 5 * 3 * BLOCK
+
+
+def test_a_replay_is_deterministic_and_a_small_pool_evicts() -> None:
+    trace = synthetic(24, seed=2)
+    num_pages = max(pages_wanted([arrival]) for arrival in trace) + 10
+    runs = [Replay(trace, num_pages, speed=1e5) for _ in range(2)]
+    one, other = (replay.run() for replay in runs)
+    assert without_time(one) == without_time(other)
+    assert one.evicted > 0
+    assert one.hits < unbounded_hits(trace)
+    assert one.kept <= num_pages
+    assert one.held <= num_pages
+    runs[0].cache.check()
+    refused = Replay(trace, num_pages // 4, speed=1e5).run()
+    assert refused.refused > 0
+    assert refused.requests + refused.refused == len(trace)
+
+
+GOOD = {"timestamp": 27, "input_length": 700, "output_length": 5, "hash_ids": [0, 9]}
+
+
+def test_a_mooncake_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    later = {**GOOD, "timestamp": 1500.5, "input_length": 512, "hash_ids": [0], "more": "ignored"}
+    path.write_text(f"{json.dumps(later)}\n\n{json.dumps(GOOD)}\n", encoding="utf-8")
+    first, second = Arrival(0.027, 700, 5, (0, 9)), Arrival(1.5005, 512, 5, (0,))
+    assert read_trace(path, 9) == [first, second]
+    assert read_trace(path, 1) == [second]
+    assert unbounded_hits([first, second]) == 511
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "must be a JSON object"),
+        ({"timestamp": None}, "timestamp must be milliseconds, not None"),
+        ({"timestamp": -1}, "timestamp must be milliseconds, not -1"),
+        ({"timestamp": float("nan")}, "timestamp must be milliseconds, not nan"),
+        ({"input_length": 0}, "input_length must be an int of at least 1, not 0"),
+        ({"input_length": True}, "input_length must be an int"),
+        ({"input_length": 1e300}, "input_length must be an int"),
+        ({"output_length": "5"}, "output_length must be an int of at least 0, not '5'"),
+        ({"hash_ids": 7}, "hash_ids must be a list of ints, not 7"),
+        ({"hash_ids": [0, "1"]}, "hash_ids must be a list of ints"),
+        ({"hash_ids": [1]}, "hash_ids has 1 ids; input_length 700 is 2 blocks of 512"),
+        ("{}", "timestamp is missing"),
+    ],
+)
+def test_a_bad_line_is_refused_by_name(tmp_path: Path, line: Any, message: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    text = line if isinstance(line, str) else json.dumps({**GOOD, **line})
+    path.write_text(f"{json.dumps(GOOD)}\n{text}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"trace.jsonl, line 2: .*{message}"):
+        read_trace(path, 9)
+
+
+def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no request"):
+        read_trace(path, 9)
+
+
+# -- bookkeeping, shared, restart ------------------------------------------------------------
+
+
+def test_bookkeeping_misses_and_hits_are_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    cache = stub_cache(300)
+    assert len(books.admit(cache, books.prompt(1))) == len(books.STAGES)
+    assert cache.match(books.PrefixQuery(books.prompt(1))).tokens == books.PROMPT
+    assert cache.match(books.PrefixQuery(books.prompt(2))).tokens == 0
+    assert books.prompt(1) == books.prompt(1)
+    report = Report()
+    books.bookkeeping(report, [6 * books.PROMPT_PAGES], 7, patience=0.0)
+    books.memory(report, 2 * books.PROMPT_PAGES)
+    names = {figure.name.split(":")[0] for figure in report.figures}
+    assert {"fill", "miss", "hit", "decode", "allocator"} <= names
+    assert all(value > 0 for figure in report.figures for value in figure.values)
+    assert "asked: microseconds" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    model = write_llama(
+        tmp_path_factory.mktemp("models") / "tiny", dtype="bf16", max_position_embeddings=4096
+    )
+    return Setting(model, 1, 1, Quiet(0.0, 1), 4096, VOCAB)
+
+
+def test_restart_takes_prompts_from_where_it_says(setting: Setting) -> None:
+    report = Report()
+    restart(report, setting, [5 * PAGE + 1])
+    figures = {figure.name: figure for figure in report.figures}
+    assert "nothing cached" in figures["cold"].note
+    assert f"{5 * PAGE} on disk" in figures["disk"].note  # so few are computed sooner
+    assert f"{5 * PAGE} on disk" in figures["disk, file not in memory"].note
+    assert f"{5 * PAGE} from pool" in figures["session"].note
+    assert "swap: times better" in " ".join(figures)
+    assert all(value > 0 for figure in report.figures for value in figure.values)
+
+
+def test_shared_compares_the_same_work(setting: Setting) -> None:
+    report = Report()
+    shared(report, setting, 2)
+    seconds = {figure.name: figure.median for figure in report.figures}
+    assert seconds["warm over unshared"] == seconds["warm"] / seconds["unshared"]
+    assert seconds["cold over unshared"] == seconds["cold"] / seconds["unshared"]
+
+
+def test_a_figure_has_median_spread_and_what_was_asked() -> None:
+    figure = Figure("part", "name", "s", [1.0, 2.0, 4.0], "at most 3", "a note", 0.5)
+    assert (figure.median, figure.spread) == (2.0, 0.75)
+    line = figure.line()
+    assert "± 75%" in line
+    assert "asked: at most 3" in line
+    assert "others kept 0.50 processors busy" in line
+
+
+@pytest.mark.parametrize(
+    "options", [["--parts=none"], ["--parts=shared"], ["--parts=trace", "--rounds=0"]]
+)
+def test_wrong_options_are_refused(options: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        prefix.parse(options)
+
+
+# -- the cases of bench/peers.py -------------------------------------------------------------
+
+
+def test_prefix_cases_by_name() -> None:
+    case = peers.parse_case("shared16")
+    assert (case.sequences, case.prompt, case.new) == (16, 2112, 16)
+    assert (case.keeps, case.drawn, case.tokens) == (True, 2176, 16 * 2128)
+    case = peers.parse_case("multiturn")
+    assert (case.sequences, case.prompt, case.new) == (1, 1024 + 5 * 320, 64)
+    assert (case.keeps, case.drawn) == (True, 1024 + 5 * 256)
+    for wrong in ("shared", "shared0", "shared@16", "multiturn@6", "multi"):
+        with pytest.raises(ValueError, match="is not a case"):
+            peers.parse_case(wrong)
+    assert not peers.parse_case("batch8").keeps
+    assert peers.better("shared16 warm", 1, 2) == peers.better("multiturn", 1, 2) == 2
+
+
+class Recorded:
+    """A run that answers at once: token i comes after i + 1 seconds."""
+
+    def __init__(self, *, missing: int = 0) -> None:
+        self.asked: list[list[list[int]]] = []
+        self._missing = missing
+
+    def __call__(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
+        self.asked.append(prompts)
+        count = new - self._missing
+        times = [[float(at + 1) for at in range(count)] for _ in prompts]
+        return {"times": times, "ids": [[7] * count for _ in prompts], "peak": len(self.asked)}
+
+
+def test_requests_of_a_shared_case_share_the_first_tokens_and_no_more() -> None:
+    ids = [list(range(at * 9000, at * 9000 + peers_prefix.SHARED_IDS)) for at in range(3)]
+    run = Recorded()
+    answer = peers_prefix.run_shared("shared3", ids, run)
+    assert answer["rows"] == {"shared3": [16.0], "shared3 warm": [16.0]}
+    assert answer["peak"] == 2
+    prompts = [prompt for asked in run.asked for prompt in asked]
+    assert {len(prompt) for prompt in prompts} == {2112}
+    for one, other in itertools.combinations(prompts, 2):
+        assert common(one, other) == 2048
+    with pytest.raises(ValueError, match="3 x 16 tokens were asked for"):
+        peers_prefix.run_shared("shared3", ids, Recorded(missing=1))
+
+
+def test_a_conversation_repeats_what_was_said() -> None:
+    ids = [list(range(1000, 1000 + peers_prefix.MULTITURN_IDS))]
+    run = Recorded()
+    answer = peers_prefix.run_multiturn("multiturn", ids, run)
+    assert answer["rows"] == {"multiturn": [1.0]}
+    turns = [prompts[0] for prompts in run.asked]
+    assert [len(turn) for turn in turns] == [1024 + at * 320 for at in range(6)]
+    for before, after in itertools.pairwise(turns):
+        assert after[: len(before)] == before
+        assert after[len(before) : len(before) + 64] == [7] * 64
+    assert [token for token in turns[-1] if token >= 1000] == ids[0]
+
+
+def test_an_engine_that_keeps_nothing_stays_out(tmp_path: Path) -> None:
+    engine = peers.Engine("forgetful", tmp_path, "json", keeps=False)
+    one = peers.Contestant(engine, Path(sys.executable), tmp_path, {"chunk": 9}, {})
+    comparison = peers.Comparison("160m", [one], read=1e9, vocabulary=VOCAB, pause=0, patience=0)
+    [[cell]] = comparison.run(peers.parse_case("shared2"), 1)
+    assert (cell.row, cell.rounds, cell.note) == ("shared2", [], "keeps nothing between requests")
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_quire_worker_keeps_prefixes_if_asked(tmp_path: Path, keeps: bool) -> None:
+    model = write_llama(tmp_path / "tiny", dtype="bf16")
+    sizes = {"threads": 1, "tokens": 64, "longest": 32, "sequences": 2, "chunk": 4, "set": {}}
+    load = {"do": "load", "model": str(model), **sizes, "prefix_cache": keeps}
+    process = peers.Process(Path(sys.executable), peers.WORKERS / "run_quire.py")
+    run = {"do": "run", "prompts": [random_prompt(30)], "new": 2}
+    try:
+        process.ask(load, 60)
+        first, again = (process.ask(run, 60) for _ in range(2))
+    finally:
+        process.close()
+    assert first["ids"] == again["ids"]
