@@ -108,8 +108,7 @@ class _Restarts:
 
     def run(self) -> None:
         """Measure and print."""
-        self._ask(cache_dir=self.store)
-        self._ask(save=self.session)
+        self._ask(cache_dir=self.store, save=self.session)
         ways: dict[str, dict[str, Any]] = {
             "cold": {},
             "disk": {"cache_dir": self.store},

@@ -10,10 +10,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,77 +18,18 @@ import numpy.typing as npt
 import pytest
 
 import quire
-from conformance import SUBJECTS
-from quire.backends import Backend
 from quire.backends.reference import BLOCK, ROWS, ReferenceBackend
 from quire.engine.request import Sample
-from tiny import VOCAB, WINDOW, random_prompt, tiny_engine, write_llama, write_mixed, write_sliding
+from recording import Recorder, same_bits
+from tiny import (
+    VOCAB,
+    WINDOW,
+    WRITERS,
+    random_prompt,
+    tiny_engine,
+)
 
 Array = npt.NDArray[Any]
-WRITERS: dict[str, Callable[..., Path]] = {
-    "full": write_llama,
-    "mixed": write_mixed,
-    "sliding": write_sliding,
-    # Heads of whole vectors, which native kernels multiply as pairs; more than one split of keys.
-    "wide": partial(write_mixed, head_dim=32, max_position_embeddings=1100, sliding_window=300),
-}
-
-
-@pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)
-def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines made in the test compute with the backend in turn, whatever they ask for."""
-    subject, threads = request.param, cycle((1, 2, 3))
-
-    def create(name: str, number: int | None = None) -> Backend:
-        if subject.name == "reference":
-            return ReferenceBackend()
-        from quire.backends.native import NativeBackend
-
-        return NativeBackend(subject.name.removeprefix("native-"), next(threads))
-
-    monkeypatch.setattr("quire.engine.engine.create_backend", create)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: write(root / name, dtype="bf16") for name, write in WRITERS.items()}
-
-
-def same_bits(a: Array, b: Array) -> bool:
-    """True if two float32 arrays are equal bit for bit."""
-    assert a.dtype == b.dtype == np.float32
-    return a.shape == b.shape and bool((a.view(np.uint32) == b.view(np.uint32)).all())
-
-
-@dataclass
-class Recorder:
-    """Every row of logits that an engine's steps compute, as (sample, position, logits).
-
-    With ``all_rows`` the steps compute logits of every token, not only of those that decide.
-    """
-
-    engine: quire.Engine
-    all_rows: bool
-    rows: list[tuple[Sample, int, Array]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._inner = self.engine._forward
-        self.engine._forward = self._forward  # type: ignore[method-assign]
-
-    def _forward(self, parts: Any, samples: Any = ()) -> Array:
-        wider = parts
-        if self.all_rows:
-            wider = [(sequence, tokens, range(len(tokens))) for sequence, tokens, _ in parts]
-        logits = self._inner(wider, samples)
-        kept, at = [], 0
-        for sample, (_, _, computed), (_, _, asked) in zip(samples, wider, parts, strict=True):
-            for row in computed:
-                self.rows.append((sample, sample.computed + row, logits[at].copy()))
-                if row in asked:
-                    kept.append(at)
-                at += 1
-        return logits[kept]
 
 
 class Schedule:

@@ -1,61 +1,15 @@
 """Shared prefixes in the engine: hits are real, change no bit, and are explained."""
 
-from functools import partial
-from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import quire
-from conformance import SUBJECTS
-from quire.backends import Backend
-from quire.backends.reference import ReferenceBackend
 from quire.errors import ConfigError, RequestError
-from test_exactness import Recorder, same_bits
-from tiny import random_prompt, tiny_engine, write_llama, write_mixed, write_sliding
+from recording import Recorder, assert_warm_is_cold
+from tiny import WRITERS, random_prompt, tiny_engine, write_llama
 
-WRITERS = {
-    "full": write_llama,
-    "mixed": write_mixed,
-    "sliding": write_sliding,
-    "wide": partial(write_mixed, head_dim=32, max_position_embeddings=1100, sliding_window=300),
-}
 SHORT = quire.SamplingParams(max_new_tokens=4, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: write(root / name, dtype="bf16") for name, write in WRITERS.items()}
-
-
-@pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)
-def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines made in the test compute with the backend in turn, whatever they ask for."""
-    subject, threads = request.param, cycle((1, 2))
-
-    def create(name: str, number: int | None = None) -> Backend:
-        if subject.name == "reference":
-            return ReferenceBackend()
-        from quire.backends.native import NativeBackend
-
-        return NativeBackend(subject.name.removeprefix("native-"), next(threads))
-
-    monkeypatch.setattr("quire.engine.engine.create_backend", create)
-
-
-def cold(directory: Path, tokens: list[int]) -> np.ndarray:
-    """Logits of every position, computed in one go by an engine that shares nothing."""
-    engine = tiny_engine(directory, page_size=16, num_pages=80, prefix_cache=False)
-    return engine.logits(tokens)
-
-
-def assert_warm_is_cold(directory: Path, recorder: Recorder) -> None:
-    assert recorder.rows
-    for sample, position, logits in recorder.rows:
-        whole = cold(directory, sample.tokens[: position + 1])
-        assert same_bits(logits, whole[position])
 
 
 def computed(recorder: Recorder) -> int:

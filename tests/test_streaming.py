@@ -11,10 +11,7 @@ import quire
 from quire.config import parse_bytes
 from quire.engine.streaming import LayerStream
 from quire.errors import RequestError
-from test_prefix_engine import WRITERS, every_backend
-from tiny import random_prompt
-
-__all__ = ["every_backend"]  # the fixture
+from tiny import WRITERS, random_prompt
 
 PARAMS = quire.SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=3)
 

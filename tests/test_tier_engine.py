@@ -3,8 +3,6 @@
 import subprocess
 import sys
 import threading
-from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +10,13 @@ import numpy as np
 import pytest
 
 import quire
-from conformance import SUBJECTS
-from quire.backends import Backend
-from quire.backends.reference import ReferenceBackend
 from quire.cache.tiers import HostTier
 from quire.errors import ConfigError
-from test_exactness import Recorder, same_bits
-from tiny import random_prompt, write_llama, write_mixed, write_sliding
+from recording import Recorder, assert_warm_is_cold
+from tiny import WRITERS, random_prompt, write_llama
 
-WRITERS = {
-    "full": write_llama,
-    "mixed": write_mixed,
-    "sliding": write_sliding,
-    "wide": partial(write_mixed, head_dim=32, max_position_embeddings=1100, sliding_window=300),
-}
 ONE = quire.SamplingParams(max_new_tokens=1, ignore_eos=True)
 SHORT = quire.SamplingParams(max_new_tokens=5, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: write(root / name, dtype="bf16") for name, write in WRITERS.items()}
-
-
-@pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)
-def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines made in the test compute with the backend in turn, whatever they ask for."""
-    subject, threads = request.param, cycle((1, 2))
-
-    def create(name: str, number: int | None = None) -> Backend:
-        if subject.name == "reference":
-            return ReferenceBackend()
-        from quire.backends.native import NativeBackend
-
-        return NativeBackend(subject.name.removeprefix("native-"), next(threads))
-
-    monkeypatch.setattr("quire.engine.engine.create_backend", create)
 
 
 def engine_with(
@@ -67,15 +35,6 @@ def run(engine: quire.Engine, prompt: list[int], params: quire.SamplingParams) -
     [completion] = engine.generate([prompt], params)
     engine.cache.check()
     return completion
-
-
-def assert_warm_is_cold(directory: Path, recorder: Recorder) -> None:
-    assert recorder.rows
-    for sample, position, logits in recorder.rows:
-        plain = quire.CacheConfig(page_size=16, num_pages=80, prefix_cache=False)
-        alone = quire.Engine(directory, backend="reference", cache=plain)
-        whole = alone.logits(sample.tokens[: position + 1])
-        assert same_bits(logits, whole[position])
 
 
 @pytest.mark.usefixtures("every_backend")
@@ -120,30 +79,31 @@ def test_a_restart_finds_its_prefixes_on_disk(
         assert warm.cached_tokens_by_tier == {"pool": 37, "host": 0, "disk": 0}
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
 def test_another_process_reads_what_this_one_stored(
-    models: dict[str, Path], tmp_path: Path
+    models: dict[str, Path], tmp_path: Path, backend: str
 ) -> None:
-    prompt = random_prompt(38, seed=6)
-    code = (
-        "import quire, sys\n"
-        "cache = quire.CacheConfig(page_size=4, num_pages=24, cache_dir=sys.argv[2])\n"
-        "with quire.Engine(sys.argv[1], backend='reference', cache=cache) as engine:\n"
-        "    engine._tiers.compute_pace.seconds = 1e3  # a tiny model would never load\n"
-        "    params = quire.SamplingParams(max_new_tokens=3, ignore_eos=True)\n"
-        f"    [done] = engine.generate([{prompt}], params)\n"
-        "print(done.cached_tokens_by_tier['disk'], *done.token_ids)\n"
-    )
+    code = f"""
+import quire, sys
+cache = quire.CacheConfig(page_size=4, num_pages=24, cache_dir=sys.argv[2])
+with quire.Engine(sys.argv[1], backend={backend!r}, cache=cache) as engine:
+    engine._tiers.compute_pace.seconds = 1e3  # a tiny model would never load
+    params = quire.SamplingParams(max_new_tokens=3, ignore_eos=True, logprobs=5)
+    [done] = engine.generate([{random_prompt(38, seed=6)}], params)
+print(done.cached_tokens_by_tier["disk"])
+print(done.logprobs)  # float64, of every bit of the logits
+"""
     told = [
         subprocess.run(
             [sys.executable, "-c", code, models["full"], tmp_path],
             capture_output=True,
             text=True,
             check=True,
-        ).stdout.split()
+        ).stdout.splitlines()
         for _ in range(2)
     ]
-    assert [int(first) for first, *_ in told] == [0, 36]
-    assert told[0][1:] == told[1][1:]
+    assert [int(first) for first, _ in told] == [0, 36]
+    assert told[0][1] == told[1][1]
 
 
 def test_other_weights_or_settings_never_meet(models: dict[str, Path], tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Tiny random checkpoints and engines for the engine's tests. NumPy and safetensors only."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def write_sliding(directory: Path, **changes: Any) -> Path:
     """A Mistral: every layer keeps a window of WINDOW tokens."""
     config = {"architectures": ["MistralForCausalLM"], **_SIZES, "sliding_window": WINDOW}
     return _write(directory, config, False, False, changes)
+
+
+# Each kind of cache there is.
+WRITERS: dict[str, Callable[..., Path]] = {
+    "full": write_llama,
+    "mixed": write_mixed,
+    "sliding": write_sliding,
+    # Heads of whole vectors, which native kernels multiply as pairs; more than one split of keys.
+    "wide": partial(write_mixed, head_dim=32, max_position_embeddings=1100, sliding_window=300),
+}
 
 
 def tiny_engine(

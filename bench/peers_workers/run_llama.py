@@ -14,7 +14,7 @@ class LlamaWorker:
 
     def load(self, message: dict[str, Any]) -> str:
         """``set``: ubatch, mmap (true, false), flash (on, off, or best: off for long decodes of one
-        sequence and on for all else, as it was found faster)."""
+        sequence and where prefixes are kept, on for all else, as it was found faster)."""
         wanted = message["set"]
         self.threads, self.chunk = message["threads"], message["chunk"]
         self.ubatch = wanted.get("ubatch", 512)
@@ -109,7 +109,7 @@ class LlamaWorker:
     ) -> tuple[protocol.Times, protocol.Ids]:
         """One request after another in one sequence, from the longest prefix that it has in common
         with the one before: what ``Llama.generate`` does."""
-        self._prepare(1, self.longest, True)
+        self._prepare(1, self.longest, False)
         memory = llama_cpp.llama_get_memory(self.context)
         clock = protocol.Clock(len(prompts))
         for at, prompt in enumerate(prompts):

@@ -11,14 +11,14 @@ up by the :class:`~quire.cache.allocator.PageAllocator` of each layer group.
 """
 
 import hashlib
+import sys
 import time
+from array import array
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
-
-import numpy as np
 
 from quire.cache.allocator import PageAllocator
 from quire.errors import CacheInvariantError
@@ -40,12 +40,15 @@ __all__ = [
 NO_PAGE = -1
 TOKEN_BYTES = 4
 SHOWN = 8
-REMEMBERED = 65_536  # evicted pages whose story is kept, for people who ask why a prefix missed
+REMEMBERED = 16_384  # evicted pages whose story is kept, for people who ask why a prefix missed
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
     """Token ids as uint32, little-endian: what is hashed and compared."""
-    return np.asarray(tokens, "<u4").tobytes()
+    data = array("I", tokens)
+    if sys.byteorder == "big":
+        data.byteswap()
+    return data.tobytes()
 
 
 def common_tokens(a: bytes, b: bytes) -> int:

@@ -1,0 +1,36 @@
+"""Fixtures that several files share."""
+
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from conformance import SUBJECTS
+from quire.backends import Backend
+from quire.backends.reference import ReferenceBackend
+from tiny import WRITERS
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint for each kind of cache, in bf16. Not to be written to."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: write(root / name, dtype="bf16") for name, write in WRITERS.items()}
+
+
+@pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)
+def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines made in the test compute with the backend in turn, whatever they ask for.
+
+    Those of the native backend take turns with one, two and three threads.
+    """
+    subject, threads = request.param, cycle((1, 2, 3))
+
+    def create(name: str, number: int | None = None) -> Backend:
+        if subject.name == "reference":
+            return ReferenceBackend()
+        from quire.backends.native import NativeBackend
+
+        return NativeBackend(subject.name.removeprefix("native-"), next(threads))
+
+    monkeypatch.setattr("quire.engine.engine.create_backend", create)
