@@ -68,6 +68,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("shared and restart need --model, or --cache to make one in")
     if min(options.rounds, options.requests, options.threads) < 1:
         parser.error("--rounds, --requests and --threads must be at least 1")
+    most = min(options.requests, 60) if options.quick else options.requests
+    try:
+        options.arrivals = read_trace(options.trace, most) if options.trace else synthetic(most)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     return options
 
 
@@ -99,11 +104,8 @@ def run(options: argparse.Namespace, report: Report) -> None:
         bookkeeping(report, pools, 14 if quick else 210, 0.0 if quick else 30.0)
         memory(report, 2000 if quick else 100_000)
     if "trace" in options.parts:
-        most = min(options.requests, 60) if quick else options.requests
-        if options.trace is None:
-            replay(report, synthetic(most), "synthetic, seed 0")
-        else:
-            replay(report, read_trace(options.trace, most), options.trace.name)
+        name = options.trace.name if options.trace else "synthetic, seed 0"
+        replay(report, options.arrivals, name)
 
 
 def main() -> None:

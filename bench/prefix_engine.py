@@ -45,7 +45,7 @@ class Setting:
 def shared(report: Report, setting: Setting, requests: int) -> None:
     """``requests`` at once that share 2,048 tokens, against the same without a prefix cache."""
     keeps, plain = (_engine(setting, requests, keeps) for keeps in (True, False))
-    _round(setting, keeps, plain, requests)  # warms up
+    _round(setting, keeps, plain, min(2, requests))  # warms up
     rounds = [
         setting.quiet.turn(lambda: _round(setting, keeps, plain, requests))
         for _ in range(setting.rounds)
@@ -53,9 +53,10 @@ def shared(report: Report, setting: Setting, requests: int) -> None:
     busy = setting.quiet.take_worst()
     shape = f"{requests} x ({peers_prefix.SHARED:,} shared + {peers_prefix.OWN} own) tokens"
     report.title(f"shared: {shape}, {peers_prefix.SHARED_NEW} new each; seconds in all")
-    seconds = {name: [each[name] for each in rounds] for name in rounds[0]}
+    seconds = {name: [each[name][0] for each in rounds] for name in rounds[0]}
     for name, values in seconds.items():
-        report.add(Figure("shared", name, "s", values, disturbed=busy))
+        note = f"{rounds[-1][name][1]:,} prompt tokens cached"
+        report.add(Figure("shared", name, "s", values, note=note, disturbed=busy))
     for name in ("cold", "warm"):
         over = ratios(seconds[name], seconds["unshared"])
         asked = "at most 0.125, for 16 requests"
@@ -71,21 +72,25 @@ def _engine(setting: Setting, requests: int, keeps: bool) -> quire.Engine:
 
 def _round(
     setting: Setting, keeps: quire.Engine, plain: quire.Engine, requests: int
-) -> dict[str, float]:
-    """Seconds of the requests cold, warm with other own tokens, and without a prefix cache."""
+) -> dict[str, tuple[float, int]]:
+    """The requests cold, warm with other own tokens, and without a prefix cache.
+
+    Of each, the seconds, and how many prompt tokens were found in the cache.
+    """
     drawn = [setting.ids(peers_prefix.SHARED_IDS) for _ in range(requests)]
     cold, warm = peers_prefix.shared_prompts(drawn)
     params = quire.SamplingParams(max_new_tokens=peers_prefix.SHARED_NEW, ignore_eos=True)
-    seconds = {}
+    found = {}
     for name, engine, prompts in (
         ("cold", keeps, cold),
         ("warm", keeps, warm),
         ("unshared", plain, cold),
     ):
         start = time.perf_counter()
-        engine.generate(prompts, params)
-        seconds[name] = time.perf_counter() - start
-    return seconds
+        done = engine.generate(prompts, params)
+        seconds = time.perf_counter() - start
+        found[name] = seconds, sum(completion.cached_tokens for completion in done)
+    return found
 
 
 # -- restart ---------------------------------------------------------------------------------

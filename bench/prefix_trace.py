@@ -64,12 +64,12 @@ def synthetic(requests: int, seed: int = 0) -> list[Arrival]:
     while len(arrivals) < 2 * requests:  # late turns of the first ones come after those
         start += rng.exponential(CONVERSATION_GAP)
         document = documents[rng.choice(DOCUMENTS, p=popularity / popularity.sum())]
-        arrivals += _conversation(rng, start, document, ids)
+        arrivals += conversation(rng, start, document, ids)
     arrivals.sort(key=lambda arrival: arrival.seconds)
     return arrivals[:requests]
 
 
-def _conversation(
+def conversation(
     rng: np.random.Generator, start: float, document: Sequence[int], ids: Iterable[int]
 ) -> list[Arrival]:
     """The turns of one conversation behind the blocks of ``document``."""
@@ -103,15 +103,15 @@ def read_trace(path: Path, most: int) -> list[Arrival]:
 
     Raises ValueError, naming file, line and what is wrong, for a line that is not as above.
     """
-    arrivals = []
-    with path.open(encoding="utf-8") as file:
+    arrivals: list[Arrival] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if len(arrivals) == most:
                 break
             if line.strip():
                 try:
                     arrivals.append(_parse(line))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: {error}") from None
     if not arrivals:
         raise ValueError(f"{path} holds no request")

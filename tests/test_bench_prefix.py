@@ -3,11 +3,13 @@
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tiny import VOCAB, random_prompt, write_llama
@@ -22,7 +24,15 @@ from prefix_engine import Setting, restart, shared
 from prefix_figures import Figure, Quiet, Report
 from prefix_replay import Replay, Replayed, pages_wanted
 from prefix_stub import PAGE, stub_cache
-from prefix_trace import BLOCK, Arrival, Tokens, read_trace, synthetic, unbounded_hits
+from prefix_trace import (
+    BLOCK,
+    Arrival,
+    Tokens,
+    conversation,
+    read_trace,
+    synthetic,
+    unbounded_hits,
+)
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -64,27 +74,31 @@ def test_the_generator_is_deterministic_and_grows_by_turns() -> None:
     for arrival in trace:
         assert len(arrival.blocks) == -(-arrival.input_length // BLOCK)
         assert arrival.output_length >= 1
-    firsts = [arrival.blocks[0] for arrival in trace]
-    often = max(firsts.count(block) for block in set(firsts))
-    assert often > 10 * len(firsts) / len(set(firsts)) / 3  # some documents are popular
-    # A later turn has all whole blocks of the turn before, and more of them.
-    grown = [
-        (a, b)
-        for a, b in itertools.combinations(trace[:60], 2)
-        if common(a.blocks, b.blocks) > 32 or common(a.blocks, b.blocks) == len(a.blocks) - 1 > 3
-    ]
-    assert grown
+    firsts = Counter(arrival.blocks[0] for arrival in trace)
+    assert firsts.most_common(1)[0][1] > 3 * len(trace) / len(firsts)  # some are popular
+
+
+def test_a_conversation_grows_and_keeps_its_whole_blocks() -> None:
+    rng, ids = np.random.default_rng(0), itertools.count(10)
+    talks = [conversation(rng, 0.0, [1, 2], ids) for _ in range(30)]
+    assert max(map(len, talks)) > 3
+    for before, after in itertools.chain(*map(itertools.pairwise, talks)):
+        whole = before.input_length // BLOCK
+        assert after.blocks[:whole] == before.blocks[:whole]
+        assert after.input_length > before.input_length + before.output_length
+        assert after.seconds > before.seconds
+    seen = Counter(block for talk in talks for turn in talk for block in turn.blocks[2:])
+    unfinished = [turn.blocks[-1] for talk in talks for turn in talk if turn.input_length % BLOCK]
+    assert all(seen[block] == 1 for block in unfinished)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_hit_rate_is_that_of_a_dict_where_nothing_is_evicted(seed: int) -> None:
     trace = one_by_one(synthetic(24, seed))
     again = trace[5]
-    parted = Arrival(1e9, again.input_length - 7, 3, again.blocks)  # ends inside a page
-    repeated = Arrival(2e9, again.input_length, 1, again.blocks)
-    trace = [*trace, parted, repeated]
-    if len(parted.blocks) != -(-parted.input_length // BLOCK):
-        trace.remove(parted)
+    repeated = Arrival(1e9, again.input_length, 1, again.blocks)
+    parted = Arrival(2e9, BLOCK - 7, 3, again.blocks[:1])  # ends inside a page
+    trace = [*trace, repeated, parted]
     replay = Replay(trace, pages_wanted(trace), speed=1e6)
     done = replay.run()
     replay.cache.check()
@@ -149,6 +163,7 @@ def test_a_mooncake_file_is_read(tmp_path: Path) -> None:
         ({"hash_ids": [0, "1"]}, "hash_ids must be a list of ints"),
         ({"hash_ids": [1]}, "hash_ids has 1 ids; input_length 700 is 2 blocks of 512"),
         ("{}", "timestamp is missing"),
+        ("[" * 100_000, "recursion"),
     ],
 )
 def test_a_bad_line_is_refused_by_name(tmp_path: Path, line: Any, message: str) -> None:
@@ -207,6 +222,8 @@ def test_restart_takes_prompts_from_where_it_says(setting: Setting) -> None:
 def test_shared_compares_the_same_work(setting: Setting) -> None:
     report = Report()
     shared(report, setting, 2)
+    notes = [figure.note for figure in report.figures]
+    assert notes[:3] == [f"{count:,} prompt tokens cached" for count in (2048, 2 * 2048, 0)]
     seconds = {figure.name: figure.median for figure in report.figures}
     assert seconds["warm over unshared"] == seconds["warm"] / seconds["unshared"]
     assert seconds["cold over unshared"] == seconds["cold"] / seconds["unshared"]
@@ -222,7 +239,13 @@ def test_a_figure_has_median_spread_and_what_was_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--parts=none"], ["--parts=shared"], ["--parts=trace", "--rounds=0"]]
+    "options",
+    [
+        ["--parts=none"],
+        ["--parts=shared"],
+        ["--parts=trace", "--rounds=0"],
+        ["--parts=trace", "--trace=no such file"],
+    ],
 )
 def test_wrong_options_are_refused(options: list[str]) -> None:
     with pytest.raises(SystemExit):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import quire
+from quire.cache import KVCache
 from quire.cache.tiers import HostTier
 from quire.errors import ConfigError
 from recording import Recorder, assert_warm_is_cold
@@ -173,6 +174,28 @@ def test_many_that_wait_for_one_prefix_load_it_once(
         by_tier = [completion.cached_tokens_by_tier for completion in done]
         assert [tiers["disk"] for tiers in by_tier] == [36, 0, 0, 0, 0, 0]
         assert [tiers["pool"] for tiers in by_tier] == [0, 36, 36, 36, 36, 36]
+
+
+@pytest.mark.parametrize("num_pages", [(40, 6), (40, 8), (24, 4)])
+def test_a_windows_few_pages_only_shorten_what_is_loaded(
+    models: dict[str, Path], tmp_path: Path, num_pages: tuple[int, int]
+) -> None:
+    """A long prompt is loaded at once; the pool of a windowed group need not hold all of it."""
+    prompt = random_prompt(70, seed=22)
+    with engine_with(models["mixed"], num_pages=40, cache_dir=tmp_path) as engine:
+        expected = run(engine, prompt, SHORT).token_ids
+    make = KVCache.__init__
+
+    def narrow(cache: KVCache, layout: Any, counts: Any, pools: Any, identity: Any = None) -> None:
+        make(cache, layout, num_pages, pools, identity)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVCache, "__init__", narrow)
+        engine = engine_with(models["mixed"], num_pages=40, cache_dir=tmp_path)
+    with engine:
+        done = run(engine, prompt, SHORT)
+        assert done.token_ids == expected
+        assert done.cached_tokens_by_tier["disk"] <= num_pages[1] * 4
 
 
 def test_a_request_can_be_cancelled_while_it_loads(

@@ -390,7 +390,8 @@ class Engine:
 
     def _before_stream(self) -> list[Sample]:
         """Waiting samples before the first that must be streamed, which then has its turn alone."""
-        return list(itertools.takewhile(lambda s: s.stream is None, self._queues.waiting))
+        waiting = self._queues.waiting
+        return list(itertools.takewhile(lambda s: s.stream is None, waiting)) if waiting else []
 
     def _plan_stream(self, tokens: Sequence[int], params: SamplingParams) -> StreamPlan | None:
         """How to stream a request that does not fit the pool; RequestError if it cannot be."""

@@ -1,6 +1,8 @@
 """Samples whose pages are on their way up from a tier."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 
 from quire.cache import KVCache
 from quire.engine.queues import Queues
@@ -35,6 +37,9 @@ class Loads:
                 continue
             if not self._has_room(sample, plan):
                 return
+            plan = self._fitting(plan)
+            if not plan.sources:
+                continue  # a window's pages are few: computing brings them step by step
             load = self._tiers.start(plan, sample.prefix_query)
             self._queues.admit(sample, load.sequence)
             sample.load = load
@@ -78,6 +83,17 @@ class Loads:
         running = len(self._queues.running)
         room = zip(growth, self._cache.free_pages, strict=True)
         return all(need + running <= free for need, free in room)
+
+    def _fitting(self, plan: LoadPlan) -> LoadPlan:
+        """As many of the plan's pages, from the first on, as can be reserved in one go."""
+        size, free = self._cache.layout.page_size, self._cache.free_pages
+
+        def too_many(count: int) -> bool:
+            cost = self._cache.cost(plan.match, count * size)
+            return any(need > have for need, have in zip(cost, free, strict=True))
+
+        counts = range(1, len(plan.sources) + 1)
+        return replace(plan, sources=plan.sources[: bisect_left(counts, True, key=too_many)])
 
     def _settle(self, sample: Sample) -> None:
         """Take in what a load has brought; waits for it."""

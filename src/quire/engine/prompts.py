@@ -102,6 +102,7 @@ class PromptReader:
                     f"({group.name()}), but the pool has {pages}; lower max_new_tokens, shorten "
                     "the prompt, raise kv_memory, or give a host_cache or cache_dir to stream from"
                 )
+
     def _pages_needed(self, group: LayerGroup, prompt: int, most: int, beams: int) -> int:
         """Pages of all beams at once, which share the whole pages of the prompt."""
         size = self.cache.layout.page_size

@@ -99,8 +99,9 @@ def plan_step(
     active = list(running)
     at = 0
     while at < len(active):
-        decodes = sum(1 for sample in active[at + 1 :] if sample.pending == 1)
-        kept = 0 if active[at].pending == 1 else decodes
+        kept = 0  # for those behind it that decode; they get theirs before a prefill's rest
+        if active[at].pending != 1:
+            kept = sum(1 for sample in active[at + 1 :] if sample.pending == 1)
         planner.serve(active, at, max(planner.budget - kept, 1 if at == 0 else 0))
         at += 1
     admitted = planner.admit(active, waiting, limits.max_sequences)
@@ -123,19 +124,21 @@ class _Planner:
         want = min(sample.pending, budget)
         if want <= 0:
             return
-        while (tokens := self._fitting(sample.sequence, want)) == 0:
+        while not (fitting := self._fitting(sample.sequence, want))[0]:
             victims = [i for i in range(at + 1, len(active)) if active[i].load is None]
             if not victims:
                 break
             self._preempt(active.pop(victims[-1]), sample)
-        if tokens:
-            self._take(sample, sample.sequence, tokens)
+        if fitting[0]:
+            self._take(sample, *fitting)
 
     def admit(
         self, active: Sequence[Sample], waiting: Sequence[Sample], max_sequences: int
     ) -> list[tuple[Sample, PrefixMatch | None]]:
         """Start waiting samples while budget, sequence slots and pages last."""
         admitted: list[tuple[Sample, PrefixMatch | None]] = []
+        if not waiting:
+            return admitted
         computing = [(s, s.computed) for s in active if s.uncomputed > 1]
         for sample in waiting:
             running = len(active) + len(admitted)
@@ -150,8 +153,8 @@ class _Planner:
                 break
             match = fitting[0]
             cached = _cached(match)
-            tokens = self._fitting(match, min(len(sample.tokens) - cached, self.budget))
-            self._take(sample, match, tokens)
+            most = min(len(sample.tokens) - cached, self.budget)
+            self._take(sample, *self._fitting(match, most))
             admitted.append((sample, match))
             computing.append((sample, cached))
             if match is not None and match.takes:
@@ -162,21 +165,23 @@ class _Planner:
         """True if all of a sample's tokens fit beside a spare page for each running sample."""
         growth = self.cache.growth(match, len(sample.tokens) - _cached(match))
         spare = tuple(running for _ in self.free)
-        return _within(_add(growth, spare), self.free) and self._fitting(match, 1) == 1
+        return _within(_add(growth, spare), self.free) and self._fitting(match, 1)[0] == 1
 
-    def _fitting(self, sequence: int | PrefixMatch | None, want: int) -> int:
-        """The most tokens, up to ``want``, whose pages are free."""
+    def _fitting(self, sequence: int | PrefixMatch | None, want: int) -> tuple[int, Pages]:
+        """The most tokens, up to ``want``, whose pages are free, and what they cost."""
+        cost = self.cache.cost(sequence, want)
+        if _within(cost, self.free):
+            return want, cost
         sizes = range(1, want + 1)
-        if _within(self.cache.cost(sequence, want), self.free):
-            return want
-        return bisect_right(
+        most = bisect_right(
             sizes, False, key=lambda n: not _within(self.cache.cost(sequence, n), self.free)
         )
+        return most, self.cache.cost(sequence, most)
 
-    def _take(self, sample: Sample, sequence: int | PrefixMatch | None, tokens: int) -> None:
+    def _take(self, sample: Sample, tokens: int, cost: Pages) -> None:
         self.chunks.append((sample, tokens))
         self.budget -= tokens
-        self.free = _subtract(self.free, self.cache.cost(sequence, tokens))
+        self.free = _subtract(self.free, cost)
 
     def _preempt(self, victim: Sample, older: Sample) -> None:
         assert victim.sequence is not None
