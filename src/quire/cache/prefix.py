@@ -83,9 +83,10 @@ class PrefixNode:
     __slots__ = ("children", "depth", "digest", "pages", "parent", "same_key", "tokens", "users")
 
     def __init__(
-        self, digest: bytes, parent: "PrefixNode | None", tokens: bytes, pages: list[int]
+        self, digest: bytes, parent: "PrefixNode | None", tokens: bytes, groups: int
     ) -> None:
-        self.digest, self.parent, self.tokens, self.pages = digest, parent, tokens, pages
+        self.digest, self.parent, self.tokens = digest, parent, tokens
+        self.pages = array("q", [NO_PAGE]) * groups  # which the garbage collector need not visit
         self.depth: int = 0 if parent is None or parent.parent is None else parent.depth + 1
         self.children: list[PrefixNode] = []
         self.users = 0
@@ -188,7 +189,7 @@ class PrefixIndex:
     def root(self, salt: str) -> PrefixNode:
         """Where prefixes under ``salt`` begin."""
         if salt not in self._roots:
-            self._roots[salt] = PrefixNode(self.root_digest(salt), None, salt.encode(), [])
+            self._roots[salt] = PrefixNode(self.root_digest(salt), None, salt.encode(), 0)
         return self._roots[salt]
 
     @property
@@ -278,7 +279,7 @@ class PrefixIndex:
         digest = self._chain(parent.digest, tokens)
         node = self._find(digest, parent, tokens)
         if node is None:
-            node = PrefixNode(digest, parent, tokens, [NO_PAGE] * len(self._allocators))
+            node = PrefixNode(digest, parent, tokens, len(self._allocators))
             key = digest[: self.digest_bytes]
             node.same_key = self._by_key.get(key)
             self._by_key[key] = node
