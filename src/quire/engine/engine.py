@@ -130,8 +130,13 @@ class Engine:
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """What decides the bits of this engine's pages. Reads all weights, once, to digest them."""
-        return describe(self.directory, self.model_config, self._layout, self.backend)
+        """What decides the bits of this engine's pages. Reads all weights, to digest them.
+
+        With a ``cache_dir`` only once: it remembers the digests of files that have not changed.
+        """
+        cache_dir = self.config.cache.cache_dir
+        memo = None if cache_dir is None else Path(cache_dir) / "weights.json"
+        return describe(self.directory, self.model_config, self._layout, self.backend, memo)
 
     def submit(
         self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str = ""

@@ -22,16 +22,21 @@ _IGNORED = ("ignored_keys", "bos_token_id", "eos_token_ids")
 
 
 def describe(
-    directory: Path, config: ModelConfig, layout: CacheLayout, backend: Backend
+    directory: Path,
+    config: ModelConfig,
+    layout: CacheLayout,
+    backend: Backend,
+    memo: Path | None = None,
 ) -> dict[str, str]:
     """The identity of what an engine computes. Reads all weights, to digest them.
 
     ``model`` is for people and is not compared; ``config`` covers every fact of the config.
+    ``memo`` is a file that remembers digests of weights.
     """
     facts = {name: value for name, value in asdict(config).items() if name not in _IGNORED}
     return {
         "model": str(directory),
-        "weights": weights_digest(weights_files(directory)),
+        "weights": weights_digest(weights_files(directory), memo),
         "architecture": (
             f"{config.architecture}, {config.num_layers} layers of {config.hidden_size}, "
             f"{config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}, vocabulary "
