@@ -4,8 +4,8 @@
 // number of rows: the numbers along K are words (pairs of bf16, or floats); within a chunk of CHUNK
 // words lane l sums the words l, l + 16, l + 32, ... in order, then the lanes are added in order, then
 // the chunks. Two kernels keep it. With few rows each output is such a dot product, straight from the
-// weights, sixteen outputs side by side. With many, a panel of PANEL columns is turned lane-major in
-// the core's own cache and multiplied with ROWS rows at a time, lane by lane.
+// weights, up to sixteen at a time. With many, a panel of PANEL columns is turned lane-major in the
+// core's own cache and multiplied with ROWS rows at a time, lane by lane.
 
 namespace quire {
 namespace {
@@ -13,13 +13,14 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int ROWS = 6;  // 12 accumulators and 12 sums
 constexpr bool SUMS_IN_REGISTERS = true;
+constexpr int TILE_ROWS = 4, TILE_COLUMNS = 4;  // of few rows: sixteen sums
 #else
 constexpr int ROWS = 2;
 constexpr bool SUMS_IN_REGISTERS = false;
+constexpr int TILE_ROWS = 3, TILE_COLUMNS = 4;
 #endif
 
 constexpr int STREAM_ROWS = 2;  // rows of x that read weights in streams
-constexpr int TILE_ROWS = 4, TILE_COLUMNS = 4;  // of few rows: sixteen sums
 constexpr int STRIP = 16;       // columns that all rows of x visit before the next
 
 constexpr int64_t PAGE = 4096;  // bytes whose addresses are translated together
@@ -74,7 +75,8 @@ inline void transpose(const uint32_t* const rows[16], uint32_t* out, int64_t str
 #endif
 }
 
-// total + the lanes of sixteen sums, in order: lane i of the result is that of acc[i].
+// total + the lanes of up to sixteen sums, in order: lane i of the result is that of acc[i].
+template <int COUNT>
 inline F16 add_lanes(F16 total, const F16 (&acc)[LANES]) {
 #if defined(__AVX512F__)
     __m512i r[LANES], turned[LANES];
@@ -83,12 +85,11 @@ inline F16 add_lanes(F16 total, const F16 (&acc)[LANES]) {
     for (int l = 0; l < LANES; ++l) total = total + F16{_mm512_castsi512_ps(turned[l])};
     return total;
 #else
-    float sum[LANES], lanes[LANES];
+    float sum[LANES], lanes[COUNT][LANES];
     total.store(sum);
-    for (int i = 0; i < LANES; ++i) {
-        acc[i].store(lanes);
-        for (int l = 0; l < LANES; ++l) sum[i] += lanes[l];
-    }
+    for (int i = 0; i < COUNT; ++i) acc[i].store(lanes[i]);
+    for (int l = 0; l < LANES; ++l)
+        for (int i = 0; i < COUNT; ++i) sum[i] += lanes[i][l];
     return F16::load(sum);
 #endif
 }
@@ -210,7 +211,7 @@ inline void dot_tile(const Linear& a, const uint32_t* x, const int64_t* columns,
     }
     uint32_t spare[LANES];
     if (w < end) step([&](int n) { return Operand<D>::load(words<D>(a, columns[n], w, spare)); });
-    add_lanes(F16::load(total), acc).store(total);
+    add_lanes<R * N>(F16::load(total), acc).store(total);
     asked = ask;
 }
 
@@ -255,7 +256,7 @@ void streams(const Linear& a, int64_t column, int64_t columns) {
 }
 
 // A strip of columns, whose weights of one chunk stay in the core's cache while all rows of x visit
-// them, TILE_ROWS at a time. Meanwhile the next weights are asked for, in the order in which they lie.
+// them, TILE_ROWS at a time. Meanwhile the next weights are asked for in the order they lie in.
 template <Dtype D>
 struct Strip {
     static constexpr int TILES = STRIP / TILE_COLUMNS;
