@@ -147,7 +147,7 @@ Floats Variant::linear(const Stored& weight, Format format, int64_t n, int64_t k
         for (int64_t row = 0; row < m; ++row)
             kernels.row_words(x.data() + row * k, a.dtype, k, a.x_stride,
                               room.data() + row * a.x_stride);
-        kernels.linear_few(a, 0, n);
+        kernels.linear_few(a, 0, n, nullptr);
     }
     return y;
 }

@@ -5,8 +5,8 @@
 // values; then splits are merged in order (flash-decoding's scheme, with a fixed order). A block of
 // keys that a row cannot see adds exact zeros, so it does not matter which rows share a tile.
 //
-// Prefill works through a sequence head by head, for many rows at a time. Decode walks pages, all
-// heads of each, for the one row of each query head. A row's arithmetic is the same in both.
+// Prefill works through a sequence head by head, for many rows at a time. Decode (decode.inl) walks
+// pages, all heads of each, for the one row of each query head. A row's arithmetic is the same in both.
 
 namespace quire {
 namespace {
@@ -23,6 +23,7 @@ constexpr int MOST_BLOCKS = 4;  // blocks of keys, on as many pages, that are re
 
 // Blocks of keys that share loads of R rows of queries: as many as there are accumulators for.
 constexpr int blocks_at_a_time(int rows) { return rows * MOST_BLOCKS <= 2 * TILE ? MOST_BLOCKS : 2; }
+constexpr int64_t BYTES_AHEAD = 32 << 10;  // asked for ahead of what decode works on
 constexpr float NOTHING = -INFINITY;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -125,15 +126,48 @@ inline Block<PAIRED> block_at(const Pages& pages, int64_t head, int64_t at, Spar
                                          : copy_block<PAIRED>(pages, head, at, spare);
 }
 
+constexpr int GROUP = 4;  // blocks of one head that are worked on before the next head's
+
+// Lines of a group of blocks that will be worked on later, asked for in the order in which they will be
+// read: of keys side by side, of values block after block; GROUP lines a step.
+struct Lines {
+    const char* block[GROUP];
+    bool keys;
+    int64_t stride, size;  // bytes from a line to the next, and of all lines of a block
+    int64_t left = 0, number = 0, at = 0;
+
+    void step() {
+        if (left == 0) return;
+        --left;
+        if (keys) {
+#pragma GCC unroll 4
+            for (int i = 0; i < GROUP; ++i) __builtin_prefetch(block[i] + at, 0, 2);
+            at += stride;
+        } else {
+            const char* from = block[number] + at;
+#pragma GCC unroll 4
+            for (int i = 0; i < GROUP; ++i) __builtin_prefetch(from + 64 * i, 0, 2);
+            at += 64 * GROUP;
+            if (at >= size) at = 0, ++number;
+        }
+    }
+};
+struct NoLines {
+    void step() {}
+};
+
 // Scores of R rows, `query` [words][R], against B blocks: scores[r][16 b ..] = query[r] . key
-template <bool PAIRED, int R, int B>
-inline void score(const Block<PAIRED>* blocks, const uint32_t* query, int64_t dim, float* scores) {
+template <bool PAIRED, int R, int B, class Ask>
+inline void score(const Block<PAIRED>* blocks, const uint32_t* query, int64_t dim, float* scores,
+                  Ask& asked) {
+    Ask ask = asked;  // in registers
     F16 acc[R][B];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) acc[r][b] = F16::zero();
     for (int64_t d = 0; d < (PAIRED ? dim / 2 : dim); ++d, query += R) {
+        ask.step();
         if constexpr (PAIRED) {
             Pairs key[B];
 #pragma GCC unroll 4
@@ -162,25 +196,28 @@ inline void score(const Block<PAIRED>* blocks, const uint32_t* query, int64_t di
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) acc[r][b].store(scores + r * SPLIT + b * BLOCK);
+    asked = ask;
 }
 
 // mixed[r][0..16 W) (+)= weights[r] . value over some blocks, R rows at a time
-template <bool PAIRED, int R, int W>
+template <bool PAIRED, int R, int W, class Ask>
 inline void mix(const Block<PAIRED>* blocks, int64_t count, const float* weights, int64_t dim,
-                int64_t column, bool more, float* mixed) {
+                int64_t column, bool more, float* mixed, Ask& asked) {
+    Ask ask = asked;
     F16 acc[R][W];
-    int64_t left = dim - column;
+    // Only a single vector may be less than whole.
+    bool whole = W > 1 || dim - column >= 16;
+    int left = int(dim - column);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) {
             const float* from = mixed + r * dim + column + 16 * w;
-            acc[r][w] = !more                   ? F16::zero()
-                        : left >= 16 * (w + 1) ? F16::load(from)
-                                               : load_some(from, int(left - 16 * w));
+            acc[r][w] = !more ? F16::zero() : whole ? F16::load(from) : load_some(from, left);
         }
     for (int64_t b = 0; b < count; ++b) {
         for (int64_t t = 0; t < (PAIRED ? BLOCK / 2 : BLOCK); ++t) {
+            ask.step();
             if constexpr (PAIRED) {
                 const uint16_t* from = blocks[b].value + (t * dim + column) * 2;
                 Pairs value[W];
@@ -200,8 +237,7 @@ inline void mix(const Block<PAIRED>* blocks, int64_t count, const float* weights
                 F16 value[W];
 #pragma GCC unroll 4
                 for (int w = 0; w < W; ++w)
-                    value[w] = left >= 16 * (w + 1) ? F16::load(from + 16 * w)
-                                                    : load_some(from + 16 * w, int(left - 16 * w));
+                    value[w] = whole ? F16::load(from + 16 * w) : load_some(from, left);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     F16 weight = F16::set(weights[r * SPLIT + b * BLOCK + t]);
@@ -216,43 +252,46 @@ inline void mix(const Block<PAIRED>* blocks, int64_t count, const float* weights
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) {
             float* to = mixed + r * dim + column + 16 * w;
-            if (left >= 16 * (w + 1)) acc[r][w].store(to);
-            else store_some(acc[r][w], to, int(left - 16 * w));
+            if (whole) acc[r][w].store(to);
+            else store_some(acc[r][w], to, left);
         }
+    asked = ask;
 }
 
-template <bool PAIRED, int R>
+template <bool PAIRED, int R, class Ask>
 inline void mix_some(const Block<PAIRED>* blocks, int64_t count, const float* weights, int64_t dim,
-                     bool more, float* mixed) {
+                     bool more, float* mixed, Ask& ask) {
     int64_t column = 0;
     for (; column + 16 * MIX_WIDTH <= dim; column += 16 * MIX_WIDTH)
-        mix<PAIRED, R, MIX_WIDTH>(blocks, count, weights, dim, column, more, mixed);
+        mix<PAIRED, R, MIX_WIDTH>(blocks, count, weights, dim, column, more, mixed, ask);
     for (; column < dim; column += 16)
-        mix<PAIRED, R, 1>(blocks, count, weights, dim, column, more, mixed);
+        mix<PAIRED, R, 1>(blocks, count, weights, dim, column, more, mixed, ask);
 }
 
-template <bool PAIRED, int R = MIX_ROWS>
+template <bool PAIRED, int R = MIX_ROWS, class Ask>
 inline void mix_rows(int rows, const Block<PAIRED>* blocks, int64_t count, const float* weights,
-                     int64_t dim, bool more, float* mixed) {
+                     int64_t dim, bool more, float* mixed, Ask& ask) {
     if (rows > R) {
-        mix_some<PAIRED, R>(blocks, count, weights, dim, more, mixed);
-        mix_rows<PAIRED>(rows - R, blocks, count, weights + R * SPLIT, dim, more, mixed + R * dim);
+        mix_some<PAIRED, R>(blocks, count, weights, dim, more, mixed, ask);
+        mix_rows<PAIRED>(rows - R, blocks, count, weights + R * SPLIT, dim, more, mixed + R * dim,
+                         ask);
     } else if (rows == R) {
-        mix_some<PAIRED, R>(blocks, count, weights, dim, more, mixed);
+        mix_some<PAIRED, R>(blocks, count, weights, dim, more, mixed, ask);
     } else if constexpr (R > 1) {
-        mix_rows<PAIRED, R - 1>(rows, blocks, count, weights, dim, more, mixed);
+        mix_rows<PAIRED, R - 1>(rows, blocks, count, weights, dim, more, mixed, ask);
     }
 }
 
 // Weights from scores, in place: the row's maximum and the sum of its weights. `scale` has the
 // factor log2(e) in it: weights are powers of two.
-template <bool PAIRED>
-inline void soften(float* scores, int64_t count, float scale, float& best, float& total) {
+template <bool PAIRED, class Ask>
+inline void soften(float* scores, int64_t count, float scale, float& best, float& total, Ask& ask) {
     F16 top = F16::set(NOTHING);
     for (int64_t b = 0; b < count; ++b) top = max(top, F16::load(scores + b * BLOCK));
     best = max(top);
     F16 peak = F16::set(best == NOTHING ? 0.0f : best), factor = F16::set(scale), sums = F16::zero();
     for (int64_t b = 0; b < count; ++b) {
+        ask.step();
         F16 weights = exp2((F16::load(scores + b * BLOCK) - peak) * factor);
         if constexpr (PAIRED) {
             // Bf16 weights overwrite the scores from the front. What is summed is what values will
@@ -301,25 +340,26 @@ struct Tile {
     int64_t low[TILE], high[TILE];
 };
 
-template <bool PAIRED, int R = TILE>
+template <bool PAIRED, int R = TILE, class Ask>
 inline void score_rows(const Tile& tile, const Block<PAIRED>* blocks, int64_t count, int64_t dim,
-                       float* scores) {
+                       float* scores, Ask& ask) {
     constexpr int B = blocks_at_a_time(R);
     if (tile.rows == R) {
         int64_t b = 0;
         for (; b + B <= count; b += B)
-            score<PAIRED, R, B>(blocks + b, tile.query, dim, scores + b * BLOCK);
-        for (; b < count; ++b) score<PAIRED, R, 1>(blocks + b, tile.query, dim, scores + b * BLOCK);
+            score<PAIRED, R, B>(blocks + b, tile.query, dim, scores + b * BLOCK, ask);
+        for (; b < count; ++b)
+            score<PAIRED, R, 1>(blocks + b, tile.query, dim, scores + b * BLOCK, ask);
     } else if constexpr (R > 1) {
-        score_rows<PAIRED, R - 1>(tile, blocks, count, dim, scores);
+        score_rows<PAIRED, R - 1>(tile, blocks, count, dim, scores, ask);
     }
 }
 
 // Scores of a tile against `count` blocks from position `at` on; what a row does not see is -inf.
-template <bool PAIRED>
+template <bool PAIRED, class Ask>
 inline void score_tile(const Tile& tile, const Block<PAIRED>* blocks, int64_t count, int64_t at,
-                       int64_t dim, float* scores) {
-    score_rows<PAIRED>(tile, blocks, count, dim, scores);
+                       int64_t dim, float* scores, Ask& ask) {
+    score_rows<PAIRED>(tile, blocks, count, dim, scores, ask);
     auto clamp = [](int64_t x) { return int(x < 0 ? 0 : x > BLOCK ? BLOCK : x); };
     for (int r = 0; r < tile.rows; ++r) {
         int64_t low = tile.low[r] - at, high = tile.high[r] - at;  // relative to the first block
@@ -366,11 +406,13 @@ void mix_apart(const Tile& tile, const Block<PAIRED>* blocks, int64_t count, int
                const float* weights, int64_t dim, float* mixed) {
     std::vector<Spare> spare(static_cast<size_t>(count));
     std::vector<Block<PAIRED>> seen(static_cast<size_t>(count));
+    NoLines ask;
     for (int r = 0; r < tile.rows; ++r) {
         for (int64_t b = 0; b < count; ++b)
             seen[size_t(b)] = seen_only<PAIRED>(blocks[b], tile.low[r], tile.high[r],
                                                 at + b * BLOCK, dim, spare[size_t(b)]);
-        mix_rows<PAIRED, 1>(1, seen.data(), count, weights + r * SPLIT, dim, false, mixed + r * dim);
+        mix_rows<PAIRED, 1>(1, seen.data(), count, weights + r * SPLIT, dim, false, mixed + r * dim,
+                            ask);
     }
 }
 
@@ -392,13 +434,14 @@ void attend_split(const Attention& a, const Tile& tile, int64_t split, const Blo
     Span span = blocks_seen(tile.low[0], tile.high[tile.rows - 1], split);
     int64_t at = split * SPLIT + span.first * BLOCK, dim = a.pool.value_dim;
     blocks += span.first;
-    score_tile<PAIRED>(tile, blocks, span.count, at, a.pool.key_dim, scores);
+    NoLines ask;
+    score_tile<PAIRED>(tile, blocks, span.count, at, a.pool.key_dim, scores, ask);
     for (int r = 0; r < tile.rows; ++r)
-        soften<PAIRED>(scores + r * SPLIT, span.count, a.scale, best[r], total[r]);
+        soften<PAIRED>(scores + r * SPLIT, span.count, a.scale, best[r], total[r], ask);
     for (int64_t b = 0; b < span.count; ++b)
         if (is_wild<PAIRED>(tile, blocks[b], at + b * BLOCK, dim))
             return mix_apart<PAIRED>(tile, blocks, span.count, at, scores, dim, mixed);
-    mix_rows<PAIRED>(tile.rows, blocks, span.count, scores, dim, false, mixed);
+    mix_rows<PAIRED>(tile.rows, blocks, span.count, scores, dim, false, mixed, ask);
 }
 
 // Rows [row, row + rows) of one sequence and KV head: their queries in the form that `score` reads
@@ -482,156 +525,9 @@ void prefill_item(const Attention& a, const PrefillItem& item) {
     }
 }
 
-// ---- one token of a sequence, all heads of a page together ----------------------------------------
-
-// What one split of one token gives: of every query head the maximum, the sum of weights and the
-// weighted sum of values.
-struct Partial {
-    float *best, *total, *mixed;
-    Partial(const Attention& a, const DecodeItem& item, int64_t split)
-        : best(item.partials + (split - item.first_split) * partial_size(a)),
-          total(best + a.num_heads), mixed(total + a.num_heads) {}
-};
-
-// A token's query heads of some KV heads as tiles, and room for their scores.
-template <bool PAIRED>
-struct Heads {
-    std::vector<Tile> tile;
-    std::vector<int64_t> kv_head, query_head;
-    std::vector<uint32_t> queries;
-
-    Heads(const Attention& a, const DecodeItem& item) {
-        int64_t share = a.num_heads / a.pool.heads, count = item.head_end - item.head;
-        queries.resize(size_t(count * share * a.pool.key_dim));
-        static thread_local std::vector<float> room;  // kept: clearing it would cost a pass
-        size_t need = size_t(count * share * SPLIT) + 16;
-        if (room.size() < need) room.resize(need);
-        scores = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) &
-                                          ~uintptr_t(63));
-        for (int64_t h = item.head; h < item.head_end; ++h)
-            for (int64_t r = 0; r < share; r += TILE) {
-                int64_t done = (h - item.head) * share + r;
-                tile.push_back(make_tile<PAIRED>(a, item.sequence, h, r,
-                                                 int(share - r < TILE ? share - r : TILE),
-                                                 queries.data() + done * a.pool.key_dim));
-                kv_head.push_back(h), query_head.push_back(h * share + r);
-            }
-        first = query_head[0];
-    }
-    float* scores_of(size_t t) const { return scores + (query_head[t] - first) * SPLIT; }
-
-private:
-    int64_t first;
-    float* scores;
-};
-
-constexpr int64_t GROUP = 4;  // blocks of one head before the next head's
-
-// The blocks of a span of one split, for every head: where the first head's lie, found once; the
-// others lie beside them, but for blocks that have to be copied.
-template <bool PAIRED>
-struct SplitBlocks {
-    const Pages& pages;
-    int64_t at, head;
-    Block<PAIRED> first[SPLIT / BLOCK];
-    bool copied[SPLIT / BLOCK];
-
-    SplitBlocks(const Pages& pages, int64_t head, int64_t at, int64_t count)
-        : pages(pages), at(at), head(head) {
-        for (int64_t b = 0; b < count; ++b) {
-            copied[b] = !lies_whole<PAIRED>(pages, at + b * BLOCK);
-            if (!copied[b]) first[b] = block_in_place<PAIRED>(pages, head, at + b * BLOCK);
-        }
-    }
-    // `count` blocks of a head from block b on; copies go to `spare`.
-    void get(int64_t of_head, int64_t b, int64_t count, Spare* spare, Block<PAIRED>* blocks) const {
-        const Pool& pool = pages.pool;
-        int64_t key = (of_head - head) * pool.key_dim * pool.page_size;
-        int64_t value = (of_head - head) * pool.value_dim * pool.page_size;
-        for (int64_t i = 0; i < count; ++i) {
-            if (copied[b + i]) {
-                blocks[i] = copy_block<PAIRED>(pages, of_head, at + (b + i) * BLOCK, spare[i]);
-            } else {
-                const Block<PAIRED>& here = first[b + i];
-                blocks[i] = {here.key + key, here.key_stride, here.value + value};
-            }
-        }
-    }
-};
-
-// A page's heads lie side by side: walking some pages together, head after head, reads memory in as
-// many long stretches, which the hardware follows. Every row's arithmetic is that of `attend_split`.
-template <bool PAIRED>
-void decode_split(const Attention& a, const DecodeItem& item, int64_t split, Heads<PAIRED>& heads) {
-    static thread_local std::vector<Spare> spare(GROUP);
-    const Pages pages = pages_of(a, item.sequence);
-    int64_t low = heads.tile[0].low[0], high = heads.tile[0].high[0], dim = a.pool.value_dim;
-    Span span = blocks_seen(low, high, split);
-    int64_t at = split * SPLIT + span.first * BLOCK;
-    Partial partial(a, item, split);
-    SplitBlocks<PAIRED> in_split(pages, item.head, at, span.count);
-    Block<PAIRED> blocks[GROUP];
-    for (int64_t b = 0; b < span.count; b += GROUP) {
-        int64_t count = span.count - b < GROUP ? span.count - b : GROUP;
-        for (size_t t = 0; t < heads.tile.size(); ++t) {
-            in_split.get(heads.kv_head[t], b, count, spare.data(), blocks);
-            score_tile<PAIRED>(heads.tile[t], blocks, count, at + b * BLOCK, a.pool.key_dim,
-                               heads.scores_of(t) + b * BLOCK);
-        }
-    }
-    for (size_t t = 0; t < heads.tile.size(); ++t)
-        for (int r = 0; r < heads.tile[t].rows; ++r)
-            soften<PAIRED>(heads.scores_of(t) + r * SPLIT, span.count, a.scale,
-                           partial.best[heads.query_head[t] + r],
-                           partial.total[heads.query_head[t] + r]);
-    for (int64_t b = 0; b < span.count; b += GROUP) {
-        int64_t count = span.count - b < GROUP ? span.count - b : GROUP;
-        for (size_t t = 0; t < heads.tile.size(); ++t) {
-            in_split.get(heads.kv_head[t], b, count, spare.data(), blocks);
-            for (int64_t i = 0; i < count; ++i)
-                if (is_wild<PAIRED>(heads.tile[t], blocks[i], at + (b + i) * BLOCK, dim))
-                    blocks[i] = seen_only<PAIRED>(blocks[i], low, high, at + (b + i) * BLOCK, dim,
-                                                  spare[size_t(i)]);
-            const auto* weights = reinterpret_cast<const float*>(
-                reinterpret_cast<const char*>(heads.scores_of(t)) + b * BLOCK * (PAIRED ? 2 : 4));
-            mix_rows<PAIRED>(heads.tile[t].rows, blocks, count, weights, dim, b > 0,
-                             partial.mixed + heads.query_head[t] * dim);
-        }
-    }
-}
-
-template <bool PAIRED>
-void decode_item(const Attention& a, const DecodeItem& item) {
-    Heads<PAIRED> heads(a, item);
-    for (int64_t split = item.split; split < item.split_end; ++split)
-        decode_split<PAIRED>(a, item, split, heads);
-}
-
-// The splits of one token merged in order, for the query heads of some KV heads.
-void decode_merge(const Attention& a, const DecodeItem& item) {
-    int64_t dim = a.pool.value_dim, share = a.num_heads / a.pool.heads;
-    Partial first(a, item, item.first_split);
-    int64_t end = item.head_end * share;
-    for (int64_t head = item.head * share; head < end; head += 16) {
-        int rows = int(end - head < 16 ? end - head : 16);
-        for (int64_t split = item.first_split + 1; split < item.split_end; ++split) {
-            Partial next(a, item, split);
-            merge_rows(rows, first.best + head, first.total + head, first.mixed + head * dim,
-                       next.best + head, next.total + head, next.mixed + head * dim, dim);
-        }
-        for (int64_t h = head; h < head + rows; ++h)
-            write_row(a, a.query_indptr[item.sequence], h, first.total[h], first.mixed + h * dim);
-    }
-}
-
 void prefill(const Attention& a, const PrefillItem& item) {
     if (a.pool.paired) prefill_item<true>(a, item);
     else prefill_item<false>(a, item);
-}
-
-void decode(const Attention& a, const DecodeItem& item) {
-    if (a.pool.paired) decode_item<true>(a, item);
-    else decode_item<false>(a, item);
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ inline F16 store_rounded(F16 x, uint16_t* to) {
 #include "linear.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "decode.inl"
 
 #define QUIRE_TEXT_(x) #x
 #define QUIRE_TEXT(x) QUIRE_TEXT_(x)

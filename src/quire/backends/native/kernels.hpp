@@ -87,8 +87,9 @@ inline int64_t partial_size(const Attention& a) { return a.num_heads * (a.pool.v
 
 struct Kernels {
     const char* name;
-    // Both give the same bits; few: outputs [column, column + columns) of all rows.
-    void (*linear_few)(const Linear&, int64_t column, int64_t columns);
+    // Both give the same bits; few: outputs [column, column + columns) of all rows. `next`: rows of
+    // weights, as long as these, that this thread will probably read next, or null.
+    void (*linear_few)(const Linear&, int64_t column, int64_t columns, const void* next);
     void (*linear_many)(const Linear&, int64_t panel, int64_t panel_end, int64_t row,
                         int64_t row_end);
     void (*row_words)(const float* x, Dtype dtype, int64_t k, int64_t stride, uint32_t* out);

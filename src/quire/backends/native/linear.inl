@@ -4,8 +4,8 @@
 // number of rows: the numbers along K are words (pairs of bf16, or floats); within a chunk of CHUNK
 // words lane l sums the words l, l + 16, l + 32, ... in order, then the lanes are added in order, then
 // the chunks. Two kernels keep it. With few rows each output is such a dot product, straight from the
-// weights, sixteen outputs side by side. With many, a panel of PANEL columns is turned lane-major in
-// the core's own cache and multiplied with ROWS rows at a time, lane by lane.
+// weights, up to sixteen at a time. With many, a panel of PANEL columns is turned lane-major in the
+// core's own cache and multiplied with ROWS rows at a time, lane by lane.
 
 namespace quire {
 namespace {
@@ -13,21 +13,29 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int ROWS = 6;  // 12 accumulators and 12 sums
 constexpr bool SUMS_IN_REGISTERS = true;
+constexpr int TILE_ROWS = 4, TILE_COLUMNS = 4;  // of few rows: sixteen sums
 #else
 constexpr int ROWS = 2;
 constexpr bool SUMS_IN_REGISTERS = false;
+constexpr int TILE_ROWS = 3, TILE_COLUMNS = 4;
 #endif
+
+constexpr int STREAM_ROWS = 2;  // rows of x that read weights in streams
+constexpr int STRIP = 16;       // columns that all rows of x visit before the next
+
+constexpr int64_t PAGE = 4096;  // bytes whose addresses are translated together
 
 constexpr int AHEAD = 1024;  // bytes of a stream of weights that are asked for before they are needed
 
 template <Dtype D>
 constexpr int PER_WORD = D == Dtype::bf16 ? 2 : 1;
+template <Dtype D>
+constexpr int WIDTH = D == Dtype::f32 ? 4 : 2;  // bytes of a stored number
 
-// out[j][i] = rows[i][j] for 16 x 16 words.
-inline void transpose(const uint32_t* const rows[16], uint32_t* out, int64_t stride) {
 #if defined(__AVX512F__)
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i]);
+// out[j] lane i = r[i] lane j
+inline void turn(__m512i (&r)[LANES], __m512i (&out)[LANES]) {
+    __m512i t[LANES];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -43,11 +51,21 @@ inline void transpose(const uint32_t* const rows[16], uint32_t* out, int64_t str
         __m512i b = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
         __m512i c = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
         __m512i d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-        _mm512_storeu_si512(out + i * stride, _mm512_shuffle_i32x4(a, b, 0x88));
-        _mm512_storeu_si512(out + (i + 8) * stride, _mm512_shuffle_i32x4(a, b, 0xdd));
-        _mm512_storeu_si512(out + (i + 4) * stride, _mm512_shuffle_i32x4(c, d, 0x88));
-        _mm512_storeu_si512(out + (i + 12) * stride, _mm512_shuffle_i32x4(c, d, 0xdd));
+        out[i] = _mm512_shuffle_i32x4(a, b, 0x88);
+        out[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        out[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88);
+        out[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
     }
+}
+#endif
+
+// out[j][i] = rows[i][j] for 16 x 16 words.
+inline void transpose(const uint32_t* const rows[16], uint32_t* out, int64_t stride) {
+#if defined(__AVX512F__)
+    __m512i r[LANES], turned[LANES];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i]);
+    turn(r, turned);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * stride, turned[i]);
 #else
     for (int i = 0; i < 16; ++i) {
         uint32_t row[16];  // rows of an odd number of bf16 are not aligned to words
@@ -56,6 +74,48 @@ inline void transpose(const uint32_t* const rows[16], uint32_t* out, int64_t str
     }
 #endif
 }
+
+// total + the lanes of up to sixteen sums, in order: lane i of the result is that of acc[i].
+template <int COUNT>
+inline F16 add_lanes(F16 total, const F16 (&acc)[LANES]) {
+#if defined(__AVX512F__)
+    __m512i r[LANES], turned[LANES];
+    for (int i = 0; i < LANES; ++i) r[i] = _mm512_castps_si512(acc[i].v);
+    turn(r, turned);
+    for (int l = 0; l < LANES; ++l) total = total + F16{_mm512_castsi512_ps(turned[l])};
+    return total;
+#else
+    float sum[LANES], lanes[COUNT][LANES];
+    total.store(sum);
+    for (int i = 0; i < COUNT; ++i) acc[i].store(lanes[i]);
+    for (int l = 0; l < LANES; ++l)
+        for (int i = 0; i < COUNT; ++i) sum[i] += lanes[i][l];
+    return F16::load(sum);
+#endif
+}
+
+// Lines of memory asked for one by one, while others are worked on: `bytes` of each of some rows.
+struct Asking {
+    const char* line = nullptr;
+    int64_t rows = 0, lines = 0, left = 0, skip = 0;
+
+    Asking() = default;
+    Asking(const char* first, int64_t rows, int64_t row_bytes, int64_t bytes)
+        : line(first), rows(rows), lines((bytes + 63) / 64), left(lines),
+          skip(row_bytes - lines * 64) {}
+    // Has the addresses of pages translated, many at once: a line asked for on a page of unknown
+    // address holds up the core.
+    void touch_pages() const {
+        int64_t row_bytes = lines * 64 + skip, step = row_bytes > PAGE ? row_bytes : PAGE;
+        for (int64_t at = 0; at < rows * row_bytes; at += step) __builtin_prefetch(line + at, 0, 2);
+    }
+    void next() {
+        if (rows == 0) return;
+        __builtin_prefetch(line, 0, 2);  // a wrong address is no fault: this only asks
+        line += 64;
+        if (--left == 0) line += skip, left = lines, --rows;
+    }
+};
 
 // The 16 words of a row of weights at word `at`, zero beyond the end: in place where they can be.
 template <Dtype D>
@@ -104,26 +164,35 @@ struct Operand {
 
 // ---- few rows ------------------------------------------------------------------------------------
 
-// What a visit to rows of weights asks for meanwhile: every `visits`th line, `ahead` bytes on.
-struct Ask {
-    int64_t visit, visits, ahead;
+// What a tile asks for at each step along K: its own rows of weights further on, or lines elsewhere.
+template <int N>
+struct AskAhead {
+    void step(const char* const* from, int64_t byte) {
+        for (int n = 0; n < N; ++n) __builtin_prefetch(from[n] + byte + AHEAD, 0, 2);
+    }
+};
+struct AskElsewhere {
+    Asking lines;
+    int64_t each;
+    void step(const char* const*, int64_t) {
+        for (int64_t i = 0; i < each; ++i) lines.next();
+    }
 };
 
-// lanes[r][n][16] (+)= the lanes' sums over words [at, end) for R rows of x and N rows of weights
-template <Dtype D, int R, int N>
-inline void dot(const Linear& a, const uint32_t* x, const int64_t* columns, int64_t at, int64_t end,
-                Ask ask, float* lanes) {
-    constexpr int WIDTH = D == Dtype::f32 ? 4 : 2;  // bytes of a stored number
-    F16 acc[R][N];
+// total[r * N + n] += x[r] . weights[columns[n]] over words [at, end) of one chunk
+template <Dtype D, int R, int N, class Ask>
+inline void dot_tile(const Linear& a, const uint32_t* x, const int64_t* columns, int64_t at,
+                     int64_t end, Ask& asked, float* total) {
+    static_assert(R * N <= LANES, "sums of lanes are turned sixteen at a time");
+    Ask ask = asked;  // in registers
+    F16 acc[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) acc[i] = F16::zero();
     const char* from[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-        from[n] = static_cast<const char*>(a.weight) + columns[n] * a.k * WIDTH;
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-            acc[r][n] = at % CHUNK ? F16::load(lanes + (r * LANES + n) * LANES) : F16::zero();
-    }
-    int64_t whole = a.k / (LANES * PER_WORD<D>) * LANES, w = at, turn = ask.visit;
+    for (int n = 0; n < N; ++n)
+        from[n] = static_cast<const char*>(a.weight) + columns[n] * a.k * WIDTH<D>;
+    int64_t whole = a.k / (LANES * PER_WORD<D>) * LANES, w = at;
     auto step = [&](auto weights) {
         Operand<D> number[R];
 #pragma GCC unroll 8
@@ -132,128 +201,139 @@ inline void dot(const Linear& a, const uint32_t* x, const int64_t* columns, int6
         for (int n = 0; n < N; ++n) {
             Operand<D> weight = weights(n);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) acc[r][n] = number[r].add_to(acc[r][n], weight);
+            for (int r = 0; r < R; ++r) acc[r * N + n] = number[r].add_to(acc[r * N + n], weight);
         }
     };
     for (; w < (end < whole ? end : whole); w += LANES) {
-        int64_t byte = w * PER_WORD<D> * WIDTH;
-        if (turn == 0) {  // a wrong address is no fault: this only asks
-            for (int n = 0; n < N; ++n) __builtin_prefetch(from[n] + byte + ask.ahead, 0, 2);
-            turn = ask.visits;
-        }
-        --turn;
+        int64_t byte = w * PER_WORD<D> * WIDTH<D>;
+        ask.step(from, byte);
         step([&](int n) { return Operand<D>::stored(from[n] + byte); });
     }
     uint32_t spare[LANES];
     if (w < end) step([&](int n) { return Operand<D>::load(words<D>(a, columns[n], w, spare)); });
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r][n].store(lanes + (r * LANES + n) * LANES);
+    add_lanes<R * N>(F16::load(total), acc).store(total);
+    asked = ask;
 }
 
-template <Dtype D, int R, int N>
+template <Dtype D, int R, int N, class Ask>
 inline void dot_some(const Linear& a, int64_t rows, const uint32_t* x, const int64_t* columns,
-                     int64_t at, int64_t end, Ask ask, float* lanes) {
-    if (rows == R) {
-        for (int n = 0; n < LANES; n += N)
-            dot<D, R, N>(a, x, columns + n, at, end, ask, lanes + n * LANES);
-    } else if constexpr (R > 1) {
-        dot_some<D, R - 1, N>(a, rows, x, columns, at, end, ask, lanes);
+                     int64_t at, int64_t end, Ask& ask, float* total) {
+    if (rows == R) dot_tile<D, R, N>(a, x, columns, at, end, ask, total);
+    else if constexpr (R > 1) dot_some<D, R - 1, N>(a, rows, x, columns, at, end, ask, total);
+}
+
+// y[row + r, columns[n]] = total[r * N + n] + bias
+template <int N>
+inline void write_tile(const Linear& a, int64_t row, int64_t rows, const int64_t* columns,
+                       const float* total) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int n = 0; n < N; ++n) {
+            float sum = total[r * N + n];
+            a.y[(row + r) * a.n + columns[n]] = a.bias ? sum + a.bias[columns[n]] : sum;
+        }
+}
+
+// One or two rows: as many streams of consecutive rows of weights, which the hardware follows, as
+// there are columns in a tile.
+template <Dtype D>
+void streams(const Linear& a, int64_t column, int64_t columns) {
+    constexpr int N = LANES / STREAM_ROWS;
+    int64_t length = (columns + N - 1) / N, total_words = words_of(D, a.k);
+    for (int64_t done = 0; done < length; ++done) {
+        int64_t at[N];
+        for (int n = 0; n < N; ++n) {  // beyond the last: the last once more
+            int64_t output = n * length + done;
+            at[n] = column + (output < columns ? output : columns - 1);
+        }
+        alignas(64) float total[LANES] = {};
+        AskAhead<N> ask;
+        for (int64_t w = 0; w < total_words; w += CHUNK)
+            dot_some<D, STREAM_ROWS, N>(a, a.m, a.x, at, w,
+                                        w + CHUNK < total_words ? w + CHUNK : total_words,
+                                        ask, total);
+        write_tile<N>(a, 0, a.m, at, total);
     }
 }
 
-// total[0..15] += sixteen outputs' lanes, each in order
-inline void add_lanes(const float* lanes, float* total) {
-    alignas(64) uint32_t turned[LANES * LANES];
-    const uint32_t* from[LANES];
-    for (int i = 0; i < LANES; ++i) from[i] = reinterpret_cast<const uint32_t*>(lanes + i * LANES);
-    transpose(from, turned, LANES);
-    F16 sum = F16::load(total);
-    for (int l = 0; l < LANES; ++l)
-        sum = sum + F16::load(reinterpret_cast<float*>(turned) + l * LANES);
-    sum.store(total);
-}
+// A strip of columns, whose weights of one chunk stay in the core's cache while all rows of x visit
+// them, TILE_ROWS at a time. Meanwhile the next weights are asked for in the order they lie in.
+template <Dtype D>
+struct Strip {
+    static constexpr int TILES = STRIP / TILE_COLUMNS;
+    const Linear& a;
+    int64_t column, column_end, visits, share;
+    std::vector<float> totals;  // [visit][tile][sum]
 
-// All rows of x with sixteen columns. A stretch of x and weights stays in the first caches while up to
-// R rows of x at a time visit it.
-template <Dtype D, int R, int N>
-void few_rows(const Linear& a, const int64_t* columns, int64_t stretch, float* lanes,
-              float* totals) {
-    int64_t total_words = words_of(D, a.k), visits = (a.m + R - 1) / R;
-    int64_t share = (a.m + visits - 1) / visits;
-    for (int64_t w = 0; w < total_words; w += stretch) {
-        int64_t end = w + stretch < total_words ? w + stretch : total_words;
-        for (int64_t v = 0; v < visits; ++v) {
-            int64_t row = v * share, rows = a.m - row < share ? a.m - row : share;
-            dot_some<D, R, N>(a, rows, a.x + row * a.x_stride, columns, w, end,
-                              {v, visits, visits == 1 ? AHEAD : stretch * 4},
-                              lanes + row * LANES * LANES);
-        }
-        if (end % CHUNK && end < total_words) continue;
-        for (int64_t row = 0; row < a.m; ++row)
-            add_lanes(lanes + row * LANES * LANES, totals + row * LANES);
-    }
-}
+    Strip(const Linear& a, int64_t column, int64_t column_end)
+        : a(a), column(column), column_end(column_end), visits((a.m + TILE_ROWS - 1) / TILE_ROWS),
+          share((a.m + visits - 1) / visits), totals(size_t(visits * TILES * LANES)) {}
 
-// Outputs [column, column + columns) as STREAMS streams of consecutive rows of weights, which the
-// hardware follows: N of them side by side.
-template <Dtype D, int R, int N, int STREAMS>
-void few_columns(const Linear& a, int64_t column, int64_t columns, int64_t stretch) {
-    constexpr int64_t EACH = LANES / STREAMS;  // outputs of a stream at a time
-    std::vector<float> scratch(size_t(a.m * LANES * (LANES + 1)));
-    float *lanes = scratch.data(), *totals = lanes + a.m * LANES * LANES;
-    int64_t length = (columns + STREAMS - 1) / STREAMS;
-    for (int64_t done = 0; done < length; done += EACH) {
-        int64_t at[LANES];
-        bool wanted[LANES];
-        for (int i = 0; i < LANES; ++i) {
-            int64_t mine = done + i / STREAMS, output = i % STREAMS * length + mine;
-            wanted[i] = mine < length && output < columns;
-            at[i] = column + (wanted[i] ? output : columns - 1);
-        }
-        std::memset(totals, 0, size_t(a.m * LANES) * 4);
-        few_rows<D, R, N>(a, at, stretch, lanes, totals);
-        for (int64_t row = 0; row < a.m; ++row)
-            for (int i = 0; i < LANES; ++i) {
-                if (!wanted[i]) continue;
-                float sum = totals[row * LANES + i];
-                a.y[row * a.n + at[i]] = a.bias ? sum + a.bias[at[i]] : sum;
+    template <class Work>
+    void each_tile(Work work) {
+        float* total = totals.data();
+        for (int64_t row = 0; row < a.m; row += share)
+            for (int64_t first = column; first < column + STRIP; first += TILE_COLUMNS) {
+                int64_t columns[TILE_COLUMNS];
+                for (int n = 0; n < TILE_COLUMNS; ++n)
+                    columns[n] = first + n < column_end ? first + n : column_end - 1;
+                if (first < column_end)
+                    work(row, a.m - row < share ? a.m - row : share, columns, total);
+                total += LANES;
             }
+    }
+    void multiply(int64_t at, int64_t end, const Asking& next) {
+        next.touch_pages();
+        AskElsewhere ask{next, (TILE_COLUMNS + visits - 1) / visits};
+        each_tile([&](int64_t row, int64_t rows, const int64_t* columns, float* total) {
+            dot_some<D, TILE_ROWS, TILE_COLUMNS>(a, rows, a.x + row * a.x_stride, columns, at, end,
+                                                 ask, total);
+        });
+    }
+    void write() {
+        each_tile([&](int64_t row, int64_t rows, const int64_t* columns, float* total) {
+            write_tile<TILE_COLUMNS>(a, row, rows, columns, total);
+            std::memset(total, 0, LANES * 4);
+        });
+    }
+};
+
+template <Dtype D>
+void strips(const Linear& a, int64_t column, int64_t columns, const char* next) {
+    int64_t total_words = words_of(D, a.k), row_bytes = a.k * WIDTH<D>;
+    auto end_of = [&](int64_t at) { return at + CHUNK < total_words ? at + CHUNK : total_words; };
+    auto asking = [&](const char* first, int64_t at) {
+        constexpr int64_t WORD = PER_WORD<D> * WIDTH<D>;
+        return Asking(first + at * WORD, STRIP, row_bytes, (end_of(at) - at) * WORD);
+    };
+    Strip<D> strip(a, column, column + columns);
+    for (; strip.column < strip.column_end; strip.column += STRIP) {
+        const char* here = static_cast<const char*>(a.weight) + strip.column * row_bytes;
+        const char* then = strip.column + STRIP < strip.column_end ? here + STRIP * row_bytes : next;
+        for (int64_t w = 0; w < total_words; w += CHUNK)
+            strip.multiply(w, end_of(w), end_of(w) < total_words ? asking(here, end_of(w))
+                                         : then                  ? asking(then, 0)
+                                                                 : Asking());
+        strip.write();
     }
 }
 
 template <Dtype D>
-void few(const Linear& a, int64_t column, int64_t columns) {
-    if (a.m <= 2) few_columns<D, 2, 8, 8>(a, column, columns, CHUNK);
-    else few_columns<D, 6, 4, 16>(a, column, columns, CHUNK / 2);
+void few(const Linear& a, int64_t column, int64_t columns, const char* next) {
+    if (a.m <= STREAM_ROWS) streams<D>(a, column, columns);
+    else strips<D>(a, column, columns, next);
 }
 
 // ---- many rows -----------------------------------------------------------------------------------
 
-// The lines of a panel's weights over words [at, end), asked for one by one while another panel is
-// multiplied.
+// The lines of a panel's weights over words [at, end).
 template <Dtype D>
-struct Asking {
-    const char* line = nullptr;
-    int64_t rows = 0, lines = 0, left = 0, skip = 0;
-
-    Asking(const Linear& a, int64_t panel, int64_t at, int64_t end) {
-        constexpr int64_t WIDTH = D == Dtype::f32 ? 4 : 2;
-        int64_t column = panel * PANEL;
-        if (column >= a.n || at >= end) return;
-        rows = a.n - column < PANEL ? a.n - column : PANEL;
-        line = static_cast<const char*>(a.weight) + (column * a.k + at * PER_WORD<D>) * WIDTH;
-        left = lines = ((end - at) * PER_WORD<D> * WIDTH + 63) / 64;
-        skip = a.k * WIDTH - lines * 64;
-    }
-    void next() {
-        if (rows == 0) return;
-        __builtin_prefetch(line, 0, 2);
-        line += 64;
-        if (--left == 0) line += skip, left = lines, --rows;
-    }
-};
+Asking ask_panel(const Linear& a, int64_t panel, int64_t at, int64_t end) {
+    constexpr int64_t WORD = PER_WORD<D> * WIDTH<D>;
+    int64_t column = panel * PANEL, row_bytes = a.k * WIDTH<D>;
+    if (column >= a.n || at >= end) return {};
+    return {static_cast<const char*>(a.weight) + column * row_bytes + at * WORD,
+            a.n - column < PANEL ? a.n - column : PANEL, row_bytes, (end - at) * WORD};
+}
 
 // packed[lane][step][column] for the columns of a panel over words [at, end).
 template <Dtype D>
@@ -276,7 +356,7 @@ void pack(const Linear& a, int64_t panel, int64_t at, int64_t end, bool cold, ui
 
 // R rows of x over a packed panel: total[r][0..31] += x[r] . packed, lane by lane
 template <Dtype D, int R>
-void multiply_tile(const uint32_t* x, const uint32_t* packed, int64_t steps, Asking<D>& ask,
+void multiply_tile(const uint32_t* x, const uint32_t* packed, int64_t steps, Asking& ask,
                    float* total) {
     F16 sum[R][2];
     for (int r = 0; SUMS_IN_REGISTERS && r < R; ++r)
@@ -323,7 +403,7 @@ void multiply_tile(const uint32_t* x, const uint32_t* packed, int64_t steps, Ask
 
 template <Dtype D, int R>
 void multiply_some(int64_t rows, const uint32_t* x, const uint32_t* packed, int64_t steps,
-                   Asking<D>& ask, float* total) {
+                   Asking& ask, float* total) {
     if (rows == R) multiply_tile<D, R>(x, packed, steps, ask, total);
     else if constexpr (R > 1) multiply_some<D, R - 1>(rows, x, packed, steps, ask, total);
 }
@@ -331,7 +411,7 @@ void multiply_some(int64_t rows, const uint32_t* x, const uint32_t* packed, int6
 // One chunk of a packed panel with the rows [row, row_end) of x, added to y.
 template <Dtype D>
 void multiply_panel(const Linear& a, int64_t panel, int64_t row, int64_t row_end, int64_t at,
-                    int64_t end, const uint32_t* packed, Asking<D> ask) {
+                    int64_t end, const uint32_t* packed, Asking ask) {
     int64_t column = panel * PANEL, width = a.n - column < PANEL ? a.n - column : PANEL;
     int low = int(width < LANES ? width : LANES), high = int(width - low);
     const float* bias = a.bias && end == words_of(D, a.k) ? a.bias + column : nullptr;
@@ -368,8 +448,8 @@ void many_rows(const Linear& a, int64_t panel, int64_t panel_end, int64_t row, i
         for (int64_t w = 0; w < total_words; w += CHUNK) {
             int64_t end = end_of(w), next = p + 1 < panel_end ? p + 1 : a.n;
             pack<D>(a, p, w, end, p == panel && w == 0, packed);
-            Asking<D> ask = end < total_words ? Asking<D>(a, p, end, end_of(end))
-                                              : Asking<D>(a, next, 0, end_of(0));
+            Asking ask = end < total_words ? ask_panel<D>(a, p, end, end_of(end))
+                                           : ask_panel<D>(a, next, 0, end_of(0));
             multiply_panel<D>(a, p, row, row_end, w, end, packed, ask);
         }
 }
@@ -433,11 +513,12 @@ int64_t tile_rows(int64_t m) {
     return (m + tiles - 1) / tiles;
 }
 
-void linear_few(const Linear& a, int64_t column, int64_t columns) {
+void linear_few(const Linear& a, int64_t column, int64_t columns, const void* next) {
+    auto* then = static_cast<const char*>(next);
     switch (a.dtype) {
-        case Dtype::f32: return few<Dtype::f32>(a, column, columns);
-        case Dtype::bf16: return few<Dtype::bf16>(a, column, columns);
-        case Dtype::f16: return few<Dtype::f16>(a, column, columns);
+        case Dtype::f32: return few<Dtype::f32>(a, column, columns, then);
+        case Dtype::bf16: return few<Dtype::bf16>(a, column, columns, then);
+        case Dtype::f16: return few<Dtype::f16>(a, column, columns, then);
     }
 }
 

@@ -10,7 +10,7 @@
 namespace quire {
 namespace {
 
-constexpr int64_t FEW = 24;        // rows that linear layers multiply straight from the weights
+constexpr int64_t FEW = 32;        // rows that linear layers multiply straight from the weights
 constexpr int64_t LITTLE = 1 << 15;  // multiply-adds that are not worth waking a thread for
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -52,9 +52,15 @@ struct Share {
     }
 };
 
-void compute(const Kernels& kernels, const Linear& a, const Share& s) {
+const void* weights_of(const Linear& a, const Share& s) {
+    int64_t width = a.dtype == Dtype::f32 ? 4 : 2;
+    return static_cast<const char*>(a.weight) + s.column * a.k * width;
+}
+
+// `next`: the rows of weights that this thread will probably read next, or null.
+void compute(const Kernels& kernels, const Linear& a, const Share& s, const void* next) {
     if (a.m <= FEW)
-        kernels.linear_few(a, s.column, s.column_end - s.column);
+        kernels.linear_few(a, s.column, s.column_end - s.column, next);
     else
         kernels.linear_many(a, s.column / PANEL, ceil_div(s.column_end, PANEL), s.row, s.row_end);
 }
@@ -101,9 +107,11 @@ std::vector<const Kernels*> Native::available() {
 
 void Native::to_words(const float* x, Linear& a) {
     a.x_stride = words_of(a.dtype, a.k) + 16;
-    size_t need = size_t(a.m * a.x_stride);
+    size_t need = size_t(a.m * a.x_stride) + 16;
     if (words_.size() < need) words_.resize(need);
-    uint32_t* words = words_.data();
+    // A vector of words is a line of the cache: one that straddles two costs twice.
+    auto* words = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(words_.data()) + 63) &
+                                              ~uintptr_t(63));
     if (a.m <= FEW) {
         spread(a.m, a.k, [&](int64_t row) {
             kernels_->row_words(x + row * a.k, a.dtype, a.k, a.x_stride, words + row * a.x_stride);
@@ -143,10 +151,21 @@ void Native::project(const float* x, int64_t m, const std::vector<Product>& prod
         first.push_back(first.back() + shares.back().items(a));
         work += a.m * a.n * a.k;
     }
-    auto item = [&](int64_t i) {
+    auto product_of = [&](int64_t i) {
         size_t p = 0;
         while (i >= first[p + 1]) ++p;
-        compute(*kernels_, all[p], Share(shares[p], all[p], i - first[p]));
+        return p;
+    };
+    auto share_of = [&](size_t p, int64_t i) { return Share(shares[p], all[p], i - first[p]); };
+    auto item = [&](int64_t i) {
+        size_t p = product_of(i);
+        int64_t then = i + threads();  // if all threads are equally fast
+        const void* next = nullptr;
+        if (then < first.back()) {
+            size_t q = product_of(then);
+            next = weights_of(all[q], share_of(q, then));
+        }
+        compute(*kernels_, all[p], share_of(p, i), next);
     };
     if (work >= LITTLE) return threads_.run(first.back(), item);
     for (int64_t i = 0; i < first.back(); ++i) item(i);
@@ -156,12 +175,18 @@ void Native::project_together(const float* x, int64_t m, const std::vector<Produ
                               const Then& then) {
     std::vector<Linear> all = prepare(x, m, products);
     Shares shares(all[0], threads());
+    int64_t items = shares.items(all[0]);
     auto item = [&](int64_t i) {
         Share share(shares, all[0], i);
-        for (const Linear& a : all) compute(*kernels_, a, share);
+        for (size_t p = 0; p < all.size(); ++p) {
+            const void* next = nullptr;
+            if (p + 1 < all.size()) next = weights_of(all[p + 1], share);
+            else if (i + threads() < items)
+                next = weights_of(all[0], Share(shares, all[0], i + threads()));
+            compute(*kernels_, all[p], share, next);
+        }
         then(share.row, share.row_end, share.column, share.column_end);
     };
-    int64_t items = shares.items(all[0]);
     if (m * all[0].n * all[0].k >= LITTLE) return threads_.run(items, item);
     for (int64_t i = 0; i < items; ++i) item(i);
 }
