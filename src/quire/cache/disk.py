@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quire.cache.disk_contents import prune_store
 from quire.cache.disk_file import (
     LOCK_SECONDS,
     Readers,
@@ -89,7 +90,7 @@ class DiskTier:
         self._clock = clock
         self._changed = threading.Condition()
         self._waiting: dict[bytes, _Waiting] = {}  # oldest first; kept until it is committed
-        self._queued = 0
+        self._queued = self._lent = 0
         self._uses: dict[int, tuple[int, int]] = {}
         self._flushes_asked = self._flushes_done = 0
         self._uses_written = time.monotonic()
@@ -147,6 +148,32 @@ class DiskTier:
             anew = older is not None  # a page with other tokens, or a discard
             self._enqueue(_Waiting(record, bytes(payload), anew))
         return True
+
+    @property
+    def writable(self) -> bool:
+        """See :meth:`Tier.writable`."""
+        return self._off is None and self._no_writes is None and not self._closing
+
+    def lend(self, size: int) -> bool:
+        """See :meth:`Tier.lend`. Other processes that share the store do not know of it."""
+        left = self._budget - self._lent - size
+        if not self.writable or left < MIN_BUDGET:
+            return False
+        self.flush()
+        self._store.limit(left)
+        try:
+            prune_store(self._path.parent, left)
+        except (TierError, sqlite3.Error):
+            self._store.limit(self._budget - self._lent)
+            return False
+        self._lent += size
+        return True
+
+    def take_back(self, size: int) -> None:
+        """See :meth:`Tier.take_back`."""
+        self._lent -= size
+        if self._off is None:
+            self._store.limit(self._budget - self._lent)
 
     def room(self) -> int:
         """See :meth:`Tier.room`."""
@@ -212,7 +239,7 @@ class DiskTier:
         with self._changed:
             pages += sum(item.payload is not None for item in self._waiting.values())
             queued = self._queued
-        used = store_bytes(self._path)
+        used = store_bytes(self._path) + self._lent
         counts = self._tally.as_dict()
         return TierUsage(
             *(self.name, self._budget, used, queued, pages),

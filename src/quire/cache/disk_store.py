@@ -63,7 +63,8 @@ class StoreWriter:
 
     def __init__(self, path: Path, budget: int) -> None:
         reserve = min(max(budget // 8, _MIN_RESERVE), _MAX_RESERVE)
-        self.max_pages = max(budget - reserve, 0) // PAGE_SIZE
+        self._reserve = reserve
+        self.limit(budget)
         self._journal = journal_of(path)
         self._journal_limit = reserve - _OPERATION_PAGES * (PAGE_SIZE + 8)
         try:
@@ -80,6 +81,10 @@ class StoreWriter:
         except TierError:
             self._db.close()
             raise
+
+    def limit(self, budget: int) -> None:
+        """From now on keep to ``budget`` bytes, at most what the store was opened with."""
+        self.max_pages = max(budget - self._reserve, 0) // PAGE_SIZE
 
     def _set_up(self, path: Path) -> str | None:
         """Create or check the database and its settings; what is damaged, or None."""

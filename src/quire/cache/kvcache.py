@@ -129,12 +129,17 @@ class KVCache:
                     f"{self.layout.page_size} tokens ({self.layout.groups[group].name()}), but "
                     f"{allocator.available} of {allocator.num_pages} are free; raise kv_memory"
                 )
-        tables = []
-        for group, (allocator, pages) in enumerate(zip(self._allocators, data, strict=True)):
-            ids = allocator.allocate(len(pages))
-            self.raw.write(group, ids, pages)
-            first = self.layout.groups[group].first_needed(query.num_tokens)
-            tables.append(PageTable(array("q", ids), first // self.layout.page_size))
+        tables: list[PageTable] = []
+        try:
+            for group, (allocator, pages) in enumerate(zip(self._allocators, data, strict=True)):
+                first = self.layout.groups[group].first_needed(query.num_tokens)
+                ids = array("q", allocator.allocate(len(pages)))
+                tables.append(PageTable(ids, first // self.layout.page_size))
+                self.raw.write(group, ids, pages)
+        except BaseException:
+            for allocator, table in zip(self._allocators, tables, strict=False):
+                allocator.release(table.pages)
+            raise
         return self._add(self._sharing.restore(query, tables))
 
     def fork(self, sequence: int) -> int:

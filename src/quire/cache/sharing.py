@@ -40,6 +40,8 @@ class PrefixSharing:
         """
         self._require_fresh(match)
         takes = match.takes and not self._is_held(match)
+        node = self.index.root(match.salt) if match.node is None else match.node
+        self.index.enter(node)  # before the page behind it leaves the index: it may be all it has
         for allocator, pages in zip(self._allocators, match.pages, strict=True):
             allocator.retain(pages)
         for group, pages in enumerate(match.pages if takes else ()):
@@ -48,8 +50,6 @@ class PrefixSharing:
             PageTable(array("q", pages), first)
             for pages, first in zip(match.pages, match.first_page, strict=True)
         ]
-        node = self.index.root(match.salt) if match.node is None else match.node
-        self.index.enter(node)
         return SequenceState(tables, match.tokens, chain=PrefixChain(node, match.tail))
 
     def cost(self, match: PrefixMatch, new_tokens: int) -> tuple[int, ...]:

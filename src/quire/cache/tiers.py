@@ -108,6 +108,19 @@ class Tier(Protocol):
     def room(self) -> int:
         """Bytes of payloads that :meth:`put` would take now."""
 
+    @property
+    def writable(self) -> bool:
+        """False once nothing will be stored any more."""
+
+    def lend(self, size: int) -> bool:
+        """Set ``size`` bytes of the budget aside for another use; False if that is too much.
+
+        Pages used longest ago make way.
+        """
+
+    def take_back(self, size: int) -> None:
+        """What :meth:`lend` gave is free for pages again."""
+
     def get(self, record: PageRecord) -> bytes | None:
         """The payload that was put under ``record``, or None; a hit makes it recently used.
 
@@ -245,11 +258,13 @@ class HostTier:
                 if key in self._held:
                     self._remove(key)
 
-    def lend(self, size: int) -> bool:
-        """Set ``size`` bytes of the budget aside for another use; False if that is too much.
+    @property
+    def writable(self) -> bool:
+        """See :meth:`Tier.writable`."""
+        return self._off is None
 
-        Older pages make way.
-        """
+    def lend(self, size: int) -> bool:
+        """See :meth:`Tier.lend`."""
         with self._lock:
             if self._off is not None or size + self._lent > self._budget:
                 return False
@@ -258,7 +273,7 @@ class HostTier:
             return True
 
     def take_back(self, size: int) -> None:
-        """What :meth:`lend` gave is free for pages again."""
+        """See :meth:`Tier.take_back`."""
         with self._lock:
             self._lent -= size
 

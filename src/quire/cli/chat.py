@@ -10,7 +10,7 @@ import click
 from quire.cli.generate import report, run_request
 from quire.cli.options import engine_options, make_engine, sampling_options, sampling_params
 from quire.cli.reading import decode_utf8
-from quire.errors import RequestError, SessionError
+from quire.errors import CacheFull, RequestError, SessionError
 
 if TYPE_CHECKING:
     from quire.engine import Engine, Request, SamplingParams, StepOutput
@@ -52,22 +52,41 @@ def chat(system: str | None, path: Path | None, **options: Any) -> None:
     if path is not None and saved:
         _resume(engine, path, len(saved))
     last: Request | None = None
+    changed = False
     try:
         for line in _lines():
             if line == "/exit":
                 break
             if line == "/reset":
-                messages[:], last = opening, None
+                messages[:], last, changed = opening, None, True
             elif line in ("/help", "/?"):
                 click.echo(_HELP, err=True)
             elif line.startswith("/"):
                 click.echo(f"quire: there is no command {line!r}; {_HELP}", err=True)
             elif line:
-                last = _turn(engine, messages, line, params) or last
+                asked = _turn(engine, messages, line, params)
+                last, changed = asked or last, changed or asked is not None
     finally:
-        if path is not None and last is not None:
-            engine.save_session(last, path, extra={"messages": messages})
-            click.echo(f"quire: {len(messages)} messages saved in {path}", err=True)
+        if path is not None and changed:
+            _save(engine, path, last, messages)
+
+
+def _save(
+    engine: "Engine", path: Path, last: "Request | None", messages: list[dict[str, str]]
+) -> None:
+    """Save a conversation; its messages alone where its pages cannot be."""
+    extra, tokens = {"messages": messages}, 0
+    try:
+        if last is None:
+            engine.save_notes(path, extra)
+        else:
+            tokens = engine.save_session(last, path, extra=extra)
+    except CacheFull as error:
+        click.echo(f"quire: warning: pages are not saved: {error}", err=True)
+        engine.save_notes(path, extra)
+    click.echo(
+        f"quire: {len(messages)} messages, {tokens} tokens of pages saved in {path}", err=True
+    )
 
 
 def _saved_messages(path: Path | None) -> list[dict[str, str]]:

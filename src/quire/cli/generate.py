@@ -112,7 +112,8 @@ def report(completion: "Completion") -> str:
 def _show(engine: "Engine") -> Any:
     def show(output: "StepOutput") -> None:
         # Without a tokenizer the ids themselves are the text.
-        text = output.text if engine.codec is not None else f"{output.token_id} "
+        ids = "" if output.token_id is None else f"{output.token_id} "
+        text = output.text if engine.codec is not None else ids
         sys.stdout.write(text)
         sys.stdout.flush()
 

@@ -30,10 +30,13 @@ class BeamGroup:
     ) -> list[Beam] | None:
         """Take the logits float32 [vocab] of a live beam; the result, best first, at the end."""
         self._rows[sample] = logits.copy()
+        sample.parked = True
         if len(self._rows) < len(self._live):
             return None
         rows = [self._rows[live] for live in self._live]
         self._rows.clear()
+        for live in self._live:
+            live.parked = False
         now = time.perf_counter()
         for each in self.request.samples:
             each.first_token_at = each.first_token_at or now

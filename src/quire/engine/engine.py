@@ -41,12 +41,12 @@ from quire.engine.request import (
     StepOutput,
 )
 from quire.engine.sampler import choose, logprobs_of, require_finite, uniform
-from quire.engine.scheduler import Limits, StepPlan, plan_step
-from quire.engine.sessions import Session, load_session, pages_of
+from quire.engine.scheduler import Limits, StepPlan, places, plan_step
+from quire.engine.sessions import Session, load_session, no_pages, pages_of
 from quire.engine.storage import layout_of, make_cache, open_tiers
 from quire.engine.streamed import StreamedRun, StreamPlan, plan_stream
 from quire.engine.tiering import PrefixTiers, compute_pace
-from quire.errors import QuireError, RequestError, SessionError
+from quire.errors import CacheFull, QuireError, RequestError, SessionError
 from quire.machine import this_machine
 from quire.models import Progress, load_model, resolve_model
 from quire.pages import page_format
@@ -122,6 +122,7 @@ class Engine:
         self._queues = Queues(self.cache)
         self._loads = Loads(self._queues, self.cache, self._tiers, max_sequences)
         self._streamed: StreamedRun | None = None
+        self._undecided: list[Sample] = []
         self._searches: dict[Request, BeamGroup] = {}
         self._texts: dict[Sample, TextStream] = {}
         self._arrivals = 0
@@ -190,17 +191,17 @@ class Engine:
         If it raises, the cache and the queues are as before the pass, and a later step repeats it.
         """
         self._pins.expire()
+        self._recover()
         waiting = self._before_stream()
         if not waiting and not self._queues.running and self.has_work:
             return self._stream_on(self._queues.waiting[0])
         self._loads.finish()
         self._loads.start(waiting)
-        waiting = self._before_stream()
-        plan = plan_step(self._queues.running, waiting, self._limits, self.cache)
+        plan = self._plan()
         if not plan.chunks and self._loads.wait():
             return []
         while not plan.chunks and self.has_work and self._pins.drop_one():
-            plan = plan_step(self._queues.running, waiting, self._limits, self.cache)
+            plan = self._plan()
         self._start(plan)
         if not plan.chunks:
             if self.has_work:
@@ -288,6 +289,7 @@ class Engine:
         Raises RequestError as :meth:`submit` does, CacheFull if running requests leave too few
         pages.
         """
+        self._require_pool("logits()")
         tokens = self._prompts.tokens(prompt)
         self._prompts.require_context(len(tokens), 0)
         out = np.empty((len(tokens), self.model_config.vocab_size), np.float32)
@@ -312,21 +314,27 @@ class Engine:
         """Hold what is cached of a prompt for ``seconds``; returns how many tokens that is.
 
         Pinned pages are not evicted, unless nothing could run otherwise: then the pin that ends
-        first is dropped. Raises RequestError for a time that is not positive.
+        first is dropped. Raises RequestError for a time that is not positive, CacheFull while a
+        context larger than the pool is running.
         """
+        self._require_pool("a pin")
         return self._pins.add(self._prompts.query(prompt, salt), seconds)
 
     def save_session(
         self, request: Request, path: str | Path, *, extra: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write what is cached of a request's first sample to a file (docs/sessions.md).
+    ) -> int:
+        """Write a request's first sample to a file (docs/sessions.md); returns how many tokens.
 
         Pages that are gone are computed again first. The last token is left out: its keys and
-        values were never needed. ``extra`` is kept beside the pages: anything that JSON can hold.
-        Raises SessionError if the file cannot be written, CacheFull if running requests leave too
-        few pages.
+        values were never needed. Of a context larger than the pool no pages are saved, only
+        ``extra``, which is kept beside them: anything that JSON can hold. Raises SessionError if
+        the file cannot be written, CacheFull if running requests leave too few pages.
         """
+        self._require_pool("saving a session")
         tokens = request.samples[0].tokens[:-1]
+        if request.samples[0].stream is not None:
+            self.save_notes(path, extra or {})
+            return 0
         if not tokens:
             raise SessionError("a session needs at least two tokens, and this request has one")
         sequence = self.cache.create(self.cache.match(PrefixQuery(tokens, request.salt)))
@@ -336,6 +344,12 @@ class Engine:
         finally:
             self.cache.release(sequence)
         write_session(Path(path), SessionFile(self.identity, tuple(tokens), groups, extra or {}))
+        return len(tokens)
+
+    def save_notes(self, path: str | Path, extra: Mapping[str, Any]) -> None:
+        """Write a session file without pages: ``extra`` alone. Raises SessionError."""
+        groups = no_pages(self.cache.layout)
+        write_session(Path(path), SessionFile(self.identity, (), groups, extra))
 
     def load_session(self, path: str | Path, *, salt: str = "") -> Session:
         """Bring a saved conversation into the prefix cache; prompts that go on need no prefill.
@@ -344,6 +358,8 @@ class Engine:
         pool is a miss: ``reason`` says why, and nothing has changed.
         """
         require_salt(salt)
+        if self._streamed is not None:
+            return Session(reason="a context larger than the pool is running; load it afterwards")
         return load_session(self.cache, Path(path), salt, self.identity, self.model_config)
 
     def _prefill(self, sequence: int, tokens: Sequence[int]) -> None:
@@ -393,6 +409,21 @@ class Engine:
         for sample, match in zip(plan.admit, plan.matches, strict=True):
             self._queues.admit(sample, self.cache.create(match))
 
+    def _plan(self) -> StepPlan:
+        """The next step. Preemptions that free too little for anybody are applied on the way."""
+        while True:
+            plan = plan_step(self._queues.running, self._before_stream(), self._limits, self.cache)
+            if plan.chunks or not plan.preempt:
+                return plan
+            self._start(plan)
+
+    def _recover(self) -> None:
+        """Samples that a step had computed when it was interrupted are computed again."""
+        for sample in self._undecided:
+            if sample.status is Status.RUNNING:
+                self._queues.preempt(sample, "a step was interrupted before its token was chosen")
+        self._undecided.clear()
+
     def _before_stream(self) -> list[Sample]:
         """Waiting samples before the first that must be streamed, which then has its turn alone."""
         waiting = self._queues.waiting
@@ -410,20 +441,35 @@ class Engine:
     def _stream_on(self, sample: Sample) -> list[StepOutput]:
         """A step of the sample that is streamed; it has the engine for itself."""
         if self._streamed is None:
-            assert sample.stream is not None
-            assert self._tiers is not None
-            while self._pins.drop_one():
-                pass
-            self._streamed = StreamedRun(
-                sample,
-                sample.stream,
-                self.cache,
-                self.backend,
-                tiers=self._tiers,
-                settings=self.config.cache,
-            )
+            try:
+                self._streamed = self._open_stream(sample)
+            except (QuireError, OSError, MemoryError) as error:
+                done = self._finish(sample, "error", None, f"it cannot be streamed: {error}")
+                return [StepOutput(sample.request, sample.index, None, "", done)]
         logits = self._streamed.step(self._loaded.model, self.config.max_batch_tokens)
         return [] if logits is None else [self._decide(sample, logits)]
+
+    def _open_stream(self, sample: Sample) -> StreamedRun:
+        assert sample.stream is not None
+        assert self._tiers is not None
+        run = StreamedRun(sample, sample.stream, self.cache, self._tiers, self.config.cache)
+        try:
+            self._tiers.store()
+            while self._pins.drop_one():
+                pass
+            run.begin(self.backend)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _require_pool(self, what: str) -> None:
+        """Raise CacheFull while a context larger than the pool has the memory of the pool."""
+        if self._streamed is not None:
+            raise CacheFull(
+                f"{what} needs pages of the pool, but a context larger than the pool is running; "
+                "wait until it has ended"
+            )
 
     def _run(self, plan: StepPlan) -> list[StepOutput]:
         parts, deciding = [], []
@@ -442,11 +488,13 @@ class Engine:
         for sample, count in plan.chunks:
             sample.computed += count
         outputs = []
+        self._undecided = list(deciding)
         for sample, row in zip(deciding, logits, strict=True):
             if sample.request in self._searches:
                 outputs += self._search_on(sample, row)
             else:
                 outputs += [self._decide(each, row) for each in (sample, *self._fork(sample))]
+            self._undecided.remove(sample)
         return outputs
 
     def _fork(self, first: Sample) -> list[Sample]:
@@ -457,9 +505,9 @@ class Engine:
         if first.index or first.new_tokens or len(first.request.samples) == 1:
             return []
         assert first.sequence is not None
-        places = self.config.max_sequences - len(self._queues.running)
+        free = self.config.max_sequences - places(self._queues.running)
         waiting = [s for s in first.request.samples[1:] if s.status is Status.WAITING]
-        started = [s for s in waiting if not s.new_tokens][:places]
+        started = [s for s in waiting if not s.new_tokens][: max(0, free)]
         for sample in started:
             self._queues.admit(sample, self.cache.fork(first.sequence))
         return started
@@ -470,6 +518,11 @@ class Engine:
             raise RequestError(
                 f"{params.beam_width} beams do not fit {self.config.max_sequences} sequences at a "
                 "time; raise max_sequences or lower beam_width"
+            )
+        if params.beam_width > self.model_config.vocab_size:
+            raise RequestError(
+                f"{params.beam_width} beams cannot begin with different tokens of a vocabulary of "
+                f"{self.model_config.vocab_size}; lower beam_width"
             )
         most = min(params.max_new_tokens, self.model_config.max_position - prompt)
         stop = self._stop_tokens(params)
@@ -504,6 +557,7 @@ class Engine:
         """Forget samples that a search does not give back."""
         for place in places:
             if place.status is not Status.FINISHED:
+                self._loads.cancel(place)
                 self._queues.leave(place, Status.FINISHED)
                 del self._texts[place]
 

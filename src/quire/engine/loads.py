@@ -7,7 +7,7 @@ from dataclasses import replace
 from quire.cache import KVCache
 from quire.engine.queues import Queues
 from quire.engine.request import Sample
-from quire.engine.scheduler import awaits
+from quire.engine.scheduler import awaits, places
 from quire.engine.tiering import LoadPlan, PrefixTiers
 
 __all__ = ["Loads"]
@@ -30,15 +30,17 @@ class Loads:
         if self._tiers is None:
             return
         for sample in waiting:
-            if len(self._queues.running) >= self._max_sequences:
+            if places([*self._queues.running, sample]) > self._max_sequences:
                 return
-            plan = None if sample.asked_tiers else self._plan(sample, self._tiers)
+            skip = sample.asked_tiers or sample.parked
+            plan = None if skip else self._plan(sample, self._tiers)
             if plan is None:
                 continue
             if not self._has_room(sample, plan):
                 return
             plan = self._fitting(plan)
             if not plan.sources:
+                sample.asked_tiers = True
                 continue  # a window's pages are few: computing brings them step by step
             load = self._tiers.start(plan, sample.prefix_query)
             self._queues.admit(sample, load.sequence)
@@ -101,8 +103,8 @@ class Loads:
         assert sample.load is not None
         assert sample.sequence is not None
         assert sample.cached_tokens is not None
-        came = self._tiers.finish(sample.load)
-        sample.load = None
+        load, sample.load = sample.load, None
+        came = self._tiers.finish(load)
         sample.computed = self._cache.length(sample.sequence)
         if not sample.preemptions:
             sample.cached_tokens |= came

@@ -109,7 +109,8 @@ class PromptReader:
         one = group.most_pages(most, 1, size)
         if beams == 1:
             return one
-        own = pages_for(most, size) - prompt // size
+        shared = 0 if self.cache.prefix is None else prompt // size  # by a beam that comes back
+        own = pages_for(most, size) - shared
         return one + (beams - 1) * min(one, own) + beams  # each may have to copy a page
 
 

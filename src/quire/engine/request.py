@@ -215,6 +215,7 @@ class Sample:
     cached_tokens  by tier, what was found in the cache when it first ran
     load      pages on their way up from a tier; until they are there it computes nothing
     stream    how to stream it from below, if its context is larger than the pool
+    parked    a beam whose logits are there, and not yet those of all its siblings
     asked_tiers   tiers had nothing to load since it began to wait
     """
 
@@ -233,6 +234,7 @@ class Sample:
     cached_tokens: dict[str, int] | None = None
     score: float | None = None
     load: Load | None = None
+    parked: bool = False
     asked_tiers: bool = False
     tier_decision: str | None = None
     stream: "StreamPlan | None" = None

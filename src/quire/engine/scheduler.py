@@ -20,7 +20,7 @@ from quire.cache import PrefixMatch, PrefixQuery
 from quire.cache.prefix import common_tokens
 from quire.engine.request import Sample, Status
 
-__all__ = ["CacheView", "Limits", "Preemption", "StepPlan", "awaits", "plan_step"]
+__all__ = ["CacheView", "Limits", "Preemption", "StepPlan", "awaits", "places", "plan_step"]
 
 Pages = tuple[int, ...]
 
@@ -141,14 +141,16 @@ class _Planner:
             return admitted
         computing = [(s, s.computed) for s in active if s.uncomputed > 1]
         for sample in waiting:
-            running = len(active) + len(admitted)
-            if self.preempted or self.budget == 0 or running >= max_sequences:
+            running = [*active, *(s for s, _ in admitted)]
+            if self.preempted or self.budget == 0 or places([*running, sample]) > max_sequences:
                 break
+            if sample.parked:
+                continue
             match = self.cache.match(sample.prefix_query, len(sample.tokens) - 1)
             if awaits(sample, _cached(match), computing, self.cache):
                 continue
             choices: tuple[PrefixMatch | None, ...] = (None,) if match is None else match.choices()
-            fitting = [m for m in choices if self._has_room(sample, m, running)]
+            fitting = [m for m in choices if self._has_room(sample, m, len(running))]
             if not fitting:
                 break
             match = fitting[0]
@@ -195,6 +197,16 @@ class _Planner:
 
 def _cached(match: PrefixMatch | None) -> int:
     return 0 if match is None else match.tokens
+
+
+def places(samples: Sequence[Sample]) -> int:
+    """How many sequences ``samples`` may come to at a time: a search counts with all its beams."""
+    width: dict[int, int] = {}
+    for sample in samples:
+        request = sample.request
+        beams = request.params.beam_width
+        width[request.arrival] = beams if beams > 1 else width.get(request.arrival, 0) + 1
+    return sum(width.values())
 
 
 def awaits(

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from quire.cache import KVCache, PrefixQuery
 from quire.cache.session import (
     Expected,
@@ -14,6 +16,7 @@ from quire.cache.session import (
 )
 from quire.config import ModelConfig
 from quire.errors import CacheFull, SessionError
+from quire.layout import CacheLayout
 
 __all__ = ["Session", "load_session", "pages_of"]
 
@@ -31,6 +34,14 @@ class Session:
     tokens: tuple[int, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
+
+
+def no_pages(layout: CacheLayout) -> tuple[GroupPages, ...]:
+    """The pages of no tokens."""
+    return tuple(
+        GroupPages(0, np.empty((0, layout.page_bytes(group)), np.uint8))
+        for group in range(len(layout.groups))
+    )
 
 
 def pages_of(cache: KVCache, sequence: int) -> tuple[GroupPages, ...]:
@@ -66,6 +77,8 @@ def load_session(
             raise SessionError("the prefix cache is off, so nothing can be taken from a session")
         extra = read_header(path).extra
         session = read_session(path, expected)
+        if not session.tokens:
+            raise SessionError(f"session {path} holds no pages")
         if max(session.tokens) >= model.vocab_size:
             raise SessionError(
                 f"session {path} has token id {max(session.tokens)}; ids of this model are 0 to "

@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from quire.backends import Backend
 from quire.cache import KVCache
-from quire.cache.tiers import HostTier
 from quire.config import CacheConfig, format_bytes
 from quire.engine.request import Sample, SamplingParams
 from quire.engine.streaming import (
@@ -20,9 +19,11 @@ from quire.engine.streaming import (
     stream_cache,
 )
 from quire.engine.tiering import PrefixTiers
-from quire.errors import RequestError
+from quire.errors import RequestError, TierError
 from quire.layout import CacheLayout
 from quire.models import CausalLM
+
+DISK_KEEPS = 8 * 2**20  # of the disk's budget, for the store itself
 
 __all__ = ["StreamPlan", "StreamedRun", "plan_stream"]
 
@@ -68,8 +69,10 @@ def plan_stream(
             f"{what}, and one layer of it {format_bytes(plan.layer_bytes)}, more than the pool of "
             f"{format_bytes(pool)}; raise kv_memory to at least {format_bytes(plan.layer_bytes)}"
         )
-    budgets = [settings.host_cache or 0, settings.disk_cache or 0]
-    if plan.total_bytes > max(budgets):  # type: ignore[operator]
+    assert not isinstance(settings.host_cache, str)
+    assert not isinstance(settings.disk_cache, str)
+    lent = max(settings.host_cache or 0, (settings.disk_cache or 0) - DISK_KEEPS)
+    if plan.total_bytes > lent:
         raise RequestError(
             f"{what}, more than the pool of {format_bytes(pool)} and than any tier below it; "
             f"lower max_new_tokens, shorten the prompt, raise kv_memory, or give a host_cache or "
@@ -86,19 +89,30 @@ class StreamedRun:
         sample: Sample,
         plan: StreamPlan,
         cache: KVCache,
-        backend: Backend,
-        *,
         tiers: PrefixTiers,
         settings: CacheConfig,
     ) -> None:
+        self.sample, self._plan, self._cache = sample, plan, cache
+        self._stream: LayerStream | None = None
+        self._store: PageStore | None = None
+        self._lender = tiers.lender(plan.total_bytes)
+        if self._lender is None:
+            raise TierError(
+                f"no tier has {format_bytes(plan.total_bytes)} to lend for the pages now; raise "
+                "host_cache or disk_cache"
+            )
+        self.tier = "host memory" if self._lender.name == "host" else "disk"
+        try:
+            self._store = self._open_store(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self, backend: Backend) -> None:
+        """Give the pool's memory back and make the staging pools. The cache must hold nothing."""
+        cache, plan, sample = self._cache, self._plan, self.sample
+        assert self._store is not None
         cache.clear()
-        self.sample = sample
-        host = tiers.tiers.get("host")
-        lends = isinstance(host, HostTier) and host.lend(plan.total_bytes)
-        self._lender = host if lends and isinstance(host, HostTier) else None
-        self._lent = plan.total_bytes
-        self.tier = "host memory" if lends else "disk"
-        self._store = self._open_store(plan, cache.layout, settings)
         self._books = stream_cache(cache.layout, plan.num_pages)
         self._sequence = self._books.create()
         self._stream = LayerStream(cache.layout, backend, self._store)
@@ -111,6 +125,7 @@ class StreamedRun:
 
     def step(self, model: CausalLM, most: int) -> npt.NDArray[np.float32] | None:
         """Compute up to ``most`` tokens; logits float32 [vocab] if those were all there are."""
+        assert self._stream is not None
         sample, started = self.sample, time.perf_counter()
         chunk = sample.tokens[sample.computed : sample.computed + most]
         ends = len(chunk) == sample.uncomputed
@@ -126,16 +141,18 @@ class StreamedRun:
 
     def close(self) -> None:
         """Let the staging pools and the store go."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
+        if self._store is not None:
+            self._store.close()
         if self._lender is not None:
-            self._lender.take_back(self._lent)
+            self._lender.take_back(self._plan.total_bytes)
             self._lender = None
 
-    def _open_store(
-        self, plan: StreamPlan, layout: CacheLayout, settings: CacheConfig
-    ) -> PageStore:
+    def _open_store(self, settings: CacheConfig) -> PageStore:
+        plan, layout = self._plan, self._cache.layout
         counts = [plan.num_pages[layout.group_of_layer[n]] for n in range(len(layout.shapes))]
-        if self._lender is not None:
+        if self.tier == "host memory":
             return MemoryStore(layout.shapes, counts)
         assert settings.cache_dir is not None
         return FileStore(Path(settings.cache_dir), layout.shapes, counts)
@@ -143,6 +160,7 @@ class StreamedRun:
     def _forward(
         self, model: CausalLM, chunk: Sequence[int], rows: Sequence[int]
     ) -> npt.NDArray[np.float32]:
+        assert self._stream is not None
         reservation = self._books.reserve([(self._sequence, len(chunk))])
         try:
             self._stream.begin(reservation.batch)

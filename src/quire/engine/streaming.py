@@ -105,7 +105,12 @@ class FileStore:
             view = np.ascontiguousarray(data[start : start + count]).data.cast("B")
             offset = self._starts[layer] + pages[start] * size
             while view.nbytes:
-                written = os.pwritev(self._file.fileno(), [view], offset)
+                try:
+                    written = os.pwritev(self._file.fileno(), [view], offset)
+                except OSError as error:
+                    raise TierError(
+                        f"the file of streamed pages cannot be written: {error.strerror}"
+                    ) from error
                 view, offset = view[written:], offset + written
 
     def close(self) -> None:
@@ -158,10 +163,9 @@ class LayerStream(Sequence[PagePool]):
             self._fetched = None
 
     def close(self) -> None:
-        """Let the staging pools and the store go."""
+        """Let the staging pools go."""
         self._ahead.shutdown()
         self._staging.clear()
-        self._store.close()
 
     def __len__(self) -> int:
         return len(self._layout.shapes)

@@ -127,15 +127,31 @@ class PrefixTiers:
             group = self._fresh[0][1]
             most = min(PIECE, disk.room() // self._cache.layout.page_bytes(group))
             if most == 0:
+                self._shorten(disk)
                 return
             batch: list[PrefixNode] = []
             while self._fresh and len(batch) < most and self._fresh[0][1] == group:
                 node, _ = self._fresh.popleft()
                 if node.pages[group] != NO_PAGE:
                     batch.append(node)
+            held = disk.contains([self._key(node.digest, group) for node in batch])
+            batch = [node for node, there in zip(batch, held, strict=True) if not there]
+            if not batch:
+                continue
             data = self._cache.raw.read(group, [node.pages[group] for node in batch])
             for node, payload in zip(batch, data, strict=True):
                 disk.put(self._record(node, group), payload)
+
+    def _shorten(self, disk: Tier) -> None:
+        """Keep no more of what waits than the pool holds, and nothing for a tier that is done."""
+        if not disk.writable:
+            self._fresh.clear()
+        elif len(self._fresh) > sum(self._cache.num_pages):
+            self._fresh = deque((n, g) for n, g in self._fresh if n.pages[g] != NO_PAGE)
+
+    def lender(self, size: int) -> Tier | None:
+        """The fastest tier that sets ``size`` bytes of its budget aside; it has done so."""
+        return next((tier for tier in self.tiers.values() if tier.lend(size)), None)
 
     def usage(self) -> tuple[TierUsage, ...]:
         """What each tier holds and did."""
@@ -211,18 +227,17 @@ class PrefixTiers:
             [group.indices[len(group.indices) - count :].tolist() for group in groups],
             plan,
         )
-        threading.Thread(target=self._fill, args=(load,), daemon=True).start()
+        try:
+            threading.Thread(target=self._fill, args=(load,), daemon=True).start()
+        except RuntimeError:  # no more threads: then in this one
+            self._fill(load)
         return load
 
     def finish(self, load: Load) -> dict[str, int]:
         """Commit what has arrived; the tokens that came, by tier. Waits for the thread."""
         load.finished.wait()
         size = self._cache.layout.page_size
-        self._index.observer = None  # these pages are in a tier already
-        try:
-            self._cache.commit(load.reservation, [load.tokens[: load.done * size]])
-        finally:
-            self._index.observer = self
+        self._cache.commit(load.reservation, [load.tokens[: load.done * size]])
         came = load.plan.sources[: load.done]
         for name in set(came):
             seconds = max(0.0, load.seconds - TIER_START[name]) * came.count(name) / len(came)
