@@ -146,6 +146,32 @@ def test_a_stream_that_cannot_be_opened_ends_in_an_error_and_holds_nobody_up(
     assert engine.status().tiers[0].bytes_used == 0
 
 
+def test_an_interrupt_before_a_streamed_token_is_chosen_loses_nothing(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = streaming_engine(models["full"], host_cache="4MiB")
+    request = engine.submit(random_prompt(60), GREEDY)
+    decide, calls = engine._decide, iter(range(100))
+
+    def interrupted(sample: Any, logits: Any) -> Any:
+        if next(calls) % 2 == 0:
+            raise KeyboardInterrupt
+        return decide(sample, logits)
+
+    monkeypatch.setattr(engine, "_decide", interrupted)
+    interrupts = 0
+    while engine.has_work:
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts == 6
+    plain = quire.CacheConfig(page_size=4, num_pages=40, prefix_cache=False)
+    alone = quire.Engine(models["full"], backend="reference", cache=plain)
+    [expected] = alone.generate([random_prompt(60)], GREEDY)
+    assert request.completions[0].token_ids == expected.token_ids
+
+
 def test_what_is_lent_for_streaming_counts_in_the_disks_budget(
     models: dict[str, Path], tmp_path: Path
 ) -> None:

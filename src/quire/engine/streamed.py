@@ -75,8 +75,9 @@ def plan_stream(
     if plan.total_bytes > lent:
         raise RequestError(
             f"{what}, more than the pool of {format_bytes(pool)} and than any tier below it; "
-            f"lower max_new_tokens, shorten the prompt, raise kv_memory, or give a host_cache or "
-            f"a disk_cache of at least {format_bytes(plan.total_bytes)} to stream it from"
+            "lower max_new_tokens, shorten the prompt, raise kv_memory, or give a host_cache of at "
+            f"least {format_bytes(plan.total_bytes)} or a disk_cache of at least "
+            f"{format_bytes(plan.total_bytes + DISK_KEEPS)} to stream it from"
         )
     return plan
 
@@ -95,6 +96,7 @@ class StreamedRun:
         self.sample, self._plan, self._cache = sample, plan, cache
         self._stream: LayerStream | None = None
         self._store: PageStore | None = None
+        self._logits: npt.NDArray[np.float32] | None = None
         self._lender = tiers.lender(plan.total_bytes)
         if self._lender is None:
             raise TierError(
@@ -127,9 +129,12 @@ class StreamedRun:
         """Compute up to ``most`` tokens; logits float32 [vocab] if those were all there are."""
         assert self._stream is not None
         sample, started = self.sample, time.perf_counter()
+        if sample.uncomputed == 0:
+            return self._logits  # the step before was interrupted before it chose a token
         chunk = sample.tokens[sample.computed : sample.computed + most]
         ends = len(chunk) == sample.uncomputed
         logits = self._forward(model, chunk, [len(chunk) - 1] if ends else [])
+        self._logits = logits[0] if ends else None
         sample.computed += len(chunk)
         self._seconds += time.perf_counter() - started
         sample.streamed = (
@@ -137,7 +142,7 @@ class StreamedRun:
             f"{format_bytes(self._stream.bytes_written)} written in {self._seconds:.2f} s of steps "
             f"({format_bytes(self._stream.bytes_read / self._seconds)}/s)"
         )
-        return logits[0] if ends else None
+        return self._logits
 
     def close(self) -> None:
         """Let the staging pools and the store go."""
