@@ -80,6 +80,18 @@ def test_a_batch_counts_sequences_and_tokens(worked: GroupBatch) -> None:
     assert (empty.num_sequences, empty.num_tokens) == (0, 0)
 
 
+def test_selected_tokens_keep_their_sequences_and_pages(worked: GroupBatch) -> None:
+    batch = PagedBatch(ints(5, 6, 15, 16, 17), ints(0, 2, 2, 5, 5), (worked,), (0, 0))
+    some = batch.select(ints(1, 2, 4))
+    assert some.positions.tolist() == [6, 15, 17]
+    assert some.query_indptr.tolist() == [0, 1, 1, 3, 3]
+    assert some.groups[0].slots.tolist() == [10, 3, 13]
+    assert some.groups[0].indices.tolist() == worked.indices.tolist()
+    assert some.group_of_layer == batch.group_of_layer
+    none = batch.select(ints())
+    assert (none.num_tokens, none.query_indptr.tolist()) == (0, [0] * 5)
+
+
 def test_arrays_of_a_batch_do_not_follow_later_changes_of_a_table() -> None:
     pages = table([3, 1])
     batch = flatten([pages], ints(8), (ints(), ints()), (4, None))

@@ -121,7 +121,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(
 
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("counts", [(1,), (1, 1, 1), (30,), (1, 7, 0, 1)])
+@pytest.mark.parametrize("counts", [(1,), (1, 1, 1), (30,), (1, 7, 0, 1), (70,), (40, 1, 5)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_half_a_layer_in_one_call_is_its_ops_one_by_one(
     variant: str, counts: tuple[int, ...], biased: bool, norms: bool
@@ -185,12 +185,53 @@ def test_half_a_layer_in_one_call_is_its_ops_one_by_one(
         pool.value[:] = rng.standard_normal(pool.value.shape)
     pools[1].key[:], pools[1].value[:] = pools[0].key, pools[0].value
 
+    before = pools[0].key.copy(), pools[0].value.copy()
+
     x = rng.standard_normal((sum(counts), hidden)).astype(np.float32)
     fused = backend.attention_block(x, backend.block(attention), batch, pools[0], 0)
     apart = attention_block(backend, x, attention, batch, pools[1], group=0)
     assert fused.tobytes() == apart.tobytes()
     assert pools[0].key.tobytes() == pools[1].key.tobytes()
     assert pools[0].value.tobytes() == pools[1].value.tobytes()
+    fused = backend.mlp_block(x, backend.block(mlp))
+    assert fused.tobytes() == mlp_block(backend, x, mlp).tobytes()
+
+    rows = sorted(rng.choice(len(x), size=(len(x) + 2) // 3, replace=False).tolist())
+    for some in ([], [len(x) - 1], rows):
+        for pool in pools:
+            pool.key[:], pool.value[:] = before
+        whole = backend.attention_block(x, backend.block(attention), batch, pools[0], 0)
+        part = backend.attention_rows(
+            x, backend.block(attention), batch, pools[1], group=0, rows=some
+        )
+        assert part.tobytes() == whole[some].tobytes()
+        assert pools[0].key.tobytes() == pools[1].key.tobytes()
+        assert pools[0].value.tobytes() == pools[1].value.tobytes()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_mlp_whose_sums_are_made_in_several_chunks(
+    variant: str, rows: int, activation: str
+) -> None:
+    rng = np.random.default_rng(rows)
+    backend = NativeBackend(variant, threads=2)
+    hidden, inner = 2100, 50  # 2,048 numbers of bf16 a chunk
+
+    def projection(out: int, width: int) -> Projection:
+        weight = rng.standard_normal((out, width)).astype(ml_dtypes.bfloat16)
+        return Projection(backend.weight(weight), rng.standard_normal(out).astype(np.float32))
+
+    mlp = MlpParams(
+        rng.standard_normal(hidden).astype(np.float32),
+        1e-5,
+        projection(inner, hidden),
+        projection(inner, hidden),
+        projection(hidden, inner),
+        activation,
+    )
+    x = rng.standard_normal((rows, hidden)).astype(np.float32)
     fused = backend.mlp_block(x, backend.block(mlp))
     assert fused.tobytes() == mlp_block(backend, x, mlp).tobytes()
 

@@ -5,7 +5,7 @@ behind the other with no padding, and any of them may have no new tokens. Page t
 form with FlashInfer's names (Ye et al., 2025, arXiv:2501.01005).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -76,3 +76,9 @@ class PagedBatch:
     def num_tokens(self) -> int:
         """T, new tokens in the batch."""
         return len(self.positions)
+
+    def select(self, rows: IntArray) -> "PagedBatch":
+        """The batch of tokens ``rows`` (int64 [R], ascending) alone, over the same pages."""
+        groups = tuple(replace(group, slots=group.slots[rows]) for group in self.groups)
+        indptr = np.searchsorted(rows, self.query_indptr)
+        return PagedBatch(self.positions[rows], indptr, groups, self.group_of_layer)

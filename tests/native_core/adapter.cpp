@@ -134,14 +134,13 @@ Floats Variant::linear(const Stored& weight, Format format, int64_t n, int64_t k
     const Kernels& kernels = table(kernels_);
     int64_t m = int64_t(x.size()) / k, words = quire::words_of(dtype(format), k);
     Floats y(size_t(m * n), NAN);
-    quire::Linear a{weight.data(), dtype(format), m, n, k, nullptr, words + 16, kernels.tile_rows(m),
+    quire::Linear a{weight.data(), dtype(format), m, n, k, nullptr, words + 16,
                     bias.empty() ? nullptr : bias.data(), y.data()};
-    std::vector<uint32_t> room(size_t(m * (many ? words : a.x_stride)));
+    std::vector<uint32_t> room(size_t(m * a.x_stride));
     a.x = room.data();
     if (many) {
-        for (int64_t row = 0; row < m; row += a.tile)
-            kernels.tile_words(x.data(), a.dtype, m, k, row, m - row < a.tile ? m - row : a.tile,
-                               room.data());
+        for (int64_t row = 0; row < m; ++row)
+            kernels.lane_words(x.data() + row * k, a.dtype, k, room.data() + row * a.x_stride);
         kernels.linear_many(a, 0, ceil_div(n, quire::PANEL), 0, m);
     } else {
         for (int64_t row = 0; row < m; ++row)

@@ -101,6 +101,21 @@ class Backend(Protocol):
         Appends the new tokens' keys and values to the pool.
         """
 
+    def attention_rows(
+        self,
+        x: Array,
+        block: Any,
+        batch: PagedBatch,
+        pool: PagePool,
+        *,
+        group: int,
+        rows: Sequence[int],
+    ) -> Array:
+        """Rows ``rows`` (ascending) of :meth:`attention_block`'s result, [R, hidden].
+
+        The keys and values of all tokens go into the pool; see :func:`blocks.attention_rows`.
+        """
+
     def mlp_block(self, x: Array, block: Any) -> Array:
         """x [T, hidden] -> x + mlp(norm(x)) [T, hidden]; see :func:`blocks.mlp_block`."""
 

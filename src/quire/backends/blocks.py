@@ -4,6 +4,7 @@ A backend that can do a half in one call saves passes over memory and calls from
 compositions say what it must give.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,14 @@ from quire.backends.base import Backend
 from quire.batch import PagedBatch
 from quire.pages import PagePool
 
-__all__ = ["AttentionParams", "MlpParams", "Projection", "attention_block", "mlp_block"]
+__all__ = [
+    "AttentionParams",
+    "MlpParams",
+    "Projection",
+    "attention_block",
+    "attention_rows",
+    "mlp_block",
+]
 
 Array = Any
 
@@ -69,6 +77,41 @@ def _linear(backend: Backend, x: Array, projection: Projection) -> Array:
     return backend.linear(x, projection.weight, projection.bias)
 
 
+def _keep(
+    backend: Backend,
+    normed: Array,
+    params: AttentionParams,
+    batch: PagedBatch,
+    pool: PagePool,
+    *,
+    group: int,
+) -> None:
+    """Put the keys and values of normed [T, hidden] into the pool."""
+    key = backend.heads(_linear(backend, normed, params.k), params.num_kv_heads)
+    value = backend.heads(_linear(backend, normed, params.v), params.num_kv_heads)
+    if params.k_norm is not None:
+        key = backend.rms_norm(key, params.k_norm, params.norm_eps)
+    key = backend.rope(key, batch.positions, params.inv_freq)
+    backend.append(pool, batch.groups[group].slots, key, value)
+
+
+def _mix(
+    backend: Backend,
+    normed: Array,
+    params: AttentionParams,
+    batch: PagedBatch,
+    pool: PagePool,
+    *,
+    group: int,
+) -> Array:
+    """What attention gives for the tokens of ``batch``, normed [T, hidden] -> [T, hidden]."""
+    query = backend.heads(_linear(backend, normed, params.q), params.num_heads)
+    if params.q_norm is not None:
+        query = backend.rms_norm(query, params.q_norm, params.norm_eps)
+    query = backend.rope(query, batch.positions, params.inv_freq)
+    return _linear(backend, backend.attend(query, pool, batch, group), params.o)
+
+
 def attention_block(
     backend: Backend,
     x: Array,
@@ -80,18 +123,29 @@ def attention_block(
 ) -> Array:
     """x [T, hidden] -> x + attention(norm(x)); the new keys and values go into the pool."""
     normed = backend.rms_norm(x, params.norm, params.norm_eps)
-    query = backend.heads(_linear(backend, normed, params.q), params.num_heads)
-    key = backend.heads(_linear(backend, normed, params.k), params.num_kv_heads)
-    value = backend.heads(_linear(backend, normed, params.v), params.num_kv_heads)
-    if params.q_norm is not None:
-        query = backend.rms_norm(query, params.q_norm, params.norm_eps)
-    if params.k_norm is not None:
-        key = backend.rms_norm(key, params.k_norm, params.norm_eps)
-    query = backend.rope(query, batch.positions, params.inv_freq)
-    key = backend.rope(key, batch.positions, params.inv_freq)
-    backend.append(pool, batch.groups[group].slots, key, value)
-    mixed = backend.attend(query, pool, batch, group)
-    return backend.add(x, _linear(backend, mixed, params.o))
+    _keep(backend, normed, params, batch, pool, group=group)
+    return backend.add(x, _mix(backend, normed, params, batch, pool, group=group))
+
+
+def attention_rows(
+    backend: Backend,
+    x: Array,
+    params: AttentionParams,
+    batch: PagedBatch,
+    pool: PagePool,
+    *,
+    group: int,
+    rows: Sequence[int],
+) -> Array:
+    """Rows ``rows`` (ascending) of what :func:`attention_block` gives, [R, hidden]; fills the pool.
+
+    In a model's last layer only rows whose logits are wanted matter, but all keys and values.
+    """
+    normed = backend.rms_norm(x, params.norm, params.norm_eps)
+    _keep(backend, normed, params, batch, pool, group=group)
+    some = batch.select(np.asarray(rows, dtype=np.int64))
+    mixed = _mix(backend, backend.rows(normed, rows), params, some, pool, group=group)
+    return backend.add(backend.rows(x, rows), mixed)
 
 
 def mlp_block(backend: Backend, x: Array, params: MlpParams) -> Array:

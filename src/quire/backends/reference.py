@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.blocks import AttentionParams, MlpParams, attention_block, mlp_block
+from quire.backends.blocks import (
+    AttentionParams,
+    MlpParams,
+    attention_block,
+    attention_rows,
+    mlp_block,
+)
 from quire.batch import GroupBatch, PagedBatch
 from quire.errors import BackendError
 from quire.machine import this_machine
@@ -187,6 +193,19 @@ class ReferenceBackend:
         """[T, hidden] -> [T, hidden], op by op."""
         result: Array = attention_block(self, x, block, batch, pool, group=group)
         return result
+
+    def attention_rows(
+        self,
+        x: Array,
+        block: Any,
+        batch: PagedBatch,
+        pool: PagePool,
+        *,
+        group: int,
+        rows: Sequence[int],
+    ) -> Array:
+        """[T, hidden] -> [R, hidden], op by op."""
+        return attention_rows(self, x, block, batch, pool, group=group, rows=rows)
 
     def mlp_block(self, x: Array, block: Any) -> Array:
         """[T, hidden] -> [T, hidden], op by op."""

@@ -37,14 +37,20 @@ class Decoder:
         pools: Sequence[PagePool],
         rows: Sequence[int],
     ) -> npt.NDArray[np.float32]:
-        """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows."""
+        """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows.
+
+        ``rows`` ascend.
+        """
         backend, params = self.backend, self.params
         x = backend.embed(params["embed"], tokens)
         for layer, pool in enumerate(pools):
-            group = batch.group_of_layer[layer]
-            x = backend.attention_block(x, self._attention[layer], batch, pool, group)
+            group, block = batch.group_of_layer[layer], self._attention[layer]
+            if layer + 1 == len(pools) and len(rows) < len(tokens):  # nobody reads the others
+                x = backend.attention_rows(x, block, batch, pool, group=group, rows=rows)
+            else:
+                x = backend.attention_block(x, block, batch, pool, group)
             x = backend.mlp_block(x, self._mlp[layer])
-        x = backend.rms_norm(backend.rows(x, rows), params["norm"], self.config.norm_eps)
+        x = backend.rms_norm(x, params["norm"], self.config.norm_eps)
         return backend.to_host(backend.linear(x, params.get("head", params["embed"])))
 
     def _projection(self, key: str) -> Projection:

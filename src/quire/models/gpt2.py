@@ -27,7 +27,10 @@ class GPT2:
         pools: Sequence[PagePool],
         rows: Sequence[int],
     ) -> npt.NDArray[np.float32]:
-        """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows."""
+        """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows.
+
+        ``rows`` ascend.
+        """
         backend, params = self.backend, self.params
         positions = batch.positions.tolist()
         x = backend.add(

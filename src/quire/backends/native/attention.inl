@@ -289,15 +289,18 @@ inline void soften(float* scores, int64_t count, float scale, float& best, float
     F16 top = F16::set(NOTHING);
     for (int64_t b = 0; b < count; ++b) top = max(top, F16::load(scores + b * BLOCK));
     best = max(top);
-    F16 peak = F16::set(best == NOTHING ? 0.0f : best), factor = F16::set(scale), sums = F16::zero();
+    F16 factor = F16::set(scale), sums = F16::zero();
+    F16 shift = F16::set(best == NOTHING ? 0.0f : -best * scale);
     for (int64_t b = 0; b < count; ++b) {
         ask.step();
-        F16 weights = exp2((F16::load(scores + b * BLOCK) - peak) * factor);
+        F16 power = fma(F16::load(scores + b * BLOCK), factor, shift), weights;
         if constexpr (PAIRED) {
+            weights = exp2_coarse(power);
             // Bf16 weights overwrite the scores from the front. What is summed is what values will
             // be multiplied with, so that roundings of the weights largely cancel.
             weights = store_rounded(weights, reinterpret_cast<uint16_t*>(scores) + b * BLOCK);
         } else {
+            weights = exp2(power);
             weights.store(scores + b * BLOCK);
         }
         sums = sums + weights;
@@ -378,12 +381,14 @@ inline void score_tile(const Tile& tile, const Block<PAIRED>* blocks, int64_t co
 template <bool PAIRED>
 bool is_wild(const Tile& tile, const Block<PAIRED>& block, int64_t at, int64_t dim) {
     if (tile.low[tile.rows - 1] <= at && tile.high[0] >= at + BLOCK) return false;
-    bool wild = false;
+    uint32_t most = 0;  // exponent, as bits of a bf16: a maximum compiles to vectors
     for (int64_t i = 0; i < BLOCK * dim; ++i) {
-        if constexpr (PAIRED) wild |= (block.value[i] & 0x7f80) == 0x7f80;
-        else wild |= !std::isfinite(block.value[i]);
+        uint32_t bits = 0;
+        std::memcpy(&bits, block.value + i, sizeof block.value[i]);
+        uint32_t exponent = (PAIRED ? bits : bits >> 16) & 0x7f80;
+        most = exponent > most ? exponent : most;
     }
-    return wild;
+    return most == 0x7f80;
 }
 
 // A copy of the block without the values of tokens that one row does not see.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.blocks import AttentionParams, MlpParams, Projection
+from quire.backends.blocks import AttentionParams, MlpParams, Projection, attention_rows
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool
 from quire.batch import PagedBatch
@@ -163,19 +163,33 @@ class NativeBackend:
         weights = _native.AttentionWeights(
             params.norm, params.norm_eps, q, k, v, o, params.q_norm, params.k_norm
         )
-        return weights, params.inv_freq
+        return weights, params
 
     def attention_block(
         self, x: Array, block: Any, batch: PagedBatch, pool: PagePool, group: int
     ) -> Array:
         """[T, hidden] -> [T, hidden]."""
         assert isinstance(pool, NativePool)
-        weights, inv_freq = block
-        cos, sin = self._table(inv_freq, batch.positions)
+        weights, params = block
+        cos, sin = self._table(params.inv_freq, batch.positions)
         out = np.empty_like(x)
         tables, slots = self._tables(batch)[group], batch.groups[group].slots
         self._native.attention_block(x, weights, cos, sin, pool.handle, slots, tables, out)
         return out
+
+    def attention_rows(
+        self,
+        x: Array,
+        block: Any,
+        batch: PagedBatch,
+        pool: PagePool,
+        *,
+        group: int,
+        rows: Sequence[int],
+    ) -> Array:
+        """[T, hidden] -> [R, hidden], op by op."""
+        _, params = block
+        return attention_rows(self, x, params, batch, pool, group=group, rows=rows)
 
     def mlp_block(self, x: Array, block: Any) -> Array:
         """[T, hidden] -> [T, hidden]."""

@@ -35,8 +35,9 @@ inline F16 store_rounded(F16 x, uint16_t* to) {
 }  // namespace
 }  // namespace quire
 
-#include "linear.inl"
 #include "rows.inl"
+#include "linear.inl"
+#include "panels.inl"
 #include "attention.inl"
 #include "decode.inl"
 
@@ -48,7 +49,7 @@ inline F16 store_rounded(F16 x, uint16_t* to) {
 namespace quire {
 const Kernels* QUIRE_JOIN(QUIRE_VARIANT, _kernels)() {
     static const Kernels kernels{
-        QUIRE_TEXT(QUIRE_VARIANT), linear_few, linear_many, row_words, tile_words, tile_rows,
+        QUIRE_TEXT(QUIRE_VARIANT), linear_few, linear_many, row_words, lane_words,
         prefill, decode, decode_merge, append, rms_norm, layer_norm, rope, activate, multiply, add,
         widen, read, multiply_add};
     return &kernels;

@@ -25,17 +25,23 @@ constexpr int64_t words_of(Dtype dtype, int64_t k) {
 // Words of one lane of a packed panel; the padding keeps lanes out of each other's cache sets.
 constexpr int64_t lane_stride(int64_t steps) { return steps * PANEL + 16; }
 
+// What many rows do with a result at once: nothing, other + result, or activation(other) * result.
+enum class Join : int { none, add, gate };
+
 // y [m, n] = x [m, k] @ weight [n, k]^T + bias [n]. x comes as words: pairs of bf16 for bf16 weights,
-// else floats; for few rows row by row at `x_stride` words (off the powers of two that would put all
-// rows into one set of the cache), for many in tiles of `tile` rows, see `tile_words`.
+// else floats; row by row at `x_stride` words (off the powers of two that would put all rows into one
+// set of the cache), made by `row_words` for few rows, by `lane_words` for many.
 struct Linear {
     const void* weight;
     Dtype dtype;
     int64_t m, n, k;
     const uint32_t* x;
-    int64_t x_stride, tile;
+    int64_t x_stride;
     const float* bias;
     float* y;
+    Join join = Join::none;        // many rows only
+    const float* other = nullptr;  // [m, n]
+    int activation = 0;
 };
 
 // One layer's pages. Keys are dimension-major inside a page, so that scores of consecutive tokens
@@ -93,9 +99,7 @@ struct Kernels {
     void (*linear_many)(const Linear&, int64_t panel, int64_t panel_end, int64_t row,
                         int64_t row_end);
     void (*row_words)(const float* x, Dtype dtype, int64_t k, int64_t stride, uint32_t* out);
-    void (*tile_words)(const float* x, Dtype dtype, int64_t m, int64_t k, int64_t row, int64_t rows,
-                       uint32_t* out);
-    int64_t (*tile_rows)(int64_t m);
+    void (*lane_words)(const float* x, Dtype dtype, int64_t k, uint32_t* out);
     void (*prefill)(const Attention&, const PrefillItem&);
     void (*decode)(const Attention&, const DecodeItem&);
     void (*decode_merge)(const Attention&, const DecodeItem&);

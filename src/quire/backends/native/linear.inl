@@ -3,20 +3,15 @@
 // The order of summation is that of a dot product along K in a vector of sixteen lanes, whatever the
 // number of rows: the numbers along K are words (pairs of bf16, or floats); within a chunk of CHUNK
 // words lane l sums the words l, l + 16, l + 32, ... in order, then the lanes are added in order, then
-// the chunks. Two kernels keep it. With few rows each output is such a dot product, straight from the
-// weights, up to sixteen at a time. With many, a panel of PANEL columns is turned lane-major in the
-// core's own cache and multiplied with ROWS rows at a time, lane by lane.
+// the chunks. Two kernels keep it. With few rows (here) each output is such a dot product, straight
+// from the weights, up to sixteen at a time; many rows are in panels.inl.
 
 namespace quire {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int ROWS = 6;  // 12 accumulators and 12 sums
-constexpr bool SUMS_IN_REGISTERS = true;
 constexpr int TILE_ROWS = 4, TILE_COLUMNS = 4;  // of few rows: sixteen sums
 #else
-constexpr int ROWS = 2;
-constexpr bool SUMS_IN_REGISTERS = false;
 constexpr int TILE_ROWS = 3, TILE_COLUMNS = 4;
 #endif
 
@@ -148,6 +143,15 @@ inline const uint32_t* words(const Linear& a, int64_t row, int64_t at, uint32_t*
 template <Dtype D>
 struct Operand {
     std::conditional_t<D == Dtype::bf16, Pairs, F16> v;
+    static Operand set(uint32_t word) {
+        if constexpr (D == Dtype::bf16) {
+            return {Pairs::set(word)};
+        } else {
+            float number;
+            std::memcpy(&number, &word, 4);
+            return {F16::set(number)};
+        }
+    }
     static Operand load(const uint32_t* p) {
         if constexpr (D == Dtype::bf16) return {Pairs::load(reinterpret_cast<const uint16_t*>(p))};
         else return {F16::load(reinterpret_cast<const float*>(p))};
@@ -323,137 +327,6 @@ void few(const Linear& a, int64_t column, int64_t columns, const char* next) {
     else strips<D>(a, column, columns, next);
 }
 
-// ---- many rows -----------------------------------------------------------------------------------
-
-// The lines of a panel's weights over words [at, end).
-template <Dtype D>
-Asking ask_panel(const Linear& a, int64_t panel, int64_t at, int64_t end) {
-    constexpr int64_t WORD = PER_WORD<D> * WIDTH<D>;
-    int64_t column = panel * PANEL, row_bytes = a.k * WIDTH<D>;
-    if (column >= a.n || at >= end) return {};
-    return {static_cast<const char*>(a.weight) + column * row_bytes + at * WORD,
-            a.n - column < PANEL ? a.n - column : PANEL, row_bytes, (end - at) * WORD};
-}
-
-// packed[lane][step][column] for the columns of a panel over words [at, end).
-template <Dtype D>
-void pack(const Linear& a, int64_t panel, int64_t at, int64_t end, bool cold, uint32_t* packed) {
-    static const uint32_t nothing[LANES] = {};
-    uint32_t spare[LANES][LANES];
-    int64_t lane = lane_stride((end - at) / LANES);
-    for (int half = 0; half < PANEL; half += LANES) {
-        int64_t column = panel * PANEL + half;
-        for (int64_t w = at; w < end; w += LANES) {
-            const uint32_t* rows[LANES];
-            for (int i = 0; i < LANES; ++i) {
-                rows[i] = column + i < a.n ? words<D>(a, column + i, w, spare[i]) : nothing;
-                if (cold) __builtin_prefetch(reinterpret_cast<const char*>(rows[i]) + AHEAD / 2, 0, 2);
-            }
-            transpose(rows, packed + (w - at) / LANES * PANEL + half, lane);
-        }
-    }
-}
-
-// R rows of x over a packed panel: total[r][0..31] += x[r] . packed, lane by lane
-template <Dtype D, int R>
-void multiply_tile(const uint32_t* x, const uint32_t* packed, int64_t steps, Asking& ask,
-                   float* total) {
-    F16 sum[R][2];
-    for (int r = 0; SUMS_IN_REGISTERS && r < R; ++r)
-        sum[r][0] = F16::load(total + r * PANEL), sum[r][1] = F16::load(total + r * PANEL + LANES);
-    for (int l = 0; l < LANES; ++l) {
-        const uint32_t* w = packed + l * lane_stride(steps);
-        F16 acc[R][2];
-        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = F16::zero();
-        for (int64_t s = 0; s < steps; ++s, w += PANEL, x += R) {
-            ask.next();
-            if constexpr (D == Dtype::bf16) {
-                Pairs w0 = Pairs::load(reinterpret_cast<const uint16_t*>(w));
-                Pairs w1 = Pairs::load(reinterpret_cast<const uint16_t*>(w + LANES));
-                for (int r = 0; r < R; ++r) {
-                    Pairs pair = Pairs::set(x[r]);
-                    acc[r][0] = dot_pairs(acc[r][0], pair, w0);
-                    acc[r][1] = dot_pairs(acc[r][1], pair, w1);
-                }
-            } else {
-                F16 w0 = F16::load(reinterpret_cast<const float*>(w));
-                F16 w1 = F16::load(reinterpret_cast<const float*>(w + LANES));
-                for (int r = 0; r < R; ++r) {
-                    float number;
-                    std::memcpy(&number, x + r, 4);
-                    F16 wide = F16::set(number);
-                    acc[r][0] = fma(wide, w0, acc[r][0]);
-                    acc[r][1] = fma(wide, w1, acc[r][1]);
-                }
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            float* to = total + r * PANEL;
-            if constexpr (SUMS_IN_REGISTERS) {
-                sum[r][0] = sum[r][0] + acc[r][0], sum[r][1] = sum[r][1] + acc[r][1];
-            } else {
-                (F16::load(to) + acc[r][0]).store(to);
-                (F16::load(to + LANES) + acc[r][1]).store(to + LANES);
-            }
-        }
-    }
-    for (int r = 0; SUMS_IN_REGISTERS && r < R; ++r)
-        sum[r][0].store(total + r * PANEL), sum[r][1].store(total + r * PANEL + LANES);
-}
-
-template <Dtype D, int R>
-void multiply_some(int64_t rows, const uint32_t* x, const uint32_t* packed, int64_t steps,
-                   Asking& ask, float* total) {
-    if (rows == R) multiply_tile<D, R>(x, packed, steps, ask, total);
-    else if constexpr (R > 1) multiply_some<D, R - 1>(rows, x, packed, steps, ask, total);
-}
-
-// One chunk of a packed panel with the rows [row, row_end) of x, added to y.
-template <Dtype D>
-void multiply_panel(const Linear& a, int64_t panel, int64_t row, int64_t row_end, int64_t at,
-                    int64_t end, const uint32_t* packed, Asking ask) {
-    int64_t column = panel * PANEL, width = a.n - column < PANEL ? a.n - column : PANEL;
-    int low = int(width < LANES ? width : LANES), high = int(width - low);
-    const float* bias = a.bias && end == words_of(D, a.k) ? a.bias + column : nullptr;
-    for (int64_t r = row; r < row_end; r += a.tile) {
-        int64_t rows = a.m - r < a.tile ? a.m - r : a.tile;
-        alignas(64) float total[ROWS * PANEL] = {};
-        float* y = a.y + r * a.n + column;
-        for (int64_t i = 0; at && i < rows; ++i) {
-            load_some(y + i * a.n, low).store(total + i * PANEL);
-            load_some(y + i * a.n + LANES, high).store(total + i * PANEL + LANES);
-        }
-        multiply_some<D, ROWS>(rows, a.x + at * a.m + r * (end - at), packed, (end - at) / LANES,
-                               ask, total);
-        for (int64_t i = 0; i < rows; ++i) {
-            F16 left = F16::load(total + i * PANEL), right = F16::load(total + i * PANEL + LANES);
-            if (bias) {
-                left = left + load_some(bias, low);
-                right = right + load_some(bias + LANES, high);
-            }
-            store_some(left, y + i * a.n, low);
-            store_some(right, y + i * a.n + LANES, high);
-        }
-    }
-}
-
-template <Dtype D>
-void many_rows(const Linear& a, int64_t panel, int64_t panel_end, int64_t row, int64_t row_end) {
-    static thread_local std::vector<uint32_t> room(LANES * lane_stride(CHUNK / LANES) + LANES);
-    auto* packed = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) &
-                                               ~uintptr_t(63));
-    int64_t total_words = words_of(D, a.k);
-    auto end_of = [&](int64_t at) { return at + CHUNK < total_words ? at + CHUNK : total_words; };
-    for (int64_t p = panel; p < panel_end; ++p)
-        for (int64_t w = 0; w < total_words; w += CHUNK) {
-            int64_t end = end_of(w), next = p + 1 < panel_end ? p + 1 : a.n;
-            pack<D>(a, p, w, end, p == panel && w == 0, packed);
-            Asking ask = end < total_words ? ask_panel<D>(a, p, end, end_of(end))
-                                           : ask_panel<D>(a, next, 0, end_of(0));
-            multiply_panel<D>(a, p, row, row_end, w, end, packed, ask);
-        }
-}
-
 // ---- rows of x as words ---------------------------------------------------------------------------
 
 inline uint32_t word_of(const float* x, Dtype dtype, int64_t k, int64_t at) {
@@ -472,8 +345,6 @@ void row_words(const float* x, Dtype dtype, int64_t k, int64_t stride, uint32_t*
     if (dtype == Dtype::bf16) {
         auto* numbers = reinterpret_cast<uint16_t*>(out);
         int64_t i = 0;
-        // Whole vectors of words only, as in `tile_words`: the instruction drops denormals, the
-        // plain rounding of the rest keeps them, and both kernels must see the same numbers.
         for (; i + 2 * LANES <= k; i += 2 * LANES)
             store_bf16(x + i, numbers + i), store_bf16(x + i + LANES, numbers + i + LANES);
         for (; i < 2 * stride; ++i) numbers[i] = i < k ? float_to_bf16(x[i]) : 0;
@@ -482,51 +353,12 @@ void row_words(const float* x, Dtype dtype, int64_t k, int64_t stride, uint32_t*
     }
 }
 
-// The rows [row, row + rows) of x [m, k] for `many_rows`: chunk, tile, lane, step, row.
-void tile_words(const float* x, Dtype dtype, int64_t m, int64_t k, int64_t row, int64_t rows,
-                uint32_t* out) {
-    int64_t total_words = words_of(dtype, k);
-    for (int64_t w = 0; w < total_words; w += CHUNK) {
-        int64_t end = w + CHUNK < total_words ? w + CHUNK : total_words;
-        int64_t steps = (end - w) / LANES;
-        uint32_t* to = out + w * m + row * (end - w);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t s = 0; s < steps; ++s) {
-                alignas(64) uint32_t words[LANES];
-                int64_t at = w + s * LANES;
-                if (dtype == Dtype::bf16 && 2 * (at + LANES) <= k) {
-                    const float* from = x + (row + r) * k + 2 * at;
-                    auto* numbers = reinterpret_cast<uint16_t*>(words);
-                    store_bf16(from, numbers), store_bf16(from + LANES, numbers + LANES);
-                } else {
-                    for (int l = 0; l < LANES; ++l)
-                        words[l] = word_of(x + (row + r) * k, dtype, k, at + l);
-                }
-                for (int l = 0; l < LANES; ++l) to[(l * steps + s) * rows + r] = words[l];
-            }
-    }
-}
-
-// Rows a tile for m rows: no more than ROWS, and as even as can be.
-int64_t tile_rows(int64_t m) {
-    int64_t tiles = (m + ROWS - 1) / ROWS;
-    return (m + tiles - 1) / tiles;
-}
-
 void linear_few(const Linear& a, int64_t column, int64_t columns, const void* next) {
     auto* then = static_cast<const char*>(next);
     switch (a.dtype) {
         case Dtype::f32: return few<Dtype::f32>(a, column, columns, then);
         case Dtype::bf16: return few<Dtype::bf16>(a, column, columns, then);
         case Dtype::f16: return few<Dtype::f16>(a, column, columns, then);
-    }
-}
-
-void linear_many(const Linear& a, int64_t panel, int64_t panel_end, int64_t row, int64_t row_end) {
-    switch (a.dtype) {
-        case Dtype::f32: return many_rows<Dtype::f32>(a, panel, panel_end, row, row_end);
-        case Dtype::bf16: return many_rows<Dtype::bf16>(a, panel, panel_end, row, row_end);
-        case Dtype::f16: return many_rows<Dtype::f16>(a, panel, panel_end, row, row_end);
     }
 }
 

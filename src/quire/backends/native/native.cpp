@@ -33,8 +33,8 @@ struct Shares {
             int64_t panels = ceil_div(a.n, PANEL), each = panels / (8 * threads);
             columns = PANEL * (each > 4 ? 4 : each < 1 ? 1 : each);
             constexpr int64_t MOST = 1024;  // rows of x that the last cache holds
-            int64_t tiles = ceil_div(a.m, a.tile), parts = ceil_div(a.m, MOST);
-            rows = a.tile * ceil_div(tiles, parts);
+            constexpr int64_t EVEN = 12;    // a multiple of every variant's tiles
+            rows = ceil_div(ceil_div(a.m, ceil_div(a.m, MOST)), EVEN) * EVEN;
         }
         blocks = ceil_div(a.m, rows);
     }
@@ -112,17 +112,11 @@ void Native::to_words(const float* x, Linear& a) {
     // A vector of words is a line of the cache: one that straddles two costs twice.
     auto* words = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(words_.data()) + 63) &
                                               ~uintptr_t(63));
-    if (a.m <= FEW) {
-        spread(a.m, a.k, [&](int64_t row) {
-            kernels_->row_words(x + row * a.k, a.dtype, a.k, a.x_stride, words + row * a.x_stride);
-        });
-    } else {
-        a.tile = kernels_->tile_rows(a.m);
-        spread(ceil_div(a.m, a.tile), a.k * a.tile, [&](int64_t i) {
-            int64_t row = i * a.tile, rows = a.m - row < a.tile ? a.m - row : a.tile;
-            kernels_->tile_words(x, a.dtype, a.m, a.k, row, rows, words);
-        });
-    }
+    spread(a.m, a.k, [&](int64_t row) {
+        uint32_t* to = words + row * a.x_stride;
+        if (a.m <= FEW) kernels_->row_words(x + row * a.k, a.dtype, a.k, a.x_stride, to);
+        else kernels_->lane_words(x + row * a.k, a.dtype, a.k, to);
+    });
     a.x = words;
 }
 
@@ -130,9 +124,9 @@ std::vector<Linear> Native::prepare(const float* x, int64_t m, const std::vector
     std::vector<Linear> all;
     for (const Product& p : products)
         all.push_back({p.weight->array.data(), p.weight->dtype, m, p.weight->n, p.weight->k, nullptr,
-                       0, 0, p.bias, p.y});
+                       0, p.bias, p.y, p.join, p.other, p.activation});
     to_words(x, all[0]);
-    for (Linear& a : all) a.x = all[0].x, a.x_stride = all[0].x_stride, a.tile = all[0].tile;
+    for (Linear& a : all) a.x = all[0].x, a.x_stride = all[0].x_stride;
     return all;
 }
 
@@ -185,7 +179,7 @@ void Native::project_together(const float* x, int64_t m, const std::vector<Produ
                 next = weights_of(all[0], Share(shares, all[0], i + threads()));
             compute(*kernels_, all[p], share, next);
         }
-        then(share.row, share.row_end, share.column, share.column_end);
+        if (m <= FEW) then(share.row, share.row_end, share.column, share.column_end);
     };
     if (m * all[0].n * all[0].k >= LITTLE) return threads_.run(items, item);
     for (int64_t i = 0; i < items; ++i) item(i);
@@ -450,7 +444,8 @@ void Native::attention_block(Floats x, const AttentionWeights& w, Floats cos, Fl
     spread(m, w.q.weight.n * 4,
            [&](int64_t t) { place_rows(w, a, cos, sin, slots.data(), t, t + 1); });
     run_attention(a, int64_t(tables.last_page_len.size()));
-    project_together(a.out, m, {{&w.o.weight, w.o.bias_data(), y.data()}}, residual(x, y, hidden));
+    project_together(a.out, m, {{&w.o.weight, w.o.bias_data(), y.data(), Join::add, x.data()}},
+                     residual(x, y, hidden));
 }
 
 Native::Then Native::residual(const Floats& x, const Output& y, int64_t n) const {
@@ -467,10 +462,15 @@ void Native::mlp_block(Floats x, const MlpWeights& w, Output y) {
     if (m == 0) return;
     nb::gil_scoped_release released;
     std::lock_guard<std::mutex> one(mutex_);
-    float *norm = room(norm_, m * hidden), *gate = room(gate_, m * inner), *up = room(up_, m * inner);
+    float *norm = room(norm_, m * hidden), *gate = room(gate_, m * inner);
+    // Many rows are joined with the gate before they are stored: in its place, unless sums of chunks
+    // are stored before.
+    bool apart = m <= FEW || words_of(w.up.weight.dtype, hidden) > CHUNK;
+    float* up = apart ? room(up_, m * inner) : gate;
     norm_rows(x.data(), w.norm, w.eps, m, norm);
     project_together(norm, m,
-                     {{&w.gate.weight, w.gate.bias_data(), gate}, {&w.up.weight, w.up.bias_data(), up}},
+                     {{&w.gate.weight, w.gate.bias_data(), gate},
+                      {&w.up.weight, w.up.bias_data(), up, Join::gate, gate, w.activation}},
                      [&](int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
                          int64_t n = column_end - column;
                          for (int64_t r = row; r < row_end; ++r) {
@@ -479,7 +479,8 @@ void Native::mlp_block(Floats x, const MlpWeights& w, Output y) {
                              kernels_->multiply(g, up + r * inner + column, n, g);
                          }
                      });
-    project_together(gate, m, {{&w.down.weight, w.down.bias_data(), y.data()}},
+    project_together(m <= FEW ? gate : up, m,
+                     {{&w.down.weight, w.down.bias_data(), y.data(), Join::add, x.data()}},
                      residual(x, y, hidden));
 }
 

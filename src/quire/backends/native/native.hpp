@@ -41,13 +41,16 @@ public:
     double probe_multiply(int64_t steps);
 
 private:
-    // One product of a call: y [m, n] = x @ weight^T + bias.
+    // One product of a call: y [m, n] = x @ weight^T + bias, of many rows joined with `other`.
     struct Product {
         const Weight* weight;
         const float* bias;
         float* y;
+        Join join = Join::none;
+        const float* other = nullptr;
+        int activation = 0;
     };
-    // What follows when rows [row, row_end) of columns [column, column_end) of a product are there.
+    // What follows when rows [row, row_end) of columns [column, column_end) of few rows are there.
     using Then = std::function<void(int64_t row, int64_t row_end, int64_t column, int64_t column_end)>;
 
     void project(const float* x, int64_t m, const std::vector<Product>& products);

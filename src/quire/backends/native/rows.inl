@@ -58,28 +58,28 @@ inline F16 sigmoid(F16 x) {
     return F16::set(1.0f) / (F16::set(1.0f) + exp(F16::zero() - x));
 }
 
-void activate(const float* x, int kind, int64_t n, float* y) {
+inline F16 gelu_exact(F16 x) {
+    alignas(64) float v[LANES];
+    x.store(v);
+    for (float& lane : v) lane = 0.5f * lane * (1.0f + std::erf(lane * 0.70710678118654752f));
+    return F16::load(v);
+}
+
+// silu; gelu in its tanh form, 0.5 x (1 + tanh(u)) = x sigmoid(2 u); gelu; relu.
+inline F16 activated(F16 x, int kind) {
     switch (kind) {
-        case 0:  // silu
-            each_lane(n, y, [&](int64_t i, int m) {
-                F16 v = load_some(x + i, m);
-                return v * sigmoid(v);
-            });
-            return;
-        case 1:  // gelu, tanh form: 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
-            each_lane(n, y, [&](int64_t i, int m) {
-                F16 v = load_some(x + i, m);
-                F16 u = F16::set(1.5957691216057308f) * fma(F16::set(0.044715f) * v * v, v, v);
-                return v * sigmoid(u);
-            });
-            return;
-        case 2:  // gelu, exact
-            for (int64_t i = 0; i < n; ++i)
-                y[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678118654752f));
-            return;
-        default:  // relu
-            each_lane(n, y, [&](int64_t i, int m) { return max(load_some(x + i, m), F16::zero()); });
+        case 0: return x * sigmoid(x);
+        case 1: {
+            F16 u = F16::set(1.5957691216057308f) * fma(F16::set(0.044715f) * x * x, x, x);
+            return x * sigmoid(u);
+        }
+        case 2: return gelu_exact(x);
+        default: return max(x, F16::zero());
     }
+}
+
+void activate(const float* x, int kind, int64_t n, float* y) {
+    each_lane(n, y, [&](int64_t i, int m) { return activated(load_some(x + i, m), kind); });
 }
 
 void multiply(const float* x, const float* z, int64_t n, float* y) {

@@ -98,8 +98,13 @@ inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F16 round_even(F16 a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// a * 2^n for integral n; overflow goes to infinity, underflow to zero.
+// a * 2^n for integral n (here: for floor(n)); overflow goes to infinity, underflow to zero.
 inline F16 scale_by_power(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// x - floor(x), 0 for infinities; and a * 2^floor(x).
+inline F16 fraction(F16 x) {
+    return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+inline F16 scale_by_floor(F16 a, F16 x) { return scale_by_power(a, x); }
 // Lanes from `low` to `high - 1` of a, `other` elsewhere.
 inline F16 keep(F16 a, int low, int high, F16 other) {
     uint32_t mask = (high >= 16 ? 0xffffu : (1u << (high > 0 ? high : 0)) - 1) &
@@ -154,6 +159,9 @@ inline __m256 half_scale(__m256 x, __m256 n) {  // in two steps, each within the
     return _mm256_mul_ps(_mm256_mul_ps(x, power(first)), power(_mm256_sub_epi32(whole, first)));
 }
 inline F16 scale_by_power(F16 x, F16 n) { return {half_scale(x.a, n.a), half_scale(x.b, n.b)}; }
+inline F16 floor(F16 x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
+inline F16 fraction(F16 x) { return x - floor(x); }
+inline F16 scale_by_floor(F16 a, F16 x) { return scale_by_power(a, floor(x)); }
 inline __m256 lanes_between(int low, int high, int base) {
     __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(base));
     return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(low), lane),
@@ -220,6 +228,12 @@ inline F16 scale_by_power(F16 a, F16 n) {
         if (n.v[i] == n.v[i]) a.v[i] = std::ldexp(a.v[i], int(n.v[i]));
     return a;
 }
+inline F16 floor(F16 a) {
+    for (float& lane : a.v) lane = std::floor(lane);
+    return a;
+}
+inline F16 fraction(F16 x) { return x - floor(x); }
+inline F16 scale_by_floor(F16 a, F16 x) { return scale_by_power(a, floor(x)); }
 inline F16 keep(F16 a, int low, int high, F16 other) {
     for (int i = 0; i < 16; ++i)
         if (i < low || i >= high) a.v[i] = other.v[i];
@@ -292,15 +306,23 @@ inline F16 exp(F16 x) {
     return scale_by_power(p, n);
 }
 
-// 2^x for x <= 0, error below 2 ulp; -inf gives 0, NaN stays NaN. Cephes' exp2f polynomial.
+// 2^x for x up to about 0; -inf gives 0, NaN stays NaN. Polynomials for 2^r on [0, 1], 1 at r = 0, of
+// least greatest relative error: 2e-9, or 3e-6 where the result will be rounded to bf16 (2e-3).
+template <size_t N>
+inline F16 exp2(F16 x, const float (&coefficients)[N]) {
+#if !defined(__AVX512F__)
+    x = max(F16::set(-150.0f), x);  // -inf has no fraction
+#endif
+    F16 r = fraction(x), p = F16::set(coefficients[0]);
+    for (size_t i = 1; i < N; ++i) p = fma(p, r, F16::set(coefficients[i]));
+    return scale_by_floor(fma(p, r, F16::set(1.0f)), x);
+}
 inline F16 exp2(F16 x) {
-    x = max(F16::set(-150.0f), x);
-    F16 n = round_even(x), r = x - n;
-    F16 p = F16::set(1.535336188319500e-4f);
-    for (float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
-                    2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
-        p = fma(p, r, F16::set(c));
-    return scale_by_power(p, n);
+    return exp2(x, {2.16128524e-4f, 1.24678627e-3f, 9.67545002e-3f, 5.54852813e-2f,
+                    2.40229305e-1f, 6.93147044e-1f});
+}
+inline F16 exp2_coarse(F16 x) {
+    return exp2(x, {1.342652e-2f, 5.224274e-2f, 2.4128008e-1f, 6.9304486e-1f});
 }
 
 // Sixteen pairs of bf16 numbers: one 64-byte line. Lane i holds the pair (2i, 2i + 1).
