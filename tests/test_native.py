@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -196,6 +197,21 @@ def test_half_a_layer_in_one_call_is_its_ops_one_by_one(
     fused = backend.mlp_block(x, backend.block(mlp))
     assert fused.tobytes() == mlp_block(backend, x, mlp).tobytes()
 
+    for pool in pools:
+        pool.key[:], pool.value[:] = before
+    blocks = (backend.block(attention), backend.block(mlp))
+    stack = backend.layers(x, [blocks, blocks], replace(batch, group_of_layer=(0, 0)), pools)
+    x_layer = x
+    for pool in pools:
+        again = backend.pool(shape, pool.num_pages)
+        again.key[:], again.value[:] = before
+        x_layer = mlp_block(
+            backend, attention_block(backend, x_layer, attention, batch, again, group=0), mlp
+        )
+        assert pool.key.tobytes() == again.key.tobytes()
+        assert pool.value.tobytes() == again.value.tobytes()
+    assert stack.tobytes() == x_layer.tobytes()
+
     rows = sorted(rng.choice(len(x), size=(len(x) + 2) // 3, replace=False).tolist())
     for some in ([], [len(x) - 1], rows):
         for pool in pools:
@@ -380,12 +396,13 @@ def test_half_a_layer_refuses_what_does_not_fit(kernels: "extension.Native") -> 
     good = [floats(1, 8), weights, angles, angles, new_pool().handle, slots, tables(), floats(1, 8)]
     kernels.attention_block(*good)
     for at, wrong, message in [
-        (0, floats(1, 9), r"x and y must be \[1, 8\]"),
+        (0, floats(1, 9), "x and y must have rows of 8"),
         (2, floats(20, 16), "position 20 is outside the tables of 20|cos and sin"),
         (2, floats(21, 8), "cos and sin"),
         (4, new_pool(3).handle, "page id 3 is outside the pool of 3 pages"),
         (5, np.array([64], np.int64), "slot 64 is outside the pool"),
-        (5, np.array([1, 2], np.int64), "x and y must be"),
+        (5, np.array([1, 2], np.int64), "one slot a row"),
+        (6, tables(positions=[19, 20], query_indptr=[0, 2]), "one slot a token"),
     ]:
         bad = list(good)
         bad[at] = wrong
@@ -393,6 +410,19 @@ def test_half_a_layer_refuses_what_does_not_fit(kernels: "extension.Native") -> 
             bad[3] = wrong
         with pytest.raises(ValueError, match=message):
             kernels.attention_block(*bad)
+
+    layers = extension.Layers()
+    layers.add(weights, mlp, good[4], 0)
+    kernels.layers(good[0], layers, angles, angles, [slots], [tables()], good[7])
+    other = extension.MlpWeights(floats(9), 1e-5, layer(4, 9), layer(4, 9), layer(9, 4), 0)
+    with pytest.raises(ValueError, match="hidden sizes differ"):
+        layers.add(weights, other, good[4], 0)
+    with pytest.raises(ValueError, match="no layer group 0"):
+        kernels.layers(good[0], layers, angles, angles, [], [], good[7])
+    with pytest.raises(ValueError, match="one slot a row"):
+        kernels.layers(good[0], layers, angles, angles, [np.array([1, 2])], [tables()], good[7])
+    with pytest.raises(ValueError, match="slot 64 is outside"):
+        kernels.layers(good[0], layers, angles, angles, [np.array([64])], [tables()], good[7])
 
 
 def test_embed_refuses_ids_outside_the_table(kernels: "extension.Native") -> None:

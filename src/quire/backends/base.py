@@ -119,6 +119,18 @@ class Backend(Protocol):
     def mlp_block(self, x: Array, block: Any) -> Array:
         """x [T, hidden] -> x + mlp(norm(x)) [T, hidden]; see :func:`blocks.mlp_block`."""
 
+    def layers(
+        self,
+        x: Array,
+        blocks: Sequence[tuple[Any, Any]],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> Array:
+        """The first ``len(blocks)`` decoder layers, [T, hidden] -> [T, hidden].
+
+        ``blocks``: each layer's attention and MLP half, as :meth:`block` gave them.
+        """
+
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """Rows ``indices`` of x [T, n] -> [len(indices), n]."""
 

@@ -212,6 +212,18 @@ class ReferenceBackend:
         result: Array = mlp_block(self, x, block)
         return result
 
+    def layers(
+        self,
+        x: Array,
+        blocks: Sequence[tuple[Any, Any]],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> Array:
+        """[T, hidden] -> [T, hidden], half by half."""
+        for (attention, mlp), pool, group in zip(blocks, pools, batch.group_of_layer, strict=False):
+            x = self.mlp_block(self.attention_block(x, attention, batch, pool, group), mlp)
+        return x
+
     def to_host(self, x: Array) -> npt.NDArray[np.float32]:
         """The array itself."""
         return x

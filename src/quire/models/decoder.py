@@ -27,8 +27,10 @@ class Decoder:
         self.config, self.params, self.backend = config, params, backend
         self._inv_freq = inverse_frequencies(config.rope, config.head_dim)
         layers = range(config.num_layers)
-        self._attention = [backend.block(self._attention_params(layer)) for layer in layers]
-        self._mlp = [backend.block(self._mlp_params(layer)) for layer in layers]
+        self._blocks = [
+            (backend.block(self._attention_params(layer)), backend.block(self._mlp_params(layer)))
+            for layer in layers
+        ]
 
     def forward(
         self,
@@ -43,15 +45,26 @@ class Decoder:
         """
         backend, params = self.backend, self.params
         x = backend.embed(params["embed"], tokens)
-        for layer, pool in enumerate(pools):
-            group, block = batch.group_of_layer[layer], self._attention[layer]
-            if layer + 1 == len(pools) and len(rows) < len(tokens):  # nobody reads the others
-                x = backend.attention_rows(x, block, batch, pool, group=group, rows=rows)
-            else:
-                x = backend.attention_block(x, block, batch, pool, group)
-            x = backend.mlp_block(x, self._mlp[layer])
+        if len(rows) == len(tokens) and isinstance(pools, tuple):
+            x = backend.layers(x, self._blocks, batch, pools)
+        else:
+            x = self._layer_by_layer(x, batch, pools, rows)
         x = backend.rms_norm(x, params["norm"], self.config.norm_eps)
         return backend.to_host(backend.linear(x, params.get("head", params["embed"])))
+
+    def _layer_by_layer(
+        self, x: Any, batch: PagedBatch, pools: Sequence[PagePool], rows: Sequence[int]
+    ) -> Any:
+        """x [T, hidden] -> [len(rows), hidden]; asks for each layer's pool when it comes to it."""
+        backend = self.backend
+        for layer, pool in enumerate(pools):
+            group, (attention, mlp) = batch.group_of_layer[layer], self._blocks[layer]
+            if layer + 1 == len(pools) and len(rows) < batch.num_tokens:  # nobody reads the others
+                x = backend.attention_rows(x, attention, batch, pool, group=group, rows=rows)
+            else:
+                x = backend.attention_block(x, attention, batch, pool, group)
+            x = backend.mlp_block(x, mlp)
+        return x
 
     def _projection(self, key: str) -> Projection:
         return Projection(self.params[key], self.params.get(f"{key}_bias"))

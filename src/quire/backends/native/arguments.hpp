@@ -154,4 +154,26 @@ struct MlpWeights {
     int activation;
 };
 
+// A decoder layer, the pool of its keys and values, and its layer group.
+struct DecoderLayer {
+    AttentionWeights attention;
+    MlpWeights mlp;
+    PoolArrays pool;
+    int group;
+};
+
+// Consecutive decoder layers.
+struct Layers {
+    void add(const AttentionWeights& attention, const MlpWeights& mlp, const PoolArrays& pool,
+             int group) {
+        require(attention.norm.size() == mlp.norm.size() && group >= 0 &&
+                    (layers.empty() || int64_t(mlp.norm.size()) == hidden),
+                "layers: hidden sizes differ, or a layer group is negative");
+        hidden = int64_t(mlp.norm.size());
+        layers.push_back({attention, mlp, pool, group});
+    }
+    std::vector<DecoderLayer> layers;
+    int64_t hidden = 0;
+};
+
 }  // namespace quire

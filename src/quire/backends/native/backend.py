@@ -55,6 +55,7 @@ class NativeBackend:
         self._native = _native.Native(variant or variants[0], threads)
         self._last: tuple[PagedBatch, list[_native.Tables]] | None = None
         self._angles: tuple[Array, Array, Array] | None = None
+        self._stack: tuple[Any, Any, _native.Layers] | None = None
 
     @staticmethod
     def variants() -> list[str]:
@@ -197,6 +198,25 @@ class NativeBackend:
         self._native.mlp_block(x, block, out)
         return out
 
+    def layers(
+        self,
+        x: Array,
+        blocks: Sequence[tuple[Any, Any]],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> Array:
+        """[T, hidden] -> [T, hidden], in one call."""
+        if not blocks:
+            return x
+        if self._stack is None or self._stack[0] is not blocks or self._stack[1] is not pools:
+            self._stack = blocks, pools, _stack(blocks, pools, batch.group_of_layer)
+        _, params = blocks[0][0]
+        cos, sin = self._table(params.inv_freq, batch.positions)
+        out = np.empty_like(x)
+        slots = [group.slots for group in batch.groups]
+        self._native.layers(x, self._stack[2], cos, sin, slots, self._tables(batch), out)
+        return out
+
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""
         return x[np.asarray(indices, dtype=np.int64)]
@@ -249,3 +269,13 @@ class NativeBackend:
 
 def _layer(projection: Projection) -> _native.Layer:
     return _native.Layer(projection.weight, projection.bias)
+
+
+def _stack(
+    blocks: Sequence[tuple[Any, Any]], pools: Sequence[PagePool], groups: Sequence[int]
+) -> _native.Layers:
+    layers = _native.Layers()
+    for (attention, mlp), pool, group in zip(blocks, pools, groups, strict=False):
+        assert isinstance(pool, NativePool)
+        layers.add(attention[0], mlp, pool.handle, group)
+    return layers

@@ -44,6 +44,9 @@ NB_MODULE(_native, m) {
              "positions"_a.noconvert(), "query_indptr"_a.noconvert(), "indptr"_a.noconvert(),
              "indices"_a.noconvert(), "last_page_len"_a.noconvert(), "first_page"_a.noconvert(),
              "page_size"_a, "window"_a);
+    nb::class_<Layers>(m, "Layers")
+        .def(nb::init<>())
+        .def("add", &Layers::add, "attention"_a, "mlp"_a, "pool"_a, "group"_a);
     nb::class_<Native>(m, "Native")
         .def(nb::init<const std::string&, int>(), "variant"_a, "threads"_a)
         .def_prop_ro("threads", &Native::threads)
@@ -68,6 +71,8 @@ NB_MODULE(_native, m) {
              "cos"_a.noconvert(), "sin"_a.noconvert(), "pool"_a, "slots"_a.noconvert(), "tables"_a,
              "y"_a.noconvert())
         .def("mlp_block", &Native::mlp_block, "x"_a.noconvert(), "weights"_a, "y"_a.noconvert())
+        .def("layers", &Native::layers, "x"_a.noconvert(), "layers"_a, "cos"_a.noconvert(),
+             "sin"_a.noconvert(), "slots"_a.noconvert(), "tables"_a, "y"_a.noconvert())
         .def("probe_read", &Native::probe_read, "x"_a.noconvert())
         .def("probe_multiply", &Native::probe_multiply, "steps"_a);
 }

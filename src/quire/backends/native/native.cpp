@@ -412,14 +412,10 @@ void Native::place_rows(const AttentionWeights& w, const Attention& a, const Flo
     }
 }
 
-void Native::attention_block(Floats x, const AttentionWeights& w, Floats cos, Floats sin,
-                             PoolArrays& arrays, Ints slots, const Tables& tables, Output y) {
-    const Pool& pool = arrays.pool;
-    int64_t m = int64_t(slots.size()), hidden = int64_t(w.norm.size());
-    require(int64_t(x.size()) == m * hidden && y.size() == x.size() &&
-                tables.positions.size() == slots.size(),
-            "attention_block: x and y must be [" + std::to_string(m) + ", " +
-                std::to_string(hidden) + "]");
+Attention Native::check_attention(const AttentionWeights& w, const Floats& cos, const Floats& sin,
+                                  const Pool& pool, const Ints& slots, const Tables& tables) const {
+    require(tables.positions.size() == slots.size(),
+            "attention_block: there must be one slot a token");
     require(w.q.weight.n % pool.key_dim == 0 && w.k.weight.n == pool.heads * pool.key_dim &&
                 w.v.weight.n == pool.heads * pool.value_dim && pool.key_dim % 2 == 0,
             "attention_block: projections do not fit the pool");
@@ -430,44 +426,56 @@ void Native::attention_block(Floats x, const AttentionWeights& w, Floats cos, Fl
             "attention_block: output projection or norms do not fit the heads");
     check_rope(cos, sin, tables.positions, pool.key_dim / 2);
     check_slots(pool, slots);
-    if (m == 0) return;
-    nb::gil_scoped_release released;
-    std::lock_guard<std::mutex> one(mutex_);
+    return attention(nullptr, heads, pool, tables, nullptr);
+}
+
+// y = x + attention(norm(x)) of the tokens that `a` names; scratch memory is this thread's.
+void Native::attention_half(const float* x, const AttentionWeights& w, const Floats& cos,
+                            const Floats& sin, Attention a, const Ints& slots, int64_t sequences,
+                            float* y) {
+    int64_t m = int64_t(slots.size()), hidden = int64_t(w.norm.size());
     float* q = room(q_, m * w.q.weight.n);
-    Attention a = attention(q, heads, pool, tables, room(mixed_, m * w.o.weight.k));
+    a.query = q, a.out = room(mixed_, m * w.o.weight.k);
     float* norm = room(norm_, m * hidden);
-    norm_rows(x.data(), w.norm, w.eps, m, norm);
+    norm_rows(x, w.norm, w.eps, m, norm);
     project(norm, m,
             {{&w.q.weight, w.q.bias_data(), q},
              {&w.k.weight, w.k.bias_data(), room(k_, m * w.k.weight.n)},
              {&w.v.weight, w.v.bias_data(), room(v_, m * w.v.weight.n)}});
     spread(m, w.q.weight.n * 4,
            [&](int64_t t) { place_rows(w, a, cos, sin, slots.data(), t, t + 1); });
-    run_attention(a, int64_t(tables.last_page_len.size()));
-    project_together(a.out, m, {{&w.o.weight, w.o.bias_data(), y.data(), Join::add, x.data()}},
+    run_attention(a, sequences);
+    project_together(a.out, m, {{&w.o.weight, w.o.bias_data(), y, Join::add, x}},
                      residual(x, y, hidden));
 }
 
-Native::Then Native::residual(const Floats& x, const Output& y, int64_t n) const {
-    return [this, from = x.data(), to = y.data(), n](int64_t row, int64_t row_end, int64_t column,
-                                                     int64_t column_end) {
+void Native::attention_block(Floats x, const AttentionWeights& w, Floats cos, Floats sin,
+                             PoolArrays& arrays, Ints slots, const Tables& tables, Output y) {
+    int64_t m = same_rows(x, y, int64_t(w.norm.size()));
+    require(m == int64_t(slots.size()), "attention_block: there must be one slot a row");
+    Attention a = check_attention(w, cos, sin, arrays.pool, slots, tables);
+    if (m == 0) return;
+    nb::gil_scoped_release released;
+    std::lock_guard<std::mutex> one(mutex_);
+    attention_half(x.data(), w, cos, sin, a, slots, int64_t(tables.last_page_len.size()), y.data());
+}
+
+Native::Then Native::residual(const float* from, float* to, int64_t n) const {
+    return [this, from, to, n](int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
         for (int64_t at = row * n + column; at < row_end * n; at += n)
             kernels_->add(from + at, to + at, column_end - column, to + at);
     };
 }
 
-void Native::mlp_block(Floats x, const MlpWeights& w, Output y) {
+// y = x + mlp(norm(x)), m rows.
+void Native::mlp_half(const float* x, int64_t m, const MlpWeights& w, float* y) {
     int64_t hidden = int64_t(w.norm.size()), inner = w.gate.weight.n;
-    int64_t m = same_rows(x, y, hidden);
-    if (m == 0) return;
-    nb::gil_scoped_release released;
-    std::lock_guard<std::mutex> one(mutex_);
     float *norm = room(norm_, m * hidden), *gate = room(gate_, m * inner);
     // Many rows are joined with the gate before they are stored: in its place, unless sums of chunks
     // are stored before.
     bool apart = m <= FEW || words_of(w.up.weight.dtype, hidden) > CHUNK;
     float* up = apart ? room(up_, m * inner) : gate;
-    norm_rows(x.data(), w.norm, w.eps, m, norm);
+    norm_rows(x, w.norm, w.eps, m, norm);
     project_together(norm, m,
                      {{&w.gate.weight, w.gate.bias_data(), gate},
                       {&w.up.weight, w.up.bias_data(), up, Join::gate, gate, w.activation}},
@@ -480,8 +488,41 @@ void Native::mlp_block(Floats x, const MlpWeights& w, Output y) {
                          }
                      });
     project_together(m <= FEW ? gate : up, m,
-                     {{&w.down.weight, w.down.bias_data(), y.data(), Join::add, x.data()}},
+                     {{&w.down.weight, w.down.bias_data(), y, Join::add, x}},
                      residual(x, y, hidden));
+}
+
+void Native::mlp_block(Floats x, const MlpWeights& w, Output y) {
+    int64_t m = same_rows(x, y, int64_t(w.norm.size()));
+    if (m == 0) return;
+    nb::gil_scoped_release released;
+    std::lock_guard<std::mutex> one(mutex_);
+    mlp_half(x.data(), m, w, y.data());
+}
+
+void Native::layers(Floats x, const Layers& stack, Floats cos, Floats sin, std::vector<Ints> slots,
+                    const std::vector<const Tables*>& tables, Output y) {
+    int64_t m = same_rows(x, y, stack.hidden);
+    std::vector<Attention> all;
+    for (const DecoderLayer& layer : stack.layers) {
+        size_t g = size_t(layer.group);
+        require(g < slots.size() && g < tables.size(),
+                "layers: there is no layer group " + std::to_string(g));
+        require(m == int64_t(slots[g].size()), "layers: there must be one slot a row");
+        all.push_back(check_attention(layer.attention, cos, sin, layer.pool.pool, slots[g], *tables[g]));
+    }
+    if (m == 0) return;
+    nb::gil_scoped_release released;
+    std::lock_guard<std::mutex> one(mutex_);
+    float* middle = room(middle_, m * stack.hidden);
+    const float* from = x.data();
+    for (size_t i = 0; i < all.size(); ++i, from = y.data()) {
+        const DecoderLayer& layer = stack.layers[i];
+        size_t g = size_t(layer.group);
+        attention_half(from, layer.attention, cos, sin, all[i], slots[g],
+                       int64_t(tables[g]->last_page_len.size()), middle);
+        mlp_half(middle, m, layer.mlp, y.data());
+    }
 }
 
 // ---- the machine's limits --------------------------------------------------------------------------

@@ -36,6 +36,9 @@ public:
     void attention_block(Floats x, const AttentionWeights& weights, Floats cos, Floats sin,
                          PoolArrays& arrays, Ints slots, const Tables& tables, Output y);
     void mlp_block(Floats x, const MlpWeights& weights, Output y);
+    // Both halves of every layer in turn; slots and tables of each layer group.
+    void layers(Floats x, const Layers& stack, Floats cos, Floats sin, std::vector<Ints> slots,
+                const std::vector<const Tables*>& tables, Output y);
 
     float probe_read(Bytes x);
     double probe_multiply(int64_t steps);
@@ -59,7 +62,11 @@ private:
                           const Then& then);
     std::vector<Linear> prepare(const float* x, int64_t m, const std::vector<Product>& products);
     void to_words(const float* x, Linear& a);
-    Then residual(const Floats& x, const Output& y, int64_t n) const;  // y += x
+    Then residual(const float* x, float* y, int64_t n) const;  // y += x
+    void attention_half(const float* x, const AttentionWeights& w, const Floats& cos,
+                        const Floats& sin, Attention a, const Ints& slots, int64_t sequences,
+                        float* y);
+    void mlp_half(const float* x, int64_t m, const MlpWeights& w, float* y);
     void run_attention(const Attention& a, int64_t sequences);
     void norm_rows(const float* x, const Floats& weight, float eps, int64_t rows, float* y);
     void place_rows(const AttentionWeights& w, const Attention& a, const Floats& cos,
@@ -67,6 +74,8 @@ private:
 
     void check_rope(const Floats& cos, const Floats& sin, const Ints& positions, int64_t half) const;
     void check_slots(const Pool& pool, const Ints& slots) const;
+    Attention check_attention(const AttentionWeights& w, const Floats& cos, const Floats& sin,
+                              const Pool& pool, const Ints& slots, const Tables& tables) const;
     Attention attention(const float* query, int64_t heads, const Pool& pool, const Tables& tables,
                         float* out) const;
     int64_t same_rows(const Floats& x, const Output& y, int64_t n) const;
@@ -96,7 +105,7 @@ private:
     ThreadPool threads_;
     std::mutex mutex_;  // guards the scratch memory below
     std::vector<uint32_t> words_;
-    std::vector<float> partials_, norm_, q_, k_, v_, mixed_, gate_, up_;
+    std::vector<float> partials_, norm_, q_, k_, v_, mixed_, gate_, up_, middle_;
 };
 
 }  // namespace quire
