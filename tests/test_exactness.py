@@ -167,7 +167,7 @@ def test_the_schedules_above_do_preempt_chunk_fork_and_mix(models: dict[str, Pat
     samples = [s for schedule in schedules for r in schedule.requests for s in r.samples]
     assert sum(len(sample.preemptions) for sample in samples) > 10
     assert sum(len(schedule.recorder.rows) for schedule in schedules) > 1000
-    formats = {schedule.engine.cache.layout.shapes[0].format.name for schedule in schedules}
+    formats = {schedule.engine.cache.layout.format_text for schedule in schedules}
     assert formats == {"bf16", "fp32", "fp16"}
     assert len({schedule.page_size for schedule in schedules}) > 5
     assert {schedule.roomy for schedule in schedules} == {False, True}

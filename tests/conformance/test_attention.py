@@ -107,7 +107,7 @@ def lay_out(case: Case, seed: int = 0) -> Laid:
 def new_pool(backend: Backend, case: Case, num_pages: int) -> PagePool:
     _, kv_heads, dim = case.heads
     return backend.pool(
-        PageShape(case.page_size, kv_heads, dim, dim, page_format(case.format)), num_pages
+        PageShape(case.page_size, kv_heads, dim, dim, *[page_format(case.format)] * 2), num_pages
     )
 
 
@@ -308,7 +308,7 @@ def test_append_rounds_as_the_page_format_does(subject: Subject, format: str) ->
     taken = activations(backend, numbers)
     backend.append(pool, laid.batch.groups[0].slots, taken, taken)
     key, value = pool.read_pages(laid.batch.groups[0].indices.tolist())
-    stored = page_format(format).encode(numbers)
+    (stored,) = page_format(format).key.encode(numbers)
     assert key.dtype == value.dtype == stored.dtype == np.dtype(DTYPES[format])
     for held in (key, value):
         tokens = held.reshape(-1, 1, 2)[: len(numbers)]
