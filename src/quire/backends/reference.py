@@ -122,7 +122,7 @@ def _require_formats(key: PageFormat, value: PageFormat) -> None:
     for format in (key, value):
         if format.kind == "page":
             raise BackendError(
-                f"the reference backend cannot store {format.name} pages yet; use int8 or fp8"
+                f"the reference backend cannot store {format.name} pages yet; choose int8 or fp8"
             )
 
 

@@ -65,8 +65,11 @@ def plan_stream(
             "kv_memory"
         )
     if plan.layer_bytes > pool:
+        layer = (
+            "one layer of it" if len(set(cache.layout.shapes)) == 1 else "one layer of each shape"
+        )
         raise RequestError(
-            f"{what}, and one layer of it {format_bytes(plan.layer_bytes)}, more than the pool of "
+            f"{what}, and {layer} {format_bytes(plan.layer_bytes)}, more than the pool of "
             f"{format_bytes(pool)}; raise kv_memory to at least {format_bytes(plan.layer_bytes)}"
         )
     assert not isinstance(settings.host_cache, str)
