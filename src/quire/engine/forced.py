@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from quire.cache import CacheUsage, KVCache
 
-__all__ = ["ForcedText"]
+__all__ = ["ForcedText", "score_together"]
 
 Parts = Sequence[tuple[int, Sequence[int], Sequence[int]]]
 Forward = Callable[[Parts], npt.NDArray[np.float32]]
@@ -30,7 +30,7 @@ class ForcedText:
         affordable: Callable[[int, int], int],
         shape: tuple[int, int],
     ) -> None:
-        self.cache, self._forward, self._affordable = cache, forward, affordable
+        self.cache, self.forward, self._affordable = cache, forward, affordable
         self._most, self.vocab_size = shape
         self.sequence = cache.create()
 
@@ -73,7 +73,17 @@ class ForcedText:
             size = self._affordable(self.sequence, min(most, len(tokens) - start))
             chunk = tokens[start : start + size]
             wanted = range(0) if out is None else range(len(chunk))
-            logits = self._forward([(self.sequence, chunk, wanted)])
+            logits = self.forward([(self.sequence, chunk, wanted)])
             if out is not None:
                 out[start : start + len(chunk)] = logits
             start += len(chunk)
+
+
+def score_together(texts: Sequence[ForcedText], tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Append one token to each of ``texts``, of one engine, in one step: a step that only decodes.
+
+    Logits after each, float32 [texts, vocab]. Raises CacheFull, with nothing changed, if running
+    requests leave too few pages.
+    """
+    parts = [(text.sequence, [token], [0]) for text, token in zip(texts, tokens, strict=True)]
+    return texts[0].forward(parts)
