@@ -52,7 +52,12 @@ def test_the_table_the_advice_and_the_page(tmp_path: Path) -> None:
     args = ("--text", str(tmp_path / "text"), "--budget", "1%", "--plot", str(page))
     done = run(*MEASURE, *SHORT, "--kv-format", "fp16", *args)
     assert (done.returncode, done.stderr) == (0, b"")
-    for word in (b"bf16 (exact)", b"values recalled", b"Take fp16: ", b"saves nothing"):
+    for word in (
+        b"bf16 (exact)",
+        b"values recalled",
+        b"Keep the exact cache",
+        b"is fp16, which saves nothing",
+    ):
         assert word in done.stdout
     assert page.read_text().startswith("<!DOCTYPE html>")
 

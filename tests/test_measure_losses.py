@@ -190,7 +190,7 @@ def test_of_few_tokens_the_upper_end_is_judged() -> None:
 
 
 def test_a_recommendation_that_saves_nothing_says_so() -> None:
-    assert "it saves nothing" in recommend([made("fp32", 4096, 0.0)], 1).describe()
+    assert "is fp32, which saves nothing" in recommend([made("fp32", 4096, 0.0)], 1).describe()
     assert "1.94 times as much context" in recommend(SIZES, 0.1).describe()
 
 

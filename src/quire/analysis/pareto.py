@@ -38,13 +38,16 @@ class Recommendation:
                 f"No setting stays under {self.budget:.3g} % perplexity ({self.judged_by}); keep "
                 "the exact cache, or measure others."
             )
-        setting, change = self.chosen.setting, self.chosen.summary.perplexity_change
-        gain = f"{self.chosen.compression:.2f} times as much context in the same memory"
+        name, change = self.chosen.setting.name, self.chosen.summary.perplexity_change
         if self.chosen.compression <= 1:
-            gain = "it saves nothing against the exact cache"
+            return (
+                f"Keep the exact cache: of what stays under {self.budget:.3g} % perplexity "
+                f"({self.judged_by}) the smallest is {name}, which saves nothing."
+            )
         return (
-            f"Take {setting.name}: {change:+.3%} perplexity, {gain}. It is the smallest under "
-            f"{self.budget:.3g} % ({self.judged_by})."
+            f"Take {name}: {change:+.3%} perplexity, {self.chosen.compression:.2f} times as much "
+            f"context in the same memory. It is the smallest under {self.budget:.3g} % "
+            f"({self.judged_by})."
         )
 
 

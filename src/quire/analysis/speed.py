@@ -14,6 +14,7 @@ __all__ = ["Speed", "measure_speed"]
 
 NEW_TOKENS = 32
 REPEATS = 3
+ATTENTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Speed:
     context                 tokens before the first that is decoded
     decode_tokens_per_s     median of three requests, after one that is not counted
     attention_bytes_per_s   bytes of keys and values that one token's attention reads in all
-                            layers, per second of attention alone. A cache that fits the processor's
-                            own can exceed what memory gives
+                            layers, per second of attention alone, median of 20. A cache that
+                            fits the processor's own can exceed what memory gives
     """
 
     context: int
@@ -46,7 +47,7 @@ def _attention_rate(engine: Engine, tokens: Sequence[int]) -> float:
     with engine.forced() as text:
         text.read(tokens)
         used = text.usage.used_bytes
-        seconds = [_attend_once(engine, text) for _ in range(2 * REPEATS + 1)]
+        seconds = [_attend_once(engine, text) for _ in range(ATTENTIONS + 1)]
     return used / statistics.median(seconds[1:])
 
 

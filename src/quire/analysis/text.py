@@ -46,7 +46,7 @@ def documents(codec: TextCodec, texts: Mapping[str, str]) -> tuple[list[int], li
         if len(found[-1]) < 2:
             raise RequestError(f"{name} has {len(found[-1])} tokens; at least 2 are needed")
     plain, special = codec.encode("a", add_special_tokens=False), codec.encode("a")
-    return special[: special.index(plain[0])], found
+    return special[: special.index(plain[0]) if plain[0] in special else 0], found
 
 
 def passages(lead: Sequence[int], document: Sequence[int], size: int) -> list[Passage]:

@@ -11,13 +11,15 @@ from quire.cli.progress import measuring_progress
 from quire.cli.reading import decode_utf8
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from quire.analysis.candidates import Setting
     from quire.analysis.pareto import Recommendation
     from quire.analysis.quality import Measurement, Report
 
 __all__ = ["measure"]
 
-DEFAULT_TOKENS = 16384
+DEFAULT_TOKENS = 8192
 
 
 def _budget(ctx: click.Context, option: click.Parameter, text: str | None) -> float | None:
@@ -223,61 +225,73 @@ def _numbers(found: "Measurement") -> dict[str, Any]:
 
 def _print(report: "Report", model: str, backend: str) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from quire.analysis.quality import Measurement
 
     rows = [report.exact, *(m for _, m in report.candidates if isinstance(m, Measurement))]
-    context = "" if report.exact.speed is None else f"; speed after {report.exact.speed.context}"
-    table = Table(
-        title=f"{model} on {backend}: {report.tokens:,} tokens predicted in passages of "
-        f"{report.context:,}{context}",
-        caption="± 95 % intervals; KL in nats a token; decode and attention of one sequence",
+    click.echo(
+        f"{model} on {backend}: {report.tokens:,} tokens predicted in passages of "
+        f"{report.context:,}, ± 95 % intervals, KL in nats a token\n"
     )
-    heads = ("cache", "bytes/token", "smaller", "perplexity", "change", "KL mean", "KL p99")
-    for name in (*heads, "same top-1", "recall", "decode tok/s", "attention GB/s"):
-        table.add_column(name, justify="left" if name == "cache" else "right")
-    for each in rows:
-        table.add_row(*_cells(each, each is report.exact))
-    Console().print(table)
-    _print_recall(report, rows)
+    names = ("cache", "bytes/\ntoken", "smaller", "perplex-\nity", "change", "KL mean", "KL p99")
+    Console().print(_table([*names, "same\ntop-1"], [_losses(r, r is report.exact) for r in rows]))
+    click.echo()
+    if report.recall_missing is not None:
+        click.echo(f"recall was not asked: {report.recall_missing}\n")
+    if report.exact.recall is not None or report.exact.speed is not None:
+        heads = ["cache", "decode\ntok/s", "attn.\nGB/s", *(report.exact.recall or ()), "recalled"]
+        Console().print(_table(heads, [_recall(r, r is report.exact) for r in rows]))
+        speed = report.exact.speed
+        after = "" if speed is None else f"speeds of one sequence after {speed.context:,} tokens; "
+        click.echo(f"{after}values recalled by distance in tokens\n")
 
 
-def _cells(each: "Measurement", exact: bool) -> list[str]:
-    summary, speed = each.summary, each.speed
+def _table(heads: list[str], rows: list[list[str]]) -> "Table":
+    """Narrow enough for 80 columns, with a rule below the heads."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for number, head in enumerate(heads):
+        first = number == 0
+        table.add_column(head, justify="left" if first else "right", no_wrap=not first)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _name(each: "Measurement", exact: bool) -> str:
+    return f"{each.setting.name} (exact)" if exact else each.setting.name
+
+
+def _losses(each: "Measurement", exact: bool) -> list[str]:
+    summary = each.summary
     low, high = summary.perplexity_change_interval
+    lost = [
+        f"{summary.perplexity_change:+.3%} ±{(high - low) / 2:.3%}",
+        f"{summary.kl_mean:.2e}",
+        f"{summary.kl_p99:.2e}",
+        f"{summary.top1_agreement:.2%}",
+    ]
     return [
-        f"{each.setting.name} (exact)" if exact else each.setting.name,
+        _name(each, exact),
         f"{each.bytes_per_token:,.0f}",
         f"{each.compression:.2f}x",
         f"{summary.perplexity:.3f}",
-        "" if exact else f"{summary.perplexity_change:+.3%} ±{(high - low) / 2:.3%}",
-        "" if exact else f"{summary.kl_mean:.2e}",
-        "" if exact else f"{summary.kl_p99:.2e}",
-        "" if exact else f"{summary.top1_agreement:.2%}",
-        "" if each.recall_mean is None else f"{each.recall_mean:.1%}",
-        "" if speed is None else f"{speed.decode_tokens_per_s:.0f}",
-        "" if speed is None else f"{speed.attention_bytes_per_s / 1e9:.1f}",
+        *([""] * len(lost) if exact else lost),
     ]
 
 
-def _print_recall(report: "Report", rows: list["Measurement"]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if report.recall_missing is not None:
-        click.echo(f"recall was not asked: {report.recall_missing}")
-    if report.exact.recall is None:
-        return
-    table = Table(title="values recalled, by distance in tokens")
-    table.add_column("cache")
-    for distance in report.exact.recall:
-        table.add_column(distance, justify="right")
-    table.add_column("all, 95 % interval", justify="right")
-    for each in rows:
-        if each.recall is not None and each.recall_interval is not None:
-            low, high = each.recall_interval
-            name = f"{each.setting.name} (exact)" if each is report.exact else each.setting.name
-            shares = [f"{share:.0%}" for share in each.recall.values()]
-            table.add_row(name, *shares, f"{each.recall_mean:.1%} [{low:.1%}, {high:.1%}]")
-    Console().print(table)
+def _recall(each: "Measurement", exact: bool) -> list[str]:
+    speed, shares = each.speed, (each.recall or {}).values()
+    whole = ""
+    if each.recall_interval is not None:
+        low, high = each.recall_interval
+        whole = f"{each.recall_mean:.1%} [{100 * low:.0f}, {100 * high:.0f}]"
+    return [
+        _name(each, exact),
+        "" if speed is None else f"{speed.decode_tokens_per_s:.0f}",
+        "" if speed is None else f"{speed.attention_bytes_per_s / 1e9:.1f}",
+        *(f"{share:.0%}" for share in shares),
+        whole,
+    ]
