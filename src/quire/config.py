@@ -286,6 +286,8 @@ class EngineConfig:
     max_batch_tokens   tokens computed in one step, over all sequences; longer prompts are
                        prefilled in chunks.
     max_sequences      sequences that run at a time; each takes at least one token of a step.
+    shadow             share of finished requests, 0 to 1, that are read again with the exact cache
+                       to count where it would have answered otherwise.
     """
 
     backend: str = "auto"
@@ -293,8 +295,15 @@ class EngineConfig:
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     max_batch_tokens: int = 512
     max_sequences: int = 64
+    shadow: float = 0.0
 
     def __post_init__(self) -> None:
+        number = isinstance(self.shadow, int | float) and not isinstance(self.shadow, bool)
+        if not number or not 0 <= self.shadow <= 1:
+            raise ConfigError(
+                "EngineConfig: shadow must be a share of requests from 0 to 1, such as 0.01, not "
+                f"{self.shadow!r}"
+            )
         _require_int("EngineConfig", "max_batch_tokens", self.max_batch_tokens)
         _require_int("EngineConfig", "max_sequences", self.max_sequences)
         if self.threads is not None:

@@ -17,6 +17,7 @@ from quire.cli.chat import chat
 from quire.cli.doctor import doctor
 from quire.cli.generate import generate
 from quire.cli.inspect import inspect
+from quire.cli.measure import measure
 from quire.errors import QuireError, did_you_mean
 
 __all__ = ["cli", "main"]
@@ -57,7 +58,7 @@ def cli() -> None:
     """
 
 
-for command in (generate, chat, bench, doctor, inspect):
+for command in (generate, chat, bench, measure, doctor, inspect):
     cli.add_command(command)
 
 

@@ -12,11 +12,18 @@ from quire.cli.progress import loading_progress
 if TYPE_CHECKING:
     from quire.engine import Engine, SamplingParams
 
-__all__ = ["engine_options", "make_engine", "sampling_options", "sampling_params"]
+__all__ = [
+    "backend_options",
+    "engine_options",
+    "make_engine",
+    "make_model",
+    "sampling_options",
+    "sampling_params",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_ENGINE = (
+_BACKEND = (
     click.option(
         "-m",
         "--model",
@@ -36,6 +43,10 @@ _ENGINE = (
         metavar="N",
         help="Threads of the native backend.  [default: what affinity and quota allow]",
     ),
+)
+
+_ENGINE = (
+    *_BACKEND,
     click.option(
         "--kv-format",
         default="auto",
@@ -137,6 +148,7 @@ def _with(options: tuple[Callable[[Any], Any], ...]) -> Callable[[_F], _F]:
     return lambda command: functools.reduce(lambda f, option: option(f), options[::-1], command)
 
 
+backend_options = _with(_BACKEND)
 engine_options = _with(_ENGINE)
 sampling_options = _with(_SAMPLING)
 
@@ -148,7 +160,6 @@ def make_engine(options: dict[str, Any]) -> "Engine":
     named and which config keys were not understood.
     """
     from quire.config import CacheConfig
-    from quire.engine import Engine
 
     model = options.pop("model")
     cache = CacheConfig(
@@ -157,19 +168,33 @@ def make_engine(options: dict[str, Any]) -> "Engine":
         **{name: options.pop(name) for name in _TIERS},
         **_pool_size(options.pop("num_pages"), options.pop("kv_memory")),
     )
+    backend, threads = options.pop("backend"), options.pop("threads")
+    most = options.pop("max_batch_tokens")
+    engine = _load(model, backend=backend, threads=threads, cache=cache, max_batch_tokens=most)
+    _warn_of_tiers(engine)
+    click.get_current_context().call_on_close(functools.partial(_close, engine))
+    return engine
+
+
+def make_model(page_size: int, options: dict[str, Any]) -> "Engine":
+    """The engine that ``backend_options`` describe, with a cache of one page: to make twins of.
+
+    Takes its options out of ``options`` and says what :func:`make_engine` says.
+    """
+    from quire.analysis.candidates import base_config
+
+    backend, threads = options.pop("backend"), options.pop("threads")
+    base = base_config(backend=backend, threads=threads, page_size=page_size)
+    return _load(options.pop("model"), backend=backend, threads=threads, cache=base.cache)
+
+
+def _load(model: str | None, **settings: Any) -> "Engine":
+    from quire.engine import Engine
+
     if model is None:
         click.echo("quire: no --model given, using the built-in model quill", err=True)
     with loading_progress() as progress:
-        engine = Engine(
-            model,
-            backend=options.pop("backend"),
-            threads=options.pop("threads"),
-            cache=cache,
-            max_batch_tokens=options.pop("max_batch_tokens"),
-            progress=progress,
-        )
-    _warn_of_tiers(engine)
-    click.get_current_context().call_on_close(functools.partial(_close, engine))
+        engine = Engine(model, progress=progress, **settings)
     ignored = engine.model_config.ignored_keys
     if ignored:
         click.echo(

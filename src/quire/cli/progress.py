@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["loading_progress", "prefill_progress"]
+__all__ = ["loading_progress", "measuring_progress", "prefill_progress"]
 
 
 @contextmanager
@@ -15,6 +15,16 @@ def loading_progress() -> Iterator[Callable[[str, int, int], None] | None]:
         return
     with _bar() as draw:
         yield lambda what, done, total: draw(f"loading {what}", done, total)
+
+
+@contextmanager
+def measuring_progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback (what, done, total) that draws a bar; None if there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with _bar() as draw:
+        yield draw
 
 
 @contextmanager

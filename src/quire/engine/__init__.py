@@ -1,6 +1,6 @@
 """The engine: requests in, tokens out."""
 
-from quire.engine.engine import Engine, EngineStatus
+from quire.engine.engine import Engine
 from quire.engine.request import (
     Completion,
     Request,
@@ -8,6 +8,8 @@ from quire.engine.request import (
     StepOutput,
     TokenLogprob,
 )
+from quire.engine.shadow import ShadowUsage
+from quire.engine.status import EngineStatus
 
 __all__ = [
     "Completion",
@@ -15,6 +17,7 @@ __all__ = [
     "EngineStatus",
     "Request",
     "SamplingParams",
+    "ShadowUsage",
     "StepOutput",
     "TokenLogprob",
 ]

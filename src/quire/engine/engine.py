@@ -3,12 +3,12 @@
 Not thread-safe: one thread drives an engine.
 """
 
+import copy
 import functools
 import itertools
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends import create_backend
-from quire.cache import CacheUsage, PrefixQuery
+from quire.cache import PrefixQuery
 from quire.cache.session import SessionFile, write_session
-from quire.cache.tiers import TierUsage
 from quire.config import CacheConfig, EngineConfig, refuse_unknown
 from quire.engine.beam import BeamSearch
 from quire.engine.beams import BeamGroup
 from quire.engine.completion import completion_of
 from quire.engine.explain import PrefixExplanation, explain
+from quire.engine.forced import ForcedText
 from quire.engine.identity import describe, identity_bytes
 from quire.engine.loads import Loads
 from quire.engine.output import TextStream
@@ -43,33 +43,23 @@ from quire.engine.request import (
 from quire.engine.sampler import choose, logprobs_of, require_finite, uniform
 from quire.engine.scheduler import Limits, StepPlan, places, plan_step
 from quire.engine.sessions import Session, load_session, no_pages, pages_of
-from quire.engine.storage import layout_of, make_cache, open_tiers, require_formats
+from quire.engine.shadow import OpenedShadow, Shadow
+from quire.engine.status import EngineStatus, lossy_layers
+from quire.engine.storage import (
+    exact_config,
+    layout_of,
+    make_cache,
+    open_tiers,
+    require_formats,
+)
 from quire.engine.streamed import StreamedRun, StreamPlan, plan_stream
 from quire.engine.tiering import PrefixTiers, compute_pace
-from quire.errors import CacheFull, QuireError, RequestError, SessionError
+from quire.errors import CacheFull, ConfigError, QuireError, RequestError, SessionError
 from quire.machine import this_machine
 from quire.models import Progress, load_model, resolve_model
 from quire.pages import page_format
 
-__all__ = ["Engine", "EngineStatus"]
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """What an engine is doing: samples by status, KV bytes, preemptions since it started.
-
-    pins          prefixes that are held by :meth:`Engine.pin`
-    pins_dropped  those that had to be let go early, since nothing could run beside them
-    tiers         what each tier below the pool holds and did
-    """
-
-    running: int
-    waiting: int
-    kv: CacheUsage
-    preemptions: int
-    pins: int = 0
-    pins_dropped: int = 0
-    tiers: tuple[TierUsage, ...] = ()
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -93,24 +83,48 @@ class Engine:
         cache: CacheConfig | None = None,
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
+        shadow: float = 0.0,
         progress: Progress | None = None,
         **unknown: object,
     ) -> None:
-        known = ["backend", "threads", "cache", "max_batch_tokens", "max_sequences", "progress"]
-        refuse_unknown("Engine", unknown, known)
-        self.config = EngineConfig(
+        known = ["backend", "threads", "cache", "max_batch_tokens", "max_sequences", "shadow"]
+        refuse_unknown("Engine", unknown, [*known, "progress"])
+        config = EngineConfig(
             backend=backend,
             threads=threads,
             cache=CacheConfig() if cache is None else cache,
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
+            shadow=shadow,
         )
         self.directory = resolve_model(model)
         self.backend = create_backend(backend, threads)
-        require_formats(self.config.cache, self.backend)  # before anything is loaded
+        require_formats(config.cache, self.backend)  # before anything is loaded
         self._loaded = load_model(self.directory, self.backend, progress)
         self.model_config = self._loaded.config
         self.codec = self._loaded.codec
+        self._set_up(config)
+
+    def twin(self, config: EngineConfig) -> "Engine":
+        """Another engine on the same loaded weights, with settings, cache and queues of its own.
+
+        The same thread must drive both. Raises ConfigError for settings that cannot be used, and
+        for another backend or number of threads, which belong to the weights.
+        """
+        own = (self.config.backend, self.config.threads)
+        if (config.backend, config.threads) != own:
+            raise ConfigError(
+                f"a twin computes with backend and threads {own}, not "
+                f"{(config.backend, config.threads)}; load another Engine for that"
+            )
+        other = copy.copy(self)
+        vars(other).pop("identity", None)  # of other settings
+        other._set_up(config)
+        return other
+
+    def _set_up(self, config: EngineConfig) -> None:
+        """Everything but the weights: cache, tiers, queues."""
+        self.config = config
         self._layout = layout_of(self.config, self._loaded)
         keyed = self.config.cache.cache_dir is not None  # pages that outlive the process
         identity = identity_bytes(self.identity) if keyed else b""
@@ -119,7 +133,8 @@ class Engine:
         self._prompts = PromptReader(self.directory, self.model_config, self.codec, self.cache)
         self._tiers = self._open_tiers()
         self._queues = Queues(self.cache)
-        self._loads = Loads(self._queues, self.cache, self._tiers, max_sequences)
+        self._loads = Loads(self._queues, self.cache, self._tiers, config.max_sequences)
+        self._shadow = self._make_shadow()
         self._streamed: StreamedRun | None = None
         self._undecided: list[Sample] = []
         self._searches: dict[Request, BeamGroup] = {}
@@ -181,29 +196,41 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while a request is waiting or running."""
+        """True while a request is waiting or running, or a shadow is being read."""
+        return self._is_serving or (self._shadow is not None and self._shadow.pending)
+
+    @property
+    def _is_serving(self) -> bool:
         return bool(self._queues.waiting or self._queues.running)
 
     def step(self) -> list[StepOutput]:
         """One forward pass over a batch of prefill chunks and decodes; what it brought.
 
         If it raises, the cache and the queues are as before the pass, and a later step repeats it.
+        With ``shadow`` it then reads one chunk of a shadow.
         """
+        outputs = self._serve()
+        if self._shadow is not None:
+            self._shadow.step()
+        return outputs
+
+    def _serve(self) -> list[StepOutput]:
+        """A step of the requests."""
         self._pins.expire()
         self._recover()
         waiting = self._before_stream()
-        if not waiting and not self._queues.running and self.has_work:
+        if not waiting and not self._queues.running and self._is_serving:
             return self._stream_on(self._queues.waiting[0])
         self._loads.finish()
         self._loads.start(waiting)
         plan = self._plan()
         if not plan.chunks and self._loads.wait():
             return []
-        while not plan.chunks and self.has_work and self._pins.drop_one():
+        while not plan.chunks and self._is_serving and self._pins.drop_one():
             plan = self._plan()
         self._start(plan)
         if not plan.chunks:
-            if self.has_work:
+            if self._is_serving:
                 raise QuireError(
                     f"no sample can run: {len(self._queues.running)} running, "
                     f"{len(self._queues.waiting)} waiting, {self.cache.free_pages} of "
@@ -226,6 +253,8 @@ class Engine:
         for sample in [*self._queues.waiting, *self._queues.running]:
             if not sample.request.finished:
                 self.cancel(sample.request)
+        if self._shadow is not None:
+            self._shadow.drop()
         if self._tiers is not None:
             self._tiers.close()
             self._tiers = None
@@ -253,6 +282,7 @@ class Engine:
         """Completions of all prompts, in their order, the ``n`` samples of each side by side.
 
         One prompt may be given without a list. Interrupted, it cancels what it had submitted.
+        Shadows are read to their end.
         """
         requests: list[Request] = []
         try:
@@ -263,6 +293,8 @@ class Engine:
             for request in requests:
                 self.cancel(request)
             raise
+        while self._shadow is not None and self._shadow.pending:
+            self._shadow.step()
         return [completion for request in requests for completion in request.completions]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
@@ -292,19 +324,17 @@ class Engine:
         self._require_pool("logits()")
         tokens = self._prompts.tokens(prompt)
         self._prompts.require_context(len(tokens), 0)
-        out = np.empty((len(tokens), self.model_config.vocab_size), np.float32)
-        sequence = self.cache.create()
-        try:
-            start = 0
-            while start < len(tokens):
-                size = min(self.config.max_batch_tokens, len(tokens) - start)
-                chunk = tokens[start : start + self._affordable(sequence, size)]
-                end = start + len(chunk)
-                out[start:end] = self._forward([(sequence, chunk, range(len(chunk)))])
-                start = end
-        finally:
-            self.cache.release(sequence)
-        return out
+        with self.forced() as text:
+            return text.score(tokens)
+
+    def forced(self) -> ForcedText:
+        """An open sequence whose tokens are told, not chosen: for scoring text.
+
+        Raises CacheFull while a context larger than the pool is running.
+        """
+        self._require_pool("teacher forcing")
+        shape = (self.config.max_batch_tokens, self.model_config.vocab_size)
+        return ForcedText(self.cache, self._forward, self._affordable, shape)
 
     def explain_prefix(self, prompt: Prompt, *, salt: str = "") -> PrefixExplanation:
         """What of a prompt is cached now and why the rest is not; changes nothing."""
@@ -379,6 +409,8 @@ class Engine:
             pins=self._pins.count,
             pins_dropped=self._pins.dropped,
             tiers=() if self._tiers is None else self._tiers.usage(),
+            lossy=lossy_layers(self._layout),
+            shadow=None if self._shadow is None else self._shadow.usage,
         )
 
     def decode_bytes(self, context: int) -> int:
@@ -399,6 +431,16 @@ class Engine:
     @property
     def _limits(self) -> Limits:
         return Limits(self.config.max_batch_tokens, self.config.max_sequences)
+
+    def _make_shadow(self) -> Shadow | None:
+        if self.config.shadow == 0:
+            return None
+        return Shadow(self.config.shadow, self.config.max_batch_tokens, self._open_exact)
+
+    def _open_exact(self, tokens: int) -> OpenedShadow:
+        """A sequence in an exact cache of just so many tokens; QuireError if it is too large."""
+        exact = self.twin(exact_config(self.config, self._loaded, tokens, self.cache.usage()))
+        return OpenedShadow(exact.forced(), exact.cache.usage().pool_bytes)
 
     # -- inside: a step ----------------------------------------------------------------------
 
@@ -610,6 +652,8 @@ class Engine:
         params, reply = request.params, sample.new_tokens
         greedy = params.temperature == 0
         draw = 0.0 if greedy else uniform(request.seed, sample.index, len(sample.tokens))
+        if self._shadow is not None:
+            self._shadow.note(sample, logits)
         try:
             token = choose(logits, request.prompt_tokens, reply, params, draw)
         except QuireError as error:
@@ -666,4 +710,6 @@ class Engine:
             text.flush()
         completion = completion_of(sample, text.text, reason, stopped_by, error)
         sample.completion = completion
+        if self._shadow is not None:
+            self._shadow.finished(sample, whole=reason in ("stop", "length"))
         return completion

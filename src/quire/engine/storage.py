@@ -1,19 +1,20 @@
 """The cache and the tiers that an engine's settings describe."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from quire.backends import Backend
-from quire.cache import KVCache
+from quire.cache import CacheUsage, KVCache
 from quire.cache.tiers import HostTier, Tier
 from quire.config import CacheConfig, EngineConfig, format_bytes
 from quire.errors import ConfigError
 from quire.format_choice import AUTO, parse_formats
-from quire.layout import CacheLayout, cache_layout, fit_pages
+from quire.layout import CacheLayout, cache_layout, fit_pages, pages_for
 from quire.models import LoadedModel
 from quire.pages import page_format
 
-__all__ = ["layout_of", "make_cache", "open_tiers", "require_formats"]
+__all__ = ["exact_config", "layout_of", "make_cache", "open_tiers", "require_formats"]
 
 
 def require_formats(settings: CacheConfig, backend: Backend) -> None:
@@ -52,6 +53,27 @@ def make_cache(
         backend.pool(shape, num_pages[of_layer[layer]]) for layer, shape in enumerate(layout.shapes)
     ]
     return KVCache(layout, num_pages, pools, identity if settings.prefix_cache else None)
+
+
+def exact_config(
+    config: EngineConfig, loaded: LoadedModel, tokens: int, usage: CacheUsage
+) -> EngineConfig:
+    """Settings of an exact cache for one sequence of ``tokens``, beside a pool of ``usage``.
+
+    Exact is the checkpoint's own dtype, nothing shared. Raises ConfigError, with the numbers, for
+    pages that take more than that pool: what watches must not cost more than what it watches.
+    """
+    cache = CacheConfig(page_size=config.cache.page_size, num_pages=1, prefix_cache=False)
+    exact = dataclasses.replace(config, cache=cache, max_sequences=1, shadow=0.0)
+    layout = layout_of(exact, loaded)
+    pages = pages_for(tokens, layout.page_size)
+    wanted = pages * sum(layout.page_bytes(group) for group in range(len(layout.groups)))
+    if wanted > usage.pool_bytes:
+        raise ConfigError(
+            f"{tokens} tokens in an exact cache take {format_bytes(wanted)}, more than the pool of "
+            f"{format_bytes(usage.pool_bytes)}"
+        )
+    return dataclasses.replace(exact, cache=dataclasses.replace(cache, num_pages=pages))
 
 
 def open_tiers(

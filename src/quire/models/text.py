@@ -59,6 +59,10 @@ class TextCodec:
         """One token as text, special or not."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Token ids by how the tokenizer spells each token."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt text for ``messages`` (``role`` and ``content``), ready for a reply.
 
