@@ -49,7 +49,7 @@ def bend(monkeypatch: pytest.MonkeyPatch, format: str, how: Callable[[Any], Any]
 
     def bent(texts: Sequence[ForcedText], tokens: Sequence[int]) -> Any:
         logits = score_together(texts, tokens)
-        name = texts[0].cache.layout.shapes[0].format.name
+        name = texts[0].cache.layout.shapes[0].key_format.name
         return how(logits) if name == format else logits
 
     monkeypatch.setattr(walk, "score_together", bent)

@@ -249,4 +249,4 @@ def _lanes(model: Engine, context: int) -> int:
     """Passages at a time, so that neither their exact cache nor a step's logits grow large."""
     kept = model.cache.usage().bytes_per_token * context
     row = 8 * model.model_config.vocab_size
-    return max(1, min(MOST_LANES, LANES_BYTES // kept, LANES_BYTES // row))
+    return max(1, min(MOST_LANES, int(LANES_BYTES // kept), LANES_BYTES // row))
