@@ -40,7 +40,7 @@ from quire.engine.request import (
     Status,
     StepOutput,
 )
-from quire.engine.sampler import choose, logprobs_of, require_finite, uniform
+from quire.engine.sampler import choose, is_plain, likeliest, logprobs_of, uniform
 from quire.engine.scheduler import Limits, StepPlan, places, plan_step
 from quire.engine.sessions import Session, load_session, no_pages, pages_of
 from quire.engine.storage import layout_of, make_cache, open_tiers
@@ -126,6 +126,7 @@ class Engine:
         self._searches: dict[Request, BeamGroup] = {}
         self._texts: dict[Sample, TextStream] = {}
         self._arrivals = 0
+        self._limits = Limits(max_batch_tokens, max_sequences)
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -158,6 +159,9 @@ class Engine:
         stream = self._plan_stream(tokens, params)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         request = Request(self._arrivals, tokens, params, seed, time.perf_counter(), salt=salt)
+        request.stop_tokens = self._stop_tokens(params)
+        longest = len(tokens) + params.max_new_tokens
+        request.most_tokens = min(longest, self.model_config.max_position)
         search = self._search(request) if params.beam_width > 1 else None
         samples = max(params.n, params.beam_width)
         request.samples = tuple(Sample(request, i, list(tokens)) for i in range(samples))
@@ -394,12 +398,6 @@ class Engine:
         )
         return self._loaded.bytes_read_a_step + sum(seen)
 
-    # -- inside: set-up and checks -----------------------------------------------------------
-
-    @property
-    def _limits(self) -> Limits:
-        return Limits(self.config.max_batch_tokens, self.config.max_sequences)
-
     # -- inside: a step ----------------------------------------------------------------------
 
     def _start(self, plan: StepPlan) -> None:
@@ -477,7 +475,7 @@ class Engine:
             assert sample.sequence is not None
             ends = count == sample.pending
             chunk = sample.tokens[sample.computed : sample.computed + count]
-            parts.append((sample.sequence, chunk, [count - 1] if ends else []))
+            parts.append((sample.sequence, chunk, (count - 1,) if ends else ()))
             if ends:
                 deciding.append(sample)
         started = time.perf_counter()
@@ -502,7 +500,7 @@ class Engine:
 
         As many as there are free places for; the others find the prompt in the prefix index.
         """
-        if first.index or first.new_tokens or len(first.request.samples) == 1:
+        if len(first.request.samples) == 1 or first.index or first.new_tokens:
             return []
         assert first.sequence is not None
         free = self.config.max_sequences - places(self._queues.running)
@@ -524,15 +522,14 @@ class Engine:
                 f"{params.beam_width} beams cannot begin with different tokens of a vocabulary of "
                 f"{self.model_config.vocab_size}; lower beam_width"
             )
-        most = min(params.max_new_tokens, self.model_config.max_position - prompt)
-        stop = self._stop_tokens(params)
-        return BeamSearch(params.beam_width, params.length_penalty, stop, most)
+        most = request.most_tokens - prompt
+        return BeamSearch(params.beam_width, params.length_penalty, request.stop_tokens, most)
 
     def _search_on(self, sample: Sample, logits: npt.NDArray[np.float32]) -> list[StepOutput]:
         """Give a beam its logits float32 [vocab]; what the search gives back when it ends."""
         request = sample.request
         try:
-            require_finite(logits, len(sample.tokens) - 1)
+            likeliest(logits, len(sample.tokens) - 1)  # raises if they are not finite
         except QuireError as error:
             return self._fail_search(request, str(error))
         found = self._searches[request].gather(sample, logits, self._queues, self.cache)
@@ -607,11 +604,13 @@ class Engine:
     def _decide(self, sample: Sample, logits: npt.NDArray[np.float32]) -> StepOutput:
         """Choose the next token of a sample from its logits float32 [vocab]."""
         request = sample.request
-        params, reply = request.params, sample.new_tokens
-        greedy = params.temperature == 0
-        draw = 0.0 if greedy else uniform(request.seed, sample.index, len(sample.tokens))
+        params, length = request.params, len(sample.tokens)
         try:
-            token = choose(logits, request.prompt_tokens, reply, params, draw)
+            if is_plain(params):
+                token = likeliest(logits, length - 1)
+            else:
+                draw = uniform(request.seed, sample.index, length) if params.temperature else 0.0
+                token = choose(logits, request.prompt_tokens, sample.new_tokens, params, draw)
         except QuireError as error:
             piece, _ = self._texts[sample].flush()
             completion = self._finish(sample, "error", None, str(error))
@@ -623,29 +622,25 @@ class Engine:
     def _accept(self, sample: Sample, token: int) -> StepOutput:
         request, now = sample.request, time.perf_counter()
         sample.tokens.append(token)
-        sample.first_token_at = sample.first_token_at or now
+        if sample.first_token_at is None:
+            sample.first_token_at = now
         sample.last_token_at = now
         text = self._texts[sample]
-        if token in self._stop_tokens(request.params):
+        if token in request.stop_tokens:
             piece, stopped = text.flush()
             completion = self._finish(sample, "stop", stopped or token)
             return StepOutput(request, sample.index, token, piece, completion)
         piece, stopped = text.push(token)
         reason: FinishReason | None = "stop" if stopped is not None else None
-        if stopped is None and self._is_full(sample):
+        if stopped is None and len(sample.tokens) >= request.most_tokens:
             rest, stopped = text.flush()
             piece, reason = piece + rest, "length" if stopped is None else "stop"
         ended = None if reason is None else self._finish(sample, reason, stopped)
         return StepOutput(request, sample.index, token, piece, ended)
 
-    def _stop_tokens(self, params: SamplingParams) -> set[int]:
+    def _stop_tokens(self, params: SamplingParams) -> frozenset[int]:
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
-        return {*params.stop_token_ids, *eos}
-
-    def _is_full(self, sample: Sample) -> bool:
-        new = len(sample.tokens) - len(sample.request.prompt_tokens)
-        full = len(sample.tokens) >= self.model_config.max_position
-        return full or new >= sample.request.params.max_new_tokens
+        return frozenset((*params.stop_token_ids, *eos))
 
     # -- inside: the end of a sample ---------------------------------------------------------
 

@@ -269,6 +269,9 @@ class Request:
     """A prompt that was submitted. ``arrival`` orders requests; ``submitted_at`` is in seconds.
 
     Prefixes are shared only with requests of the same ``salt``.
+
+    stop_tokens   ids that end a sample, the checkpoint's own included
+    most_tokens   a sample ends when it has so many, the prompt's included
     """
 
     arrival: int
@@ -278,6 +281,8 @@ class Request:
     submitted_at: float
     samples: tuple[Sample, ...] = ()
     salt: str = ""
+    stop_tokens: frozenset[int] = frozenset()
+    most_tokens: int = 0
 
     @property
     def finished(self) -> bool:
