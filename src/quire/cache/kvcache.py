@@ -21,7 +21,14 @@ from quire.cache.books import check_sequence
 from quire.cache.export import KVArrays, LayerKV, arrange, require_layout
 from quire.cache.prefix import PrefixIndex, PrefixMatch, PrefixQuery
 from quire.cache.raw import RawPages
-from quire.cache.sequence import Growth, Growths, Reservation, SequenceState, grown
+from quire.cache.sequence import (
+    Growth,
+    Growths,
+    PrefixChain,
+    Reservation,
+    SequenceState,
+    grown,
+)
 from quire.cache.sharing import PrefixSharing
 from quire.cache.table import PageTable
 from quire.cache.usage import CacheUsage
@@ -318,7 +325,7 @@ class KVCache:
                 if growth.copy_to is not None or growth.new_pages:
                     state.tables[index] = grown(table, growth)
             if count and state.chain is not None:
-                self._extend_chain(state, None if tokens is None else tokens[at])
+                self._extend_chain(state, state.chain, None if tokens is None else tokens[at])
             for index, group in self._windowed:
                 moved = self._leave_window(state, index, group) or moved
         if not moved:
@@ -404,11 +411,12 @@ class KVCache:
         if self.prefix is not None:
             self.prefix.evict(group, page)
 
-    def _extend_chain(self, state: SequenceState, tokens: Sequence[int] | None) -> None:
-        assert state.chain is not None
+    def _extend_chain(
+        self, state: SequenceState, chain: PrefixChain, tokens: Sequence[int] | None
+    ) -> None:
         assert self._sharing is not None
         if tokens is None:
-            self._sharing.index.leave(state.chain.node)
+            self._sharing.index.leave(chain.node)
             state.chain = None
         else:
             self._sharing.extend(state, tokens)
@@ -443,21 +451,22 @@ class KVCache:
         copied first. Empty if they take nothing in any group.
         """
         size = self.layout.page_size
-        offset, end_page = state.length % size, pages_for(state.length + count, size)
-        writes = count > 0 and offset > 0
-        needs, taking = [], False
-        for group, table in enumerate(state.tables):
-            add = max(0, end_page - table.end_page)
-            copy = writes and self._must_copy(group, table.pages[-1], offset)
-            needs.append((add, copy))
-            taking = taking or add > 0 or copy
-        return needs if taking else []
+        offset = state.length % size
+        copies = [
+            count > 0 and offset > 0 and self._must_copy(group, table.pages[-1], offset)
+            for group, table in enumerate(state.tables)
+        ]
+        if offset and offset + count <= size and True not in copies:
+            return []
+        end_page = pages_for(state.length + count, size)
+        adds = [max(0, end_page - table.end_page) for table in state.tables]
+        return list(zip(adds, copies, strict=True)) if any(adds) or any(copies) else []
 
     def _must_copy(self, group: int, page: int, offset: int) -> bool:
         """True if others need ``page`` as it is from token ``offset`` on."""
         if self._allocators[group].references(page) > 1:
             return True
-        return self._sharing is not None and self._sharing.is_read_by_others(group, page, offset)
+        return self.prefix is not None and self.prefix.is_read(group, page, offset)
 
     def _validated(self, chunks: Sequence[tuple[int, int]]) -> list[SequenceState]:
         states = []

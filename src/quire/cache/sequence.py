@@ -35,6 +35,11 @@ class Reservation:
     _growth: Sequence[Growths]
     _open: bool = True
 
+    @property
+    def grows(self) -> list[bool]:
+        """For each chunk, whether pages are set aside for it; else it has room on those it holds."""
+        return [bool(growths) for growths in self._growth]
+
 
 def grown(table: PageTable, growth: Growth) -> PageTable:
     """The table as it is after the commit of ``growth``."""

@@ -130,11 +130,6 @@ class PrefixSharing:
             self.index.insert_end(chain.node, chain.tail, ends)
         self.index.leave(chain.node)
 
-    def is_read_by_others(self, group: int, page: int, offset: int) -> bool:
-        """True if the index needs what is in ``page`` from token ``offset`` on."""
-        node = self.index.holder(group, page)
-        return node is not None and node.num_tokens > offset
-
     def _copies(self, match: PrefixMatch, new_tokens: int) -> list[bool]:
         """For each group, whether the unfinished page of ``match`` must be copied to be written."""
         if match.partial is None or new_tokens == 0:

@@ -473,8 +473,9 @@ class Engine:
         parts, deciding = [], []
         for sample, count in plan.chunks:
             assert sample.sequence is not None
-            ends = count == sample.pending
-            chunk = sample.tokens[sample.computed : sample.computed + count]
+            start = sample.computed
+            ends = start + count == len(sample.tokens)
+            chunk = sample.tokens[start : start + count]
             parts.append((sample.sequence, chunk, (count - 1,) if ends else ()))
             if ends:
                 deciding.append(sample)
@@ -485,13 +486,15 @@ class Engine:
             self._tiers.compute_pace.add(time.perf_counter() - started, tokens)
         for sample, count in plan.chunks:
             sample.computed += count
-        outputs = []
+        outputs: list[StepOutput] = []
         self._undecided = list(deciding)
         for sample, row in zip(deciding, logits, strict=True):
             if sample.request in self._searches:
                 outputs += self._search_on(sample, row)
             else:
-                outputs += [self._decide(each, row) for each in (sample, *self._fork(sample))]
+                forks = self._fork(sample) if len(sample.request.samples) > 1 else ()
+                outputs.append(self._decide(sample, row))
+                outputs += [self._decide(fork, row) for fork in forks]
             self._undecided.remove(sample)
         return outputs
 
@@ -500,7 +503,7 @@ class Engine:
 
         As many as there are free places for; the others find the prompt in the prefix index.
         """
-        if len(first.request.samples) == 1 or first.index or first.new_tokens:
+        if first.index or first.new_tokens:
             return []
         assert first.sequence is not None
         free = self.config.max_sequences - places(self._queues.running)
@@ -578,19 +581,26 @@ class Engine:
         """
         reservation = self.cache.reserve([(seq, len(tokens)) for seq, tokens, _ in parts])
         try:
-            for sample in samples:
-                assert sample.sequence is not None
-                held = self.cache.allocated_bytes(sample.sequence)
-                sample.kv_bytes_peak = max(sample.kv_bytes_peak, held)
-            tokens = [token for _, chunk, _ in parts for token in chunk]
-            starts = reservation.batch.query_indptr.tolist()
-            rows = [starts[i] + row for i, (_, _, wanted) in enumerate(parts) for row in wanted]
+            for sample, grows in zip(samples, reservation.grows, strict=False):
+                if grows or not sample.counted:
+                    self._count_bytes(sample)
+            tokens: list[int] = []
+            rows: list[int] = []
+            for _, chunk, wanted in parts:
+                rows += [len(tokens) + row for row in wanted]
+                tokens += chunk
             logits = self._loaded.model.forward(tokens, reservation.batch, self.cache.pools, rows)
         except BaseException:
             self.cache.rollback(reservation)
             raise
         self.cache.commit(reservation, [chunk for _, chunk, _ in parts])
         return logits
+
+    def _count_bytes(self, sample: Sample) -> None:
+        assert sample.sequence is not None
+        held = self.cache.allocated_bytes(sample.sequence)
+        sample.kv_bytes_peak = max(sample.kv_bytes_peak, held)
+        sample.counted = True
 
     def _affordable(self, sequence: int, tokens: int) -> int:
         """``tokens``, halved until free pages are enough for them; at least 1."""

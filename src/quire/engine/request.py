@@ -215,6 +215,7 @@ class Sample:
     cached_tokens  by tier, what was found in the cache when it first ran
     load      pages on their way up from a tier; until they are there it computes nothing
     stream    how to stream it from below, if its context is larger than the pool
+    counted   what it held in the last step is in ``kv_bytes_peak``
     parked    a beam whose logits are there, and not yet those of all its siblings
     asked_tiers   tiers had nothing to load since it began to wait
     """
@@ -228,6 +229,7 @@ class Sample:
     first_token_at: float | None = None
     last_token_at: float | None = None
     kv_bytes_peak: int = 0
+    counted: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
     preemptions: list[str] = field(default_factory=list)
     completion: Completion | None = None

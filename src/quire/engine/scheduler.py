@@ -173,7 +173,7 @@ class _Planner:
     def _fitting(self, sequence: int | PrefixMatch | None, want: int) -> tuple[int, Pages]:
         """The most tokens, up to ``want``, whose pages are free, and what they cost."""
         cost = self.cache.cost(sequence, want)
-        if _within(cost, self.free):
+        if not any(cost) or _within(cost, self.free):
             return want, cost
         sizes = range(1, want + 1)
         most = bisect_right(
@@ -184,7 +184,8 @@ class _Planner:
     def _take(self, sample: Sample, tokens: int, cost: Pages) -> None:
         self.chunks.append((sample, tokens))
         self.budget -= tokens
-        self.free = _subtract(self.free, cost)
+        if any(cost):
+            self.free = _subtract(self.free, cost)
 
     def _preempt(self, victim: Sample, older: Sample) -> None:
         assert victim.sequence is not None
