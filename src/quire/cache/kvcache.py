@@ -21,14 +21,7 @@ from quire.cache.books import check_sequence
 from quire.cache.export import KVArrays, LayerKV, arrange, require_layout
 from quire.cache.prefix import PrefixIndex, PrefixMatch, PrefixQuery
 from quire.cache.raw import RawPages
-from quire.cache.sequence import (
-    Growth,
-    Growths,
-    PrefixChain,
-    Reservation,
-    SequenceState,
-    grown,
-)
+from quire.cache.sequence import Growth, Growths, Reservation, SequenceState, grown
 from quire.cache.sharing import PrefixSharing
 from quire.cache.table import PageTable
 from quire.cache.usage import CacheUsage
@@ -324,8 +317,8 @@ class KVCache:
                     self._allocators[index].release([table.pages[-1]])
                 if growth.copy_to is not None or growth.new_pages:
                     state.tables[index] = grown(table, growth)
-            if count and state.chain is not None:
-                self._extend_chain(state, state.chain, None if tokens is None else tokens[at])
+            if count and self._sharing is not None:
+                self._sharing.extend(state, None if tokens is None else tokens[at])
             for index, group in self._windowed:
                 moved = self._leave_window(state, index, group) or moved
         if not moved:
@@ -411,16 +404,6 @@ class KVCache:
         if self.prefix is not None:
             self.prefix.evict(group, page)
 
-    def _extend_chain(
-        self, state: SequenceState, chain: PrefixChain, tokens: Sequence[int] | None
-    ) -> None:
-        assert self._sharing is not None
-        if tokens is None:
-            self._sharing.index.leave(chain.node)
-            state.chain = None
-        else:
-            self._sharing.extend(state, tokens)
-
     def _add(self, state: SequenceState) -> int:
         handle, self._next = self._next, self._next + 1
         self._sequences[handle] = state
@@ -464,9 +447,12 @@ class KVCache:
 
     def _must_copy(self, group: int, page: int, offset: int) -> bool:
         """True if others need ``page`` as it is from token ``offset`` on."""
-        if self._allocators[group].references(page) > 1:
-            return True
-        return self.prefix is not None and self.prefix.is_read(group, page, offset)
+        allocator = self._allocators[group]
+        if allocator.is_private(page):
+            return False
+        return allocator.references(page) > 1 or (
+            self.prefix is not None and self.prefix.is_read(group, page, offset)
+        )
 
     def _validated(self, chunks: Sequence[tuple[int, int]]) -> list[SequenceState]:
         states = []

@@ -107,7 +107,7 @@ def plan_step(
         planner.serve(active, at, min(want, planner.budget))
         at += 1
     admitted = planner.admit(active, waiting, limits.max_sequences)
-    samples, matches = tuple(s for s, _ in admitted), tuple(m for _, m in admitted)
+    samples, matches = tuple([s for s, _ in admitted]), tuple([m for _, m in admitted])
     return StepPlan(tuple(planner.chunks), samples, matches, tuple(planner.preempted))
 
 
