@@ -273,7 +273,8 @@ class KVCache:
         CacheError for an unknown, repeated or already reserved sequence or a negative count.
         """
         states = self._validated(chunks)
-        needs = [self._needs(state, count) for state, (_, count) in zip(states, chunks, strict=True)]
+        counts = [count for _, count in chunks]
+        needs = list(map(self._needs, states, counts))
         growth = self._take(chunks, needs) if any(needs) else [()] * len(chunks)
         try:
             if any(growth):
@@ -469,7 +470,7 @@ class KVCache:
     def _take(
         self, chunks: Sequence[tuple[int, int]], needs: Sequence[list[tuple[int, bool]]]
     ) -> list[Growths]:
-        """Allocate what is needed, all or none; CacheFull, with nothing changed, if it is not there."""
+        """Allocate all that is needed; CacheFull, with nothing changed, if pages run out."""
         for group, allocator in enumerate(self._allocators):
             wanted = sum(sum(need[group]) for need in needs if need)
             if wanted > allocator.available:

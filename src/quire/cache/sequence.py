@@ -37,7 +37,7 @@ class Reservation:
 
     @property
     def grows(self) -> list[bool]:
-        """For each chunk, whether pages are set aside for it; else it has room on those it holds."""
+        """For each chunk, whether pages are set aside for it; if not, those it has are enough."""
         return [bool(growths) for growths in self._growth]
 
 
