@@ -27,6 +27,19 @@ def test_exhaustion_takes_nothing_and_says_the_numbers() -> None:
     allocator.check(held + allocator.allocate(2))
 
 
+def test_a_page_is_private_while_one_holds_it_and_it_is_not_kept() -> None:
+    allocator = PageAllocator(2)
+    (page,) = allocator.allocate(1)
+    assert allocator.is_private(page)
+    assert not allocator.is_private(1 - page)  # free
+    allocator.retain([page])
+    assert not allocator.is_private(page)
+    allocator.release([page])
+    assert allocator.is_private(page)
+    allocator.keep(page)
+    assert not allocator.is_private(page)
+
+
 def test_a_shared_page_is_free_only_after_its_last_holder_left() -> None:
     allocator = PageAllocator(2)
     pages = allocator.allocate(2)

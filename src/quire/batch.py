@@ -51,6 +51,18 @@ class GroupBatch:
         at = self.indptr[sequence] + page - self.first_page[sequence]
         return self.indices[at] * self.page_size + offset
 
+    def next_tokens(self) -> "GroupBatch":
+        """See :meth:`PagedBatch.next_tokens`."""
+        return GroupBatch(
+            self.page_size,
+            self.window,
+            self.slots + 1,
+            self.indptr,
+            self.indices,
+            self.last_page_len + 1,
+            self.first_page,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class PagedBatch:
@@ -82,3 +94,11 @@ class PagedBatch:
         groups = tuple(replace(group, slots=group.slots[rows]) for group in self.groups)
         indptr = np.searchsorted(rows, self.query_indptr)
         return PagedBatch(self.positions[rows], indptr, groups, self.group_of_layer)
+
+    def next_tokens(self) -> "PagedBatch":
+        """Of a batch with one token of each sequence: that of their next ones, on the same pages.
+
+        The last page of each must have room. Arrays that do not change are shared, and stay.
+        """
+        groups = tuple([group.next_tokens() for group in self.groups])
+        return PagedBatch(self.positions + 1, self.query_indptr, groups, self.group_of_layer)

@@ -51,6 +51,10 @@ class PageAllocator:
         """True if ``page`` stays when its last holder leaves."""
         return bool(self._kept[page])
 
+    def is_private(self, page: int) -> bool:
+        """True if ``page`` has one holder and is not kept: nobody else reads it."""
+        return self._references[page] == 1 and not self._kept[page]
+
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` pages, one reference each; CacheFull (nothing taken) if too few."""
         if count > self.available:

@@ -11,23 +11,22 @@ import operator
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from quire.batch import PagedBatch
 from quire.cache.allocator import PageAllocator
+from quire.cache.batches import BatchBuilder
 from quire.cache.books import check_sequence
 from quire.cache.export import KVArrays, LayerKV, arrange, require_layout
 from quire.cache.prefix import PrefixIndex, PrefixMatch, PrefixQuery
 from quire.cache.raw import RawPages
-from quire.cache.sequence import Growth, Reservation, SequenceState, grown
+from quire.cache.sequence import Growth, Growths, Reservation, SequenceState, grown
 from quire.cache.sharing import PrefixSharing
-from quire.cache.table import PageTable, flatten
+from quire.cache.table import PageTable
 from quire.cache.usage import CacheUsage
 from quire.errors import CacheError, CacheFull
-from quire.layout import CacheLayout, pages_for
+from quire.layout import CacheLayout, LayerGroup, pages_for
 from quire.pages import PagePool
 
 __all__ = ["KVCache", "Reservation"]
@@ -76,7 +75,12 @@ class KVCache:
             self._sharing = PrefixSharing(layout, self._allocators, self.prefix)
         self._sequences: dict[int, SequenceState] = {}
         self._reservations: list[Reservation] = []
+        self._batches = BatchBuilder(layout)
         self._next = 0
+        # What every step asks for.
+        self._page_bytes = [layout.page_bytes(group) for group in range(len(layout.groups))]
+        self._windowed = [(g, group) for g, group in enumerate(layout.groups) if group.window]
+        self._no_pages = (0,) * len(layout.groups)
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -175,6 +179,7 @@ class KVCache:
         for allocator, table in zip(self._allocators, state.tables, strict=True):
             allocator.release(table.drop_back(max(end_page, table.first_page)))
         state.length = length
+        self._batches.forget()
         if state.chain is not None and self.prefix is not None:
             state.chain.back_to(self.prefix, length)
 
@@ -204,7 +209,7 @@ class KVCache:
     @property
     def free_pages(self) -> tuple[int, ...]:
         """Pages of each group that can be taken: free ones and cached ones that nobody holds."""
-        return tuple(allocator.available for allocator in self._allocators)
+        return tuple([allocator.available for allocator in self._allocators])
 
     @property
     def cached_pages(self) -> tuple[int, ...]:
@@ -227,11 +232,8 @@ class KVCache:
             sequence = None
         if sequence is None:
             return (pages_for(new_tokens, self.layout.page_size),) * len(self.layout.groups)
-        state = self._get(sequence)
-        return tuple(
-            self._pages_to_add(state, group, new_tokens) + self._must_copy(state, group, new_tokens)
-            for group in range(len(self.layout.groups))
-        )
+        needs = self._needs(self._get(sequence), new_tokens)
+        return tuple([add + copy for add, copy in needs]) if needs else self._no_pages
 
     def shareable(self, tokens: int) -> int:
         """How many of ``tokens`` leading tokens others can use while their sequence is open."""
@@ -270,23 +272,20 @@ class KVCache:
         only after :meth:`commit`. Raises CacheFull, with nothing changed, when pages run out, and
         CacheError for an unknown, repeated or already reserved sequence or a negative count.
         """
-        self._validate(chunks)
-        self._require_free(chunks)
-        growth = [
-            [
-                self._grow(self._get(sequence), group, count)
-                for group in range(len(self._allocators))
-            ]
-            for sequence, count in chunks
-        ]
+        states = self._validated(chunks)
+        counts = [count for _, count in chunks]
+        needs = list(map(self._needs, states, counts))
+        growth = self._take(chunks, needs) if any(needs) else [()] * len(chunks)
         try:
-            self._copy_shared(chunks, growth)
-            made = Reservation(tuple(chunks), self._batch(chunks, growth), growth)
+            if any(growth):
+                self._copy_shared(states, growth)
+            batch = self._batches.build(chunks, states, growth)
+            made = Reservation(tuple(chunks), batch, states, growth)
         except BaseException:
             self._give_back(growth)
             raise
-        for (sequence, _), growths in zip(chunks, growth, strict=True):
-            self._get(sequence).growth = growths
+        for state, growths in zip(states, growth, strict=True):
+            state.growth = growths
         self._reservations.append(made)
         return made
 
@@ -304,10 +303,12 @@ class KVCache:
         if len(counts) != len(reserved) or any(map(operator.gt, counts, reserved)):
             raise CacheError(f"ids of {counts} tokens are more than the {reserved} reserved")
         self._close(reservation)
-        for at, ((sequence, _), growths) in enumerate(
-            zip(reservation.chunks, reservation._growth, strict=True)
+        self._batches.forget()
+        moved = False
+        for at, (state, growths) in enumerate(
+            zip(reservation._states, reservation._growth, strict=True)
         ):
-            state, count = self._get(sequence), counts[at]
+            count = counts[at]
             if count < reserved[at]:
                 self._trim(state, growths, count)
             state.length += count
@@ -317,14 +318,12 @@ class KVCache:
                     self._allocators[index].release([table.pages[-1]])
                 if growth.copy_to is not None or growth.new_pages:
                     state.tables[index] = grown(table, growth)
-            if count:
-                self._extend_chain(state, None if tokens is None else tokens[at])
-            for group, allocator, table in zip(
-                self.layout.groups, self._allocators, state.tables, strict=True
-            ):
-                if group.window is not None:
-                    first = group.first_needed(state.length) // self.layout.page_size
-                    allocator.release(table.drop_front(first))
+            if count and self._sharing is not None:
+                self._sharing.extend(state, None if tokens is None else tokens[at])
+            for index, group in self._windowed:
+                moved = self._leave_window(state, index, group) or moved
+        if not moved:
+            self._batches.committed(reservation, counts)
 
     def rollback(self, reservation: Reservation) -> None:
         """Give the reserved pages back; every sequence is as it was before :meth:`reserve`."""
@@ -336,14 +335,10 @@ class KVCache:
     def allocated_bytes(self, sequence: int) -> int:
         """Bytes of the pages a sequence references: shared and reserved ones included."""
         state = self._get(sequence)
-        total = 0
-        for group, table in enumerate(state.tables):
-            pages = len(table.pages)
-            if state.growth is not None:
-                growth = state.growth[group]
-                pages += len(growth.new_pages) + (growth.copy_to is not None)
-            total += pages * self.layout.page_bytes(group)
-        return total
+        pages = [len(table.pages) for table in state.tables]
+        for group, growth in enumerate(state.growth or ()):
+            pages[group] += len(growth.new_pages) + (growth.copy_to is not None)
+        return sum(map(operator.mul, pages, self._page_bytes))
 
     def usage(self, sequence: int | None = None) -> CacheUsage:
         """Bytes of one sequence, or of all of them with every shared page counted once."""
@@ -412,24 +407,16 @@ class KVCache:
         if self.prefix is not None:
             self.prefix.evict(group, page)
 
-    def _extend_chain(self, state: SequenceState, tokens: Sequence[int] | None) -> None:
-        if state.chain is None or self._sharing is None:
-            return
-        if tokens is None:
-            self._sharing.index.leave(state.chain.node)
-            state.chain = None
-        else:
-            self._sharing.extend(state, tokens)
-
     def _add(self, state: SequenceState) -> int:
         handle, self._next = self._next, self._next + 1
         self._sequences[handle] = state
         return handle
 
     def _get(self, sequence: int) -> SequenceState:
-        if sequence not in self._sequences:
+        state = self._sequences.get(sequence)
+        if state is None:
             raise CacheError(f"sequence {sequence} is unknown (never created, or released)")
-        return self._sequences[sequence]
+        return state
 
     def _idle(self, sequence: int) -> SequenceState:
         state = self._get(sequence)
@@ -445,110 +432,110 @@ class KVCache:
             for group, table in zip(self.layout.groups, state.tables, strict=True)
         )
 
-    def _pages_to_add(self, state: SequenceState, group: int, count: int) -> int:
-        wanted = pages_for(state.length + count, self.layout.page_size)
-        return max(0, wanted - state.tables[group].end_page)
+    def _needs(self, state: SequenceState, count: int) -> list[tuple[int, bool]]:
+        """For each group, the pages that ``count`` more tokens add, and whether the last page is
+        copied first. Empty if they take nothing in any group.
+        """
+        size = self.layout.page_size
+        offset = state.length % size
+        copies = [
+            count > 0 and offset > 0 and self._must_copy(group, table.pages[-1], offset)
+            for group, table in enumerate(state.tables)
+        ]
+        if offset and offset + count <= size and True not in copies:
+            return []
+        end_page = pages_for(state.length + count, size)
+        adds = [max(0, end_page - table.end_page) for table in state.tables]
+        return list(zip(adds, copies, strict=True)) if any(adds) or any(copies) else []
 
-    def _must_copy(self, state: SequenceState, group: int, count: int) -> bool:
-        if count == 0 or state.length % self.layout.page_size == 0:
+    def _must_copy(self, group: int, page: int, offset: int) -> bool:
+        """True if others need ``page`` as it is from token ``offset`` on."""
+        allocator = self._allocators[group]
+        if allocator.is_private(page):
             return False
-        page, offset = state.tables[group].pages[-1], state.length % self.layout.page_size
-        if self._allocators[group].references(page) > 1:
-            return True
-        return self._sharing is not None and self._sharing.is_read_by_others(group, page, offset)
+        return allocator.references(page) > 1 or (
+            self.prefix is not None and self.prefix.is_read(group, page, offset)
+        )
 
-    def _validate(self, chunks: Sequence[tuple[int, int]]) -> None:
+    def _validated(self, chunks: Sequence[tuple[int, int]]) -> list[SequenceState]:
+        states = []
         seen = set[int]()
         for sequence, count in chunks:
-            self._idle(sequence)
+            states.append(self._idle(sequence))
             if sequence in seen:
                 raise CacheError(f"sequence {sequence} stands twice in one reservation")
             if count < 0:
                 raise CacheError(f"sequence {sequence}: cannot reserve {count} tokens")
             seen.add(sequence)
+        return states
 
-    def _require_free(self, chunks: Sequence[tuple[int, int]]) -> None:
-        wanted = [0] * len(self._allocators)
-        for sequence, count in chunks:
-            for group, pages in enumerate(self.cost(sequence, count)):
-                wanted[group] += pages
+    def _take(
+        self, chunks: Sequence[tuple[int, int]], needs: Sequence[list[tuple[int, bool]]]
+    ) -> list[Growths]:
+        """Allocate all that is needed; CacheFull, with nothing changed, if pages run out."""
         for group, allocator in enumerate(self._allocators):
-            if wanted[group] > allocator.available:
+            wanted = sum(sum(need[group]) for need in needs if need)
+            if wanted > allocator.available:
                 tokens = sum(count for _, count in chunks)
                 raise CacheFull(
-                    f"{tokens} tokens of {len(chunks)} sequences need {wanted[group]} pages of "
+                    f"{tokens} tokens of {len(chunks)} sequences need {wanted} pages of "
                     f"{self.layout.page_size} tokens ({self.layout.groups[group].name()}), but "
                     f"{allocator.available} of {allocator.num_pages} are free; raise kv_memory or "
                     "num_pages, or release a sequence"
                 )
+        return [
+            [
+                _grow(allocator, add, copy)
+                for allocator, (add, copy) in zip(self._allocators, need, strict=True)
+            ]
+            if need
+            else ()
+            for need in needs
+        ]
 
-    def _grow(self, state: SequenceState, group: int, count: int) -> Growth:
-        allocator = self._allocators[group]
-        copy_to = allocator.allocate(1)[0] if self._must_copy(state, group, count) else None
-        return Growth(allocator.allocate(self._pages_to_add(state, group, count)), copy_to)
-
-    def _trim(self, state: SequenceState, growths: list[Growth], count: int) -> None:
+    def _trim(self, state: SequenceState, growths: Growths, count: int) -> None:
         """Give back what was reserved for more than ``count`` tokens."""
-        for group, (allocator, growth) in enumerate(zip(self._allocators, growths, strict=True)):
-            needed = self._pages_to_add(state, group, count)
-            allocator.release(growth.new_pages[needed:])
+        end_page = pages_for(state.length + count, self.layout.page_size)
+        for group, growth in enumerate(growths):
+            needed = max(0, end_page - state.tables[group].end_page)
+            self._allocators[group].release(growth.new_pages[needed:])
             del growth.new_pages[needed:]
             if count == 0 and growth.copy_to is not None:
-                allocator.release([growth.copy_to])
+                self._allocators[group].release([growth.copy_to])
                 growth.copy_to = None
 
-    def _give_back(self, growth: list[list[Growth]]) -> None:
+    def _give_back(self, growth: Sequence[Growths]) -> None:
         for growths in growth:
-            for allocator, taken in zip(self._allocators, growths, strict=True):
-                allocator.release(taken.new_pages)
+            for group, taken in enumerate(growths):
+                self._allocators[group].release(taken.new_pages)
                 if taken.copy_to is not None:
-                    allocator.release([taken.copy_to])
+                    self._allocators[group].release([taken.copy_to])
 
-    def _copy_shared(self, chunks: Sequence[tuple[int, int]], growth: list[list[Growth]]) -> None:
+    def _copy_shared(self, states: Sequence[SequenceState], growth: Sequence[Growths]) -> None:
         for index, group in enumerate(self.layout.groups):
             source, target = [], []
-            for (sequence, _), growths in zip(chunks, growth, strict=True):
-                copy_to = growths[index].copy_to
+            for state, growths in zip(states, growth, strict=True):
+                copy_to = growths[index].copy_to if growths else None
                 if copy_to is not None:
-                    source.append(self._get(sequence).tables[index].pages[-1])
+                    source.append(state.tables[index].pages[-1])
                     target.append(copy_to)
             for layer in group.layers if source else ():
                 self.pools[layer].copy_pages(source, target)
 
-    def _batch(self, chunks: Sequence[tuple[int, int]], growth: list[list[Growth]]) -> PagedBatch:
-        states = [self._get(sequence) for sequence, _ in chunks]
-        counts = [count for _, count in chunks]
-        ends = [state.length + count for state, count in zip(states, counts, strict=True)]
-        query_indptr = np.array([0, *accumulate(counts)], dtype=np.int64)
-        if max(counts, default=0) <= 1:  # a step that only decodes
-            busy = [i for i, count in enumerate(counts) if count]
-            positions = np.array([ends[i] - 1 for i in busy], dtype=np.int64)
-            owner = np.array(busy, dtype=np.int64)
-        else:
-            owner = np.repeat(np.arange(len(states)), counts)
-            starts = np.array(ends) - np.array(counts) - query_indptr[:-1]
-            positions = np.arange(query_indptr[-1]) + starts[owner]
-        groups = tuple(
-            flatten(
-                [
-                    grown(state.tables[g], growths[g])
-                    for state, growths in zip(states, growth, strict=True)
-                ],
-                ends,
-                (positions, owner),
-                (self.layout.page_size, group.window),
-            )
-            for g, group in enumerate(self.layout.groups)
-        )
-        return PagedBatch(positions, query_indptr, groups, self.layout.group_of_layer)
+    def _leave_window(self, state: SequenceState, index: int, group: LayerGroup) -> bool:
+        """Give back the pages behind a window; True if there were any."""
+        first = group.first_needed(state.length) // self.layout.page_size
+        dropped = state.tables[index].drop_front(first)
+        self._allocators[index].release(dropped)
+        return bool(dropped)
 
     def _close(self, reservation: Reservation) -> None:
-        if not reservation._open or not any(r is reservation for r in self._reservations):
+        if not reservation._open or reservation not in self._reservations:
             raise CacheError("this reservation was already committed or rolled back")
         reservation._open = False
-        self._reservations = [r for r in self._reservations if r is not reservation]
-        for sequence, _ in reservation.chunks:
-            self._get(sequence).growth = None
+        self._reservations.remove(reservation)
+        for state in reservation._states:
+            state.growth = None
 
     def _filled(self, state: SequenceState, group: int) -> list[tuple[int, int]]:
         """(page id, tokens in it) for the pages of a sequence."""
@@ -577,7 +564,12 @@ class KVCache:
         for state in self._sequences.values():
             held.extend(state.tables[group].pages)
         for reservation in self._reservations:
-            for growths in reservation._growth:
-                copy_to = growths[group].copy_to
-                held.extend(growths[group].new_pages + ([] if copy_to is None else [copy_to]))
+            for growth in (growths[group] for growths in reservation._growth if growths):
+                held.extend(growth.new_pages)
+                held.extend(() if growth.copy_to is None else (growth.copy_to,))
         return held
+
+
+def _grow(allocator: PageAllocator, add: int, copy: bool) -> Growth:
+    copy_to = allocator.allocate(1)[0] if copy else None
+    return Growth(allocator.allocate(add), copy_to)

@@ -260,6 +260,11 @@ class PrefixIndex:
         """The node that ``page`` of ``group`` belongs to, if it is in the index."""
         return self._of_page[group][page]
 
+    def is_read(self, group: int, page: int, offset: int) -> bool:
+        """True if the index needs what is in ``page`` of ``group`` from token ``offset`` on."""
+        node = self._of_page[group][page]
+        return node is not None and node.num_tokens > offset
+
     def nodes(self) -> Iterator[PrefixNode]:
         """Every page in the index, parents before children."""
         todo = list(self._roots.values())

@@ -1,12 +1,13 @@
 """What a cache knows of one sequence, and what a reservation sets aside for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quire.batch import PagedBatch
 from quire.cache.prefix import TOKEN_BYTES, PrefixIndex, PrefixNode
 from quire.cache.table import PageTable
 
-__all__ = ["Growth", "PrefixChain", "Reservation", "SequenceState", "grown"]
+__all__ = ["Growth", "Growths", "PrefixChain", "Reservation", "SequenceState", "grown"]
 
 
 @dataclass
@@ -20,14 +21,24 @@ class Growth:
     copy_to: int | None = None
 
 
+# Of one sequence: a Growth for each group, or nothing at all if it takes no pages.
+Growths = Sequence[Growth]
+
+
 @dataclass(eq=False)
 class Reservation:
     """Pages set aside for one step. ``batch`` is what the step's kernels read."""
 
     chunks: tuple[tuple[int, int], ...]
     batch: PagedBatch
-    _growth: list[list[Growth]]
+    _states: "Sequence[SequenceState]"
+    _growth: Sequence[Growths]
     _open: bool = True
+
+    @property
+    def grows(self) -> list[bool]:
+        """For each chunk, whether pages are set aside for it; if not, those it has are enough."""
+        return [bool(growths) for growths in self._growth]
 
 
 def grown(table: PageTable, growth: Growth) -> PageTable:
@@ -89,5 +100,5 @@ class SequenceState:
 
     tables: list[PageTable]
     length: int = 0
-    growth: list[Growth] | None = None
+    growth: Growths | None = None
     chain: PrefixChain | None = None

@@ -31,6 +31,7 @@ class PrefixSharing:
     ) -> None:
         self.layout, self.index = layout, index
         self._allocators = tuple(allocators)
+        self._step = layout.page_size * TOKEN_BYTES
 
     def start(self, match: PrefixMatch) -> SequenceState:
         """A sequence that holds the pages of ``match``; CacheError if the match is stale.
@@ -81,19 +82,26 @@ class PrefixSharing:
         cost = self.cost(match, new_tokens)
         return tuple(min(max(0, peak), most) for peak, most in zip(peaks, cost, strict=True))
 
-    def extend(self, state: SequenceState, tokens: Sequence[int]) -> None:
+    def extend(self, state: SequenceState, tokens: Sequence[int] | None) -> None:
         """Add ``tokens``, just committed, to the chain of ``state``; index pages that are whole.
 
         A page that is in the index already is shared from now on and the sequence's own is given
-        up: by the exactness law they hold the same bits.
+        up: by the exactness law they hold the same bits. A sequence of unknown tokens (None) leaves
+        the index for good.
         """
-        self._extend(state, token_bytes(tokens))
-
-    def _extend(self, state: SequenceState, data: bytes) -> None:
         chain = state.chain
-        assert chain is not None
-        chain.tail += data
-        step = self.layout.page_size * TOKEN_BYTES
+        if chain is None:
+            return
+        if tokens is None:
+            self.index.leave(chain.node)
+            state.chain = None
+            return
+        chain.tail += token_bytes(tokens)
+        if len(chain.tail) >= self._step:
+            self._index_pages(state, chain)
+
+    def _index_pages(self, state: SequenceState, chain: PrefixChain) -> None:
+        step = self._step
         while len(chain.tail) >= step:
             number = chain.whole
             own = [table.page(number, NO_PAGE) for table in state.tables]
@@ -112,8 +120,9 @@ class PrefixSharing:
         """A sequence of all tokens of ``query`` on pages that are filled already."""
         root = self.index.root(query.salt)
         self.index.enter(root)
-        state = SequenceState(tables, query.num_tokens, chain=PrefixChain(root))
-        self._extend(state, query.data)
+        chain = PrefixChain(root, query.data)
+        state = SequenceState(tables, query.num_tokens, chain=chain)
+        self._index_pages(state, chain)
         return state
 
     def fork(self, chain: PrefixChain) -> PrefixChain:
@@ -129,11 +138,6 @@ class PrefixSharing:
             ends = [table.pages[-1] for table in state.tables]
             self.index.insert_end(chain.node, chain.tail, ends)
         self.index.leave(chain.node)
-
-    def is_read_by_others(self, group: int, page: int, offset: int) -> bool:
-        """True if the index needs what is in ``page`` from token ``offset`` on."""
-        node = self.index.holder(group, page)
-        return node is not None and node.num_tokens > offset
 
     def _copies(self, match: PrefixMatch, new_tokens: int) -> list[bool]:
         """For each group, whether the unfinished page of ``match`` must be copied to be written."""

@@ -6,7 +6,7 @@ one that ends counts only among the first ``width``; the score of an ended beam 
 log-probability over its length to the power of ``length_penalty``. Knows nothing of pages.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,7 @@ class BeamSearch:
     """
 
     def __init__(
-        self, width: int, length_penalty: float, stop_tokens: set[int], most_new: int
+        self, width: int, length_penalty: float, stop_tokens: Set[int], most_new: int
     ) -> None:
         self.width, self.length_penalty = width, length_penalty
         self.stop_tokens, self.most_new = stop_tokens, most_new

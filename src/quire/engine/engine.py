@@ -40,7 +40,7 @@ from quire.engine.request import (
     Status,
     StepOutput,
 )
-from quire.engine.sampler import choose, logprobs_of, require_finite, uniform
+from quire.engine.sampler import choose, is_plain, likeliest, logprobs_of, uniform
 from quire.engine.scheduler import Limits, StepPlan, places, plan_step
 from quire.engine.sessions import Session, load_session, no_pages, pages_of
 from quire.engine.shadow import OpenedShadow, Shadow
@@ -140,6 +140,7 @@ class Engine:
         self._searches: dict[Request, BeamGroup] = {}
         self._texts: dict[Sample, TextStream] = {}
         self._arrivals = 0
+        self._limits = Limits(config.max_batch_tokens, config.max_sequences)
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -172,6 +173,9 @@ class Engine:
         stream = self._plan_stream(tokens, params)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         request = Request(self._arrivals, tokens, params, seed, time.perf_counter(), salt=salt)
+        request.stop_tokens = self._stop_tokens(params)
+        longest = len(tokens) + params.max_new_tokens
+        request.most_tokens = min(longest, self.model_config.max_position)
         search = self._search(request) if params.beam_width > 1 else None
         samples = max(params.n, params.beam_width)
         request.samples = tuple(Sample(request, i, list(tokens)) for i in range(samples))
@@ -428,10 +432,6 @@ class Engine:
 
     # -- inside: set-up and checks -----------------------------------------------------------
 
-    @property
-    def _limits(self) -> Limits:
-        return Limits(self.config.max_batch_tokens, self.config.max_sequences)
-
     def _make_shadow(self) -> Shadow | None:
         if self.config.shadow == 0:
             return None
@@ -517,9 +517,10 @@ class Engine:
         parts, deciding = [], []
         for sample, count in plan.chunks:
             assert sample.sequence is not None
-            ends = count == sample.pending
-            chunk = sample.tokens[sample.computed : sample.computed + count]
-            parts.append((sample.sequence, chunk, [count - 1] if ends else []))
+            start = sample.computed
+            ends = start + count == len(sample.tokens)
+            chunk = sample.tokens[start : start + count]
+            parts.append((sample.sequence, chunk, (count - 1,) if ends else ()))
             if ends:
                 deciding.append(sample)
         started = time.perf_counter()
@@ -529,13 +530,15 @@ class Engine:
             self._tiers.compute_pace.add(time.perf_counter() - started, tokens)
         for sample, count in plan.chunks:
             sample.computed += count
-        outputs = []
+        outputs: list[StepOutput] = []
         self._undecided = list(deciding)
         for sample, row in zip(deciding, logits, strict=True):
             if sample.request in self._searches:
                 outputs += self._search_on(sample, row)
             else:
-                outputs += [self._decide(each, row) for each in (sample, *self._fork(sample))]
+                forks = self._fork(sample) if len(sample.request.samples) > 1 else ()
+                outputs.append(self._decide(sample, row))
+                outputs += [self._decide(fork, row) for fork in forks]
             self._undecided.remove(sample)
         return outputs
 
@@ -544,7 +547,7 @@ class Engine:
 
         As many as there are free places for; the others find the prompt in the prefix index.
         """
-        if first.index or first.new_tokens or len(first.request.samples) == 1:
+        if first.index or first.new_tokens:
             return []
         assert first.sequence is not None
         free = self.config.max_sequences - places(self._queues.running)
@@ -566,15 +569,14 @@ class Engine:
                 f"{params.beam_width} beams cannot begin with different tokens of a vocabulary of "
                 f"{self.model_config.vocab_size}; lower beam_width"
             )
-        most = min(params.max_new_tokens, self.model_config.max_position - prompt)
-        stop = self._stop_tokens(params)
-        return BeamSearch(params.beam_width, params.length_penalty, stop, most)
+        most = request.most_tokens - prompt
+        return BeamSearch(params.beam_width, params.length_penalty, request.stop_tokens, most)
 
     def _search_on(self, sample: Sample, logits: npt.NDArray[np.float32]) -> list[StepOutput]:
         """Give a beam its logits float32 [vocab]; what the search gives back when it ends."""
         request = sample.request
         try:
-            require_finite(logits, len(sample.tokens) - 1)
+            likeliest(logits, len(sample.tokens) - 1)  # raises if they are not finite
         except QuireError as error:
             return self._fail_search(request, str(error))
         found = self._searches[request].gather(sample, logits, self._queues, self.cache)
@@ -623,19 +625,26 @@ class Engine:
         """
         reservation = self.cache.reserve([(seq, len(tokens)) for seq, tokens, _ in parts])
         try:
-            for sample in samples:
-                assert sample.sequence is not None
-                held = self.cache.allocated_bytes(sample.sequence)
-                sample.kv_bytes_peak = max(sample.kv_bytes_peak, held)
-            tokens = [token for _, chunk, _ in parts for token in chunk]
-            starts = reservation.batch.query_indptr.tolist()
-            rows = [starts[i] + row for i, (_, _, wanted) in enumerate(parts) for row in wanted]
+            for sample, grows in zip(samples, reservation.grows, strict=False):
+                if grows or not sample.counted:
+                    self._count_bytes(sample)
+            tokens: list[int] = []
+            rows: list[int] = []
+            for _, chunk, wanted in parts:
+                rows += [len(tokens) + row for row in wanted]
+                tokens += chunk
             logits = self._loaded.model.forward(tokens, reservation.batch, self.cache.pools, rows)
         except BaseException:
             self.cache.rollback(reservation)
             raise
         self.cache.commit(reservation, [chunk for _, chunk, _ in parts])
         return logits
+
+    def _count_bytes(self, sample: Sample) -> None:
+        assert sample.sequence is not None
+        held = self.cache.allocated_bytes(sample.sequence)
+        sample.kv_bytes_peak = max(sample.kv_bytes_peak, held)
+        sample.counted = True
 
     def _affordable(self, sequence: int, tokens: int) -> int:
         """``tokens``, halved until free pages are enough for them; at least 1."""
@@ -649,13 +658,15 @@ class Engine:
     def _decide(self, sample: Sample, logits: npt.NDArray[np.float32]) -> StepOutput:
         """Choose the next token of a sample from its logits float32 [vocab]."""
         request = sample.request
-        params, reply = request.params, sample.new_tokens
-        greedy = params.temperature == 0
-        draw = 0.0 if greedy else uniform(request.seed, sample.index, len(sample.tokens))
+        params, length = request.params, len(sample.tokens)
         if self._shadow is not None:
             self._shadow.note(sample, logits)
         try:
-            token = choose(logits, request.prompt_tokens, reply, params, draw)
+            if is_plain(params):
+                token = likeliest(logits, length - 1)
+            else:
+                draw = uniform(request.seed, sample.index, length) if params.temperature else 0.0
+                token = choose(logits, request.prompt_tokens, sample.new_tokens, params, draw)
         except QuireError as error:
             piece, _ = self._texts[sample].flush()
             completion = self._finish(sample, "error", None, str(error))
@@ -667,29 +678,25 @@ class Engine:
     def _accept(self, sample: Sample, token: int) -> StepOutput:
         request, now = sample.request, time.perf_counter()
         sample.tokens.append(token)
-        sample.first_token_at = sample.first_token_at or now
+        if sample.first_token_at is None:
+            sample.first_token_at = now
         sample.last_token_at = now
         text = self._texts[sample]
-        if token in self._stop_tokens(request.params):
+        if token in request.stop_tokens:
             piece, stopped = text.flush()
             completion = self._finish(sample, "stop", stopped or token)
             return StepOutput(request, sample.index, token, piece, completion)
         piece, stopped = text.push(token)
         reason: FinishReason | None = "stop" if stopped is not None else None
-        if stopped is None and self._is_full(sample):
+        if stopped is None and len(sample.tokens) >= request.most_tokens:
             rest, stopped = text.flush()
             piece, reason = piece + rest, "length" if stopped is None else "stop"
         ended = None if reason is None else self._finish(sample, reason, stopped)
         return StepOutput(request, sample.index, token, piece, ended)
 
-    def _stop_tokens(self, params: SamplingParams) -> set[int]:
+    def _stop_tokens(self, params: SamplingParams) -> frozenset[int]:
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
-        return {*params.stop_token_ids, *eos}
-
-    def _is_full(self, sample: Sample) -> bool:
-        new = len(sample.tokens) - len(sample.request.prompt_tokens)
-        full = len(sample.tokens) >= self.model_config.max_position
-        return full or new >= sample.request.params.max_new_tokens
+        return frozenset((*params.stop_token_ids, *eos))
 
     # -- inside: the end of a sample ---------------------------------------------------------
 

@@ -48,6 +48,8 @@ class Loads:
 
     def finish(self) -> None:
         """Take in the loads that are done."""
+        if self._tiers is None:
+            return
         for sample in self._queues.running:
             if sample.load is not None and sample.load.finished.is_set():
                 self._settle(sample)

@@ -36,6 +36,9 @@ class TextStream:
         return piece, stopped
 
     def _release(self, new: str) -> tuple[str, str | None]:
+        if not self._stop:
+            self.text += new
+            return new, None
         text = self._held + new
         found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:

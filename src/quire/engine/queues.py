@@ -31,6 +31,7 @@ class Queues:
     def run(self, sample: Sample, sequence: int) -> None:
         """Let a sample that is in no queue run on ``sequence``."""
         sample.sequence, sample.computed = sequence, self._cache.length(sequence)
+        sample.counted = False
         sample.status = Status.RUNNING
         self.running.append(sample)
         self.running.sort(key=_arrival)

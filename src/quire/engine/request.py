@@ -215,6 +215,7 @@ class Sample:
     cached_tokens  by tier, what was found in the cache when it first ran
     load      pages on their way up from a tier; until they are there it computes nothing
     stream    how to stream it from below, if its context is larger than the pool
+    counted   what it held in the last step is in ``kv_bytes_peak``
     parked    a beam whose logits are there, and not yet those of all its siblings
     asked_tiers   tiers had nothing to load since it began to wait
     """
@@ -228,6 +229,7 @@ class Sample:
     first_token_at: float | None = None
     last_token_at: float | None = None
     kv_bytes_peak: int = 0
+    counted: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
     preemptions: list[str] = field(default_factory=list)
     completion: Completion | None = None
@@ -269,6 +271,9 @@ class Request:
     """A prompt that was submitted. ``arrival`` orders requests; ``submitted_at`` is in seconds.
 
     Prefixes are shared only with requests of the same ``salt``.
+
+    stop_tokens   ids that end a sample, the checkpoint's own included
+    most_tokens   a sample ends when it has so many, the prompt's included
     """
 
     arrival: int
@@ -278,6 +283,8 @@ class Request:
     submitted_at: float
     samples: tuple[Sample, ...] = ()
     salt: str = ""
+    stop_tokens: frozenset[int] = frozenset()
+    most_tokens: int = 0
 
     @property
     def finished(self) -> bool:

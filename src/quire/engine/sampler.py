@@ -1,6 +1,7 @@
 """Logits to token ids. A pure function of the logits, the tokens so far, the parameters and the
 random stream; knows nothing of batches."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 from quire.engine.request import SamplingParams, TokenLogprob
 from quire.errors import QuireError
 
-__all__ = ["adjust", "choose", "logprobs_of", "require_finite", "uniform"]
+__all__ = ["adjust", "choose", "is_plain", "likeliest", "logprobs_of", "uniform"]
 
 Logits = npt.NDArray[np.float64]
 
@@ -36,21 +37,35 @@ def choose(
     ``draw`` in [0, 1) decides unless greedy; ties go to the lowest token id. Raises QuireError for
     logits that are NaN or infinite.
     """
-    require_finite(logits, len(prompt) + len(reply) - 1)
-    if params.temperature == 0 and not _penalises(params, reply):
-        return int(np.argmax(logits))
+    best = likeliest(logits, len(prompt) + len(reply) - 1)
+    if is_plain(params):
+        return best
     adjusted = adjust(logits.astype(np.float64), prompt, reply, params)
     return int(np.argmax(adjusted)) if params.temperature == 0 else _draw(adjusted, draw)
 
 
-def require_finite(logits: npt.NDArray[np.float32], position: int) -> None:
-    """Raise QuireError if logits float32 [vocab], those at ``position``, are NaN or infinite."""
-    if not (np.isfinite(logits.min()) and np.isfinite(logits.max())):  # NaN spreads to both
+def is_plain(params: SamplingParams) -> bool:
+    """True if the next token is the likeliest one, whatever the reply so far."""
+    return (
+        params.temperature == 0
+        and params.repetition_penalty == 1
+        and params.presence_penalty == params.frequency_penalty == 0
+    )
+
+
+def likeliest(logits: npt.NDArray[np.float32], position: int) -> int:
+    """The token with the largest of logits float32 [vocab]; ties go to the lowest token id.
+
+    Raises QuireError if any of the logits, which are those at ``position``, is NaN or infinite.
+    """
+    best = int(logits.argmax())  # of a NaN, if there is one
+    if not (math.isfinite(logits[best]) and math.isfinite(logits[logits.argmin()])):
         bad = int((~np.isfinite(logits)).sum())
         raise QuireError(
             f"{bad} of {logits.size} logits at position {position} are NaN or infinite; the "
             "weights are damaged, or their dtype is too narrow for this model"
         )
+    return best
 
 
 def adjust(
@@ -75,11 +90,6 @@ def adjust(
         with np.errstate(divide="ignore"):
             logits = np.where(logits < logits.max() + np.log(params.min_p), -np.inf, logits)
     return logits
-
-
-def _penalises(params: SamplingParams, reply: Sequence[int]) -> bool:
-    counted = params.presence_penalty or params.frequency_penalty
-    return params.repetition_penalty != 1 or bool(reply and counted)
 
 
 def _penalise(

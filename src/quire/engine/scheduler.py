@@ -11,6 +11,7 @@ spare page for each running sample. It starts behind the part of its tokens that
 a running sample computes more of that part, it waits, so that nothing is computed twice.
 """
 
+import operator
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,15 +81,15 @@ class StepPlan:
 
 
 def _add(a: Pages, b: Pages) -> Pages:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
+    return tuple(map(operator.add, a, b))
 
 
 def _subtract(a: Pages, b: Pages) -> Pages:
-    return tuple(x - y for x, y in zip(a, b, strict=True))
+    return tuple(map(operator.sub, a, b))
 
 
 def _within(need: Pages, free: Pages) -> bool:
-    return all(n <= f for n, f in zip(need, free, strict=True))
+    return all(map(operator.le, need, free))
 
 
 def plan_step(
@@ -99,13 +100,14 @@ def plan_step(
     active = list(running)
     at = 0
     while at < len(active):
-        kept = 0  # for those behind it that decode; they get theirs before a prefill's rest
-        if active[at].pending != 1:
+        want = active[at].pending
+        if want > 1:  # those behind it that decode get theirs before the rest of a prefill
             kept = sum(1 for sample in active[at + 1 :] if sample.pending == 1)
-        planner.serve(active, at, max(planner.budget - kept, 1 if at == 0 else 0))
+            want = min(want, max(planner.budget - kept, 1 if at == 0 else 0))
+        planner.serve(active, at, min(want, planner.budget))
         at += 1
     admitted = planner.admit(active, waiting, limits.max_sequences)
-    samples, matches = tuple(s for s, _ in admitted), tuple(m for _, m in admitted)
+    samples, matches = tuple([s for s, _ in admitted]), tuple([m for _, m in admitted])
     return StepPlan(tuple(planner.chunks), samples, matches, tuple(planner.preempted))
 
 
@@ -118,10 +120,9 @@ class _Planner:
         self.chunks: list[tuple[Sample, int]] = []
         self.preempted: list[Preemption] = []
 
-    def serve(self, active: list[Sample], at: int, budget: int) -> None:
+    def serve(self, active: list[Sample], at: int, want: int) -> None:
         """Plan tokens for ``active[at]``, taking pages from the youngest behind it if need be."""
         sample = active[at]
-        want = min(sample.pending, budget)
         if want <= 0:
             return
         while not (fitting := self._fitting(sample.sequence, want))[0]:
@@ -172,7 +173,7 @@ class _Planner:
     def _fitting(self, sequence: int | PrefixMatch | None, want: int) -> tuple[int, Pages]:
         """The most tokens, up to ``want``, whose pages are free, and what they cost."""
         cost = self.cache.cost(sequence, want)
-        if _within(cost, self.free):
+        if not any(cost) or _within(cost, self.free):
             return want, cost
         sizes = range(1, want + 1)
         most = bisect_right(
@@ -183,7 +184,8 @@ class _Planner:
     def _take(self, sample: Sample, tokens: int, cost: Pages) -> None:
         self.chunks.append((sample, tokens))
         self.budget -= tokens
-        self.free = _subtract(self.free, cost)
+        if any(cost):
+            self.free = _subtract(self.free, cost)
 
     def _preempt(self, victim: Sample, older: Sample) -> None:
         assert victim.sequence is not None

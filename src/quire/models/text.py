@@ -29,6 +29,7 @@ class TextCodec:
         tokenizer.no_truncation()  # a prompt is never cut or filled up in silence
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._alone: dict[int, str] = {}  # what single tokens decode to; streams ask for each
         self._template = chat_template
         self._special = dict(special)
 
@@ -53,7 +54,13 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens; unfinished characters become U+FFFD."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        if len(ids) != 1:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        text = self._alone.get(ids[0])
+        if text is None:
+            text = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+            self._alone[ids[0]] = text
+        return text
 
     def token(self, token_id: int) -> str:
         """One token as text, special or not."""
@@ -118,28 +125,25 @@ class StreamDecoder:
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self._ids: list[int] = []
-        self._settled = 0  # ids whose text was given out
-        self._anchor = 0  # where the tail that is decoded again begins
+        self._tail: list[int] = []  # the ids that are decoded again
+        self._settled = 0  # how many of them had their text given out, which is:
+        self._before = ""
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` completes; empty while a character is unfinished."""
-        self._ids.append(token_id)
-        before, now = self._tail()
+        self._tail.append(token_id)
+        now, before = self._codec.decode(self._tail), self._before
         if now.endswith(_UNFINISHED) or len(now) <= len(before):
             return ""
-        self._anchor, self._settled = self._settled, len(self._ids)
+        self._tail = self._tail[self._settled :]
+        self._settled, self._before = len(self._tail), self._codec.decode(self._tail)
         return now[len(before) :]
 
     def flush(self) -> str:
         """What is left at the end; an unfinished character becomes U+FFFD."""
-        before, now = self._tail()
-        self._anchor = self._settled = len(self._ids)
-        return now[len(before) :]
-
-    def _tail(self) -> tuple[str, str]:
-        before = self._codec.decode(self._ids[self._anchor : self._settled])
-        return before, self._codec.decode(self._ids[self._anchor :])
+        rest = self._codec.decode(self._tail)[len(self._before) :]
+        self._tail, self._settled, self._before = [], 0, ""
+        return rest
 
 
 def load_text_codec(directory: Path) -> TextCodec | None:

@@ -53,7 +53,7 @@ class NativeBackend:
                 f"{', '.join(variants)})"
             )
         self._native = _native.Native(variant or variants[0], threads)
-        self._last: tuple[PagedBatch, list[_native.Tables]] | None = None
+        self._last: tuple[PagedBatch, list[_native.Tables], int] | None = None
         self._angles: tuple[Array, Array, Array] | None = None
         self._stack: tuple[Any, Any, _native.Layers] | None = None
 
@@ -119,7 +119,7 @@ class NativeBackend:
 
     def rope(self, x: Array, positions: Array, inv_freq: Array) -> Array:
         """[T, heads, D], int64 [T], float32 [D/2] -> [T, heads, D]."""
-        cos, sin = self._table(inv_freq, positions)
+        cos, sin = self._table(inv_freq, _last_of(positions))
         out = np.empty_like(x)
         self._native.rope(x, positions, cos, sin, out)
         return out
@@ -155,7 +155,7 @@ class NativeBackend:
         """[T, H, D] -> [T, H * D]."""
         assert isinstance(pool, NativePool)
         out = np.empty((len(query), query.shape[1] * pool.shape.value_dim), np.float32)
-        self._native.attend(query, pool.handle, self._tables(batch)[group], out)
+        self._native.attend(query, pool.handle, self._tables(batch)[0][group], out)
         return out
 
     def block(self, params: AttentionParams | MlpParams) -> Any:
@@ -176,10 +176,11 @@ class NativeBackend:
         """[T, hidden] -> [T, hidden]."""
         assert isinstance(pool, NativePool)
         weights, params = block
-        cos, sin = self._table(params.inv_freq, batch.positions)
+        tables, last = self._tables(batch)
+        cos, sin = self._table(params.inv_freq, last)
         out = np.empty_like(x)
-        tables, slots = self._tables(batch)[group], batch.groups[group].slots
-        self._native.attention_block(x, weights, cos, sin, pool.handle, slots, tables, out)
+        slots = batch.groups[group].slots
+        self._native.attention_block(x, weights, cos, sin, pool.handle, slots, tables[group], out)
         return out
 
     def attention_rows(
@@ -215,14 +216,17 @@ class NativeBackend:
         if self._stack is None or self._stack[0] is not blocks or self._stack[1] is not pools:
             self._stack = blocks, pools, _stack(blocks, pools, batch.group_of_layer)
         _, params = blocks[0][0]
-        cos, sin = self._table(params.inv_freq, batch.positions)
+        tables, last = self._tables(batch)
+        cos, sin = self._table(params.inv_freq, last)
         out = np.empty_like(x)
         slots = [group.slots for group in batch.groups]
-        self._native.layers(x, self._stack[2], cos, sin, slots, self._tables(batch), out)
+        self._native.layers(x, self._stack[2], cos, sin, slots, tables, out)
         return out
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""
+        if len(indices) == len(x) and list(indices) == list(range(len(x))):
+            return x  # a step that only decodes
         return x[np.asarray(indices, dtype=np.int64)]
 
     def to_host(self, x: Array) -> npt.NDArray[np.float32]:
@@ -237,8 +241,8 @@ class NativeBackend:
         """Multiply-adds of bf16 pairs in registers; returns how many floating-point operations."""
         return self._native.probe_multiply(steps)
 
-    def _tables(self, batch: PagedBatch) -> list[_native.Tables]:
-        """The batch's page tables, checked and handed over once a step."""
+    def _tables(self, batch: PagedBatch) -> tuple[list[_native.Tables], int]:
+        """The batch's page tables, checked and handed over once a step, and its last position."""
         if self._last is None or self._last[0] is not batch:
             tables = [
                 _native.Tables(
@@ -253,22 +257,26 @@ class NativeBackend:
                 )
                 for group in batch.groups
             ]
-            self._last = batch, tables
-        return self._last[1]
+            self._last = batch, tables, _last_of(batch.positions)
+        return self._last[1:]
 
-    def _table(self, inv_freq: Array, positions: Array) -> tuple[Array, Array]:
-        """cos and sin float32 [beyond the last position, D/2]; grows by doubling."""
+    def _table(self, inv_freq: Array, last: int) -> tuple[Array, Array]:
+        """cos and sin float32 [beyond position ``last``, D/2]; grows by doubling."""
         if self._angles is not None and self._angles[0] is inv_freq:
             _, cos, sin = self._angles
-            if len(positions) == 0 or positions.max() < len(cos):
+            if last < len(cos):
                 return cos, sin
-        length = int(positions.max(initial=0)) + 1
+        length = last + 1
         angles = (np.arange(max(1024, 2 * length), dtype=np.float32)[:, None] * inv_freq).astype(
             np.float64
         )
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         self._angles = inv_freq, cos, sin
         return cos, sin
+
+
+def _last_of(positions: Array) -> int:
+    return int(positions[positions.argmax()]) if len(positions) else 0
 
 
 def _layer(projection: Projection) -> _native.Layer:
