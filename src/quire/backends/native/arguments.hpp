@@ -20,14 +20,17 @@ using Ints = nb::ndarray<nb::numpy, const int64_t, nb::ndim<1>, nb::c_contig, nb
 using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Storage = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-inline void require(bool ok, const std::string& what) {
-    if (!ok) throw nb::value_error(what.c_str());
-}
+// Raises ValueError unless `ok`. A macro, so that the text is only made when it is needed: some checks
+// are made for every token of every layer.
+#define REQUIRE(ok, text)                                                \
+    do {                                                                 \
+        if (!(ok)) throw nb::value_error(std::string(text).c_str());     \
+    } while (0)
 
 inline size_t width(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 inline Dtype dtype_of(int code) {
-    require(code >= 0 && code <= 2, "dtype code " + std::to_string(code) + " is not 0, 1 or 2");
+    REQUIRE(code >= 0 && code <= 2, "dtype code " + std::to_string(code) + " is not 0, 1 or 2");
     return Dtype(code);
 }
 
@@ -35,7 +38,7 @@ inline Dtype dtype_of(int code) {
 struct Weight {
     Weight(Bytes data, int code, int64_t rows, int64_t columns)
         : array(data), dtype(dtype_of(code)), n(rows), k(columns) {
-        require(n > 0 && k > 0 && data.size() == size_t(n) * size_t(k) * width(dtype),
+        REQUIRE(n > 0 && k > 0 && data.size() == size_t(n) * size_t(k) * width(dtype),
                 "a weight of " + std::to_string(n) + " x " + std::to_string(k) + " does not fill " +
                     std::to_string(data.size()) + " bytes");
     }
@@ -47,15 +50,15 @@ struct Weight {
 struct PoolArrays {
     PoolArrays(Storage key, Storage value, int code, std::vector<int64_t> shape)
         : keys(key), values(value) {
-        require(shape.size() == 5, "a pool's shape has five numbers");
-        for (int64_t size : shape) require(size > 0, "a pool's sizes are positive");
+        REQUIRE(shape.size() == 5, "a pool's shape has five numbers");
+        for (int64_t size : shape) REQUIRE(size > 0, "a pool's sizes are positive");
         bool paired = dtype_of(code) == Dtype::bf16 && shape[3] % 2 == 0 && shape[4] % 16 == 0;
         pool = Pool{key.data(), value.data(), dtype_of(code), paired,   paired && shape[1] % BLOCK == 0,
                     shape[0],   shape[1],     shape[2],       shape[3], shape[4]};
-        require(pool.key_dim <= MAX_HEAD && pool.value_dim <= MAX_HEAD,
+        REQUIRE(pool.key_dim <= MAX_HEAD && pool.value_dim <= MAX_HEAD,
                 "head dimensions above " + std::to_string(MAX_HEAD) + " are not supported");
         size_t tokens = size_t(shape[0]) * size_t(shape[1]) * size_t(shape[2]);
-        require(key.size() == tokens * size_t(pool.key_dim) * width(pool.dtype) &&
+        REQUIRE(key.size() == tokens * size_t(pool.key_dim) * width(pool.dtype) &&
                     value.size() == tokens * size_t(pool.value_dim) * width(pool.dtype),
                 "the pool's arrays do not have its shape");
     }
@@ -71,38 +74,38 @@ struct Tables {
           last_page_len(last_page_len), first_page(first_page), page_size(page_size),
           window(window) {
         size_t sequences = last_page_len.size();
-        require(page_size > 0 && window >= 0, "page_size must be positive, window not negative");
-        require(query_indptr.size() == sequences + 1 && indptr.size() == sequences + 1 &&
+        REQUIRE(page_size > 0 && window >= 0, "page_size must be positive, window not negative");
+        REQUIRE(query_indptr.size() == sequences + 1 && indptr.size() == sequences + 1 &&
                     first_page.size() == sequences,
                 "tables of " + std::to_string(sequences) + " sequences disagree in length");
-        require(query_indptr(0) == 0 && indptr(0) == 0 &&
+        REQUIRE(query_indptr(0) == 0 && indptr(0) == 0 &&
                     size_t(query_indptr(sequences)) == positions.size() &&
                     size_t(indptr(sequences)) == indices.size(),
                 "indptr must run from 0 to the number of tokens (pages)");
         for (size_t i = 0; i < indices.size(); ++i) {
-            require(indices(i) >= 0, "page id " + std::to_string(indices(i)) + " is negative");
+            REQUIRE(indices(i) >= 0, "page id " + std::to_string(indices(i)) + " is negative");
             most = indices(i) > most ? indices(i) : most;
         }
         for (size_t s = 0; s < sequences; ++s) check(s);
     }
 
     void check(size_t s) const {
-        std::string who = "sequence " + std::to_string(s) + ": ";
+        auto who = [s] { return "sequence " + std::to_string(s) + ": "; };
         int64_t pages = indptr(s + 1) - indptr(s), tokens = query_indptr(s + 1) - query_indptr(s);
-        require(pages >= 0 && tokens >= 0, who + "indptr decreases");
-        require(first_page(s) >= 0, who + "first_page is negative");
+        REQUIRE(pages >= 0 && tokens >= 0, who() + "indptr decreases");
+        REQUIRE(first_page(s) >= 0, who() + "first_page is negative");
         if (tokens == 0) return;
         int64_t start = first_page(s) * page_size;
         int64_t end = start + (pages - 1) * page_size + last_page_len(s);
-        require(pages > 0 && last_page_len(s) > 0 && last_page_len(s) <= page_size,
-                who + "last_page_len " + std::to_string(last_page_len(s)) + " is not in 1.." +
+        REQUIRE(pages > 0 && last_page_len(s) > 0 && last_page_len(s) <= page_size,
+                who() + "last_page_len " + std::to_string(last_page_len(s)) + " is not in 1.." +
                     std::to_string(page_size));
         for (int64_t t = query_indptr(s); t < query_indptr(s + 1); ++t) {
             int64_t at = positions(t), low = window && at >= window ? at - window + 1 : 0;
-            require(at < end && low >= start,
-                    who + "position " + std::to_string(at) + " sees tokens outside " +
+            REQUIRE(at < end && low >= start,
+                    who() + "position " + std::to_string(at) + " sees tokens outside " +
                         std::to_string(start) + ".." + std::to_string(end));
-            require(t == query_indptr(s) || at > positions(t - 1), who + "positions must ascend");
+            REQUIRE(t == query_indptr(s) || at > positions(t - 1), who() + "positions must ascend");
         }
     }
 
@@ -113,7 +116,7 @@ struct Tables {
 // A linear layer's weight and bias.
 struct Layer {
     Layer(const Weight& weight, std::optional<Floats> bias) : weight(weight), bias(bias) {
-        require(!bias || int64_t(bias->size()) == weight.n,
+        REQUIRE(!bias || int64_t(bias->size()) == weight.n,
                 "linear: a bias of " + std::to_string(bias ? bias->size() : 0) +
                     " numbers does not fit " + std::to_string(weight.n) + " outputs");
     }
@@ -128,7 +131,7 @@ struct AttentionWeights {
                      std::optional<Floats> q_norm, std::optional<Floats> k_norm)
         : norm(norm), eps(eps), q(q), k(k), v(v), o(o), q_norm(q_norm), k_norm(k_norm) {
         int64_t hidden = int64_t(norm.size());
-        require(q.weight.k == hidden && k.weight.k == hidden && v.weight.k == hidden &&
+        REQUIRE(q.weight.k == hidden && k.weight.k == hidden && v.weight.k == hidden &&
                     o.weight.n == hidden,
                 "attention: projections do not fit a hidden size of " + std::to_string(hidden));
     }
@@ -143,10 +146,10 @@ struct MlpWeights {
     MlpWeights(Floats norm, float eps, Layer gate, Layer up, Layer down, int activation)
         : norm(norm), eps(eps), gate(gate), up(up), down(down), activation(activation) {
         int64_t hidden = int64_t(norm.size()), inner = gate.weight.n;
-        require(gate.weight.k == hidden && up.weight.k == hidden && up.weight.n == inner &&
+        REQUIRE(gate.weight.k == hidden && up.weight.k == hidden && up.weight.n == inner &&
                     down.weight.k == inner && down.weight.n == hidden,
                 "mlp: projections do not fit a hidden size of " + std::to_string(hidden));
-        require(gate.weight.dtype == up.weight.dtype, "mlp: gate and up differ in dtype");
+        REQUIRE(gate.weight.dtype == up.weight.dtype, "mlp: gate and up differ in dtype");
     }
     Floats norm;
     float eps;
@@ -166,7 +169,7 @@ struct DecoderLayer {
 struct Layers {
     void add(const AttentionWeights& attention, const MlpWeights& mlp, const PoolArrays& pool,
              int group) {
-        require(attention.norm.size() == mlp.norm.size() && group >= 0 &&
+        REQUIRE(attention.norm.size() == mlp.norm.size() && group >= 0 &&
                     (layers.empty() || int64_t(mlp.norm.size()) == hidden),
                 "layers: hidden sizes differ, or a layer group is negative");
         hidden = int64_t(mlp.norm.size());

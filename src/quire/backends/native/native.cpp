@@ -77,7 +77,7 @@ bool has_f16c() {  // not every Clang has __builtin_cpu_supports for it
 Native::Native(const std::string& variant, int threads) : threads_(threads) {
     for (auto* kernels : available())
         if (variant == kernels->name) kernels_ = kernels;
-    require(kernels_ != nullptr, "variant '" + variant + "' is not available here");
+    REQUIRE(kernels_ != nullptr, "variant '" + variant + "' is not available here");
 }
 
 std::vector<const Kernels*> Native::available() {
@@ -186,11 +186,11 @@ void Native::project_together(const float* x, int64_t m, const std::vector<Produ
 }
 
 void Native::linear(Floats x, const Weight& weight, std::optional<Floats> bias, Output y) {
-    require(x.ndim() == 2 && y.ndim() == 2 && int64_t(x.shape(1)) == weight.k &&
+    REQUIRE(x.ndim() == 2 && y.ndim() == 2 && int64_t(x.shape(1)) == weight.k &&
                 y.shape(0) == x.shape(0) && int64_t(y.shape(1)) == weight.n,
             "linear: x must be [m, " + std::to_string(weight.k) + "] and y [m, " +
                 std::to_string(weight.n) + "]");
-    require(!bias || int64_t(bias->size()) == weight.n, "linear: bias has the wrong size");
+    REQUIRE(!bias || int64_t(bias->size()) == weight.n, "linear: bias has the wrong size");
     int64_t m = int64_t(x.shape(0));
     if (m == 0) return;
     nb::gil_scoped_release released;
@@ -202,14 +202,14 @@ void Native::linear(Floats x, const Weight& weight, std::optional<Floats> bias, 
 
 void Native::check_slots(const Pool& pool, const Ints& slots) const {
     for (size_t i = 0; i < slots.size(); ++i)
-        require(slots(i) >= 0 && slots(i) < pool.num_pages * pool.page_size,
+        REQUIRE(slots(i) >= 0 && slots(i) < pool.num_pages * pool.page_size,
                 "append: slot " + std::to_string(slots(i)) + " is outside the pool");
 }
 
 void Native::append(PoolArrays& arrays, Ints slots, Floats key, Floats value) {
     const Pool& pool = arrays.pool;
     size_t n = slots.size();
-    require(key.size() == n * size_t(pool.heads * pool.key_dim) &&
+    REQUIRE(key.size() == n * size_t(pool.heads * pool.key_dim) &&
                 value.size() == n * size_t(pool.heads * pool.value_dim),
             "append: keys and values do not have one row a slot");
     check_slots(pool, slots);
@@ -222,9 +222,9 @@ void Native::append(PoolArrays& arrays, Ints slots, Floats key, Floats value) {
 
 Attention Native::attention(const float* query, int64_t heads, const Pool& pool,
                             const Tables& tables, float* out) const {
-    require(heads > 0 && heads % pool.heads == 0,
+    REQUIRE(heads > 0 && heads % pool.heads == 0,
             "attend: query heads must be a multiple of KV heads");
-    require(tables.page_size == pool.page_size && tables.most < pool.num_pages,
+    REQUIRE(tables.page_size == pool.page_size && tables.most < pool.num_pages,
             "attend: page id " + std::to_string(tables.most) + " is outside the pool of " +
                 std::to_string(pool.num_pages) + " pages, or page sizes differ");
     constexpr double LOG2_E = 1.4426950408889634;
@@ -245,12 +245,12 @@ Attention Native::attention(const float* query, int64_t heads, const Pool& pool,
 void Native::attend(Floats query, PoolArrays& arrays, const Tables& tables, Output out) {
     const Pool& pool = arrays.pool;
     size_t tokens = tables.positions.size();
-    require(query.ndim() == 3 && query.shape(0) == tokens && int64_t(query.shape(2)) == pool.key_dim,
+    REQUIRE(query.ndim() == 3 && query.shape(0) == tokens && int64_t(query.shape(2)) == pool.key_dim,
             "attend: query must be [" + std::to_string(tokens) + ", heads, " +
                 std::to_string(pool.key_dim) + "]");
     int64_t heads = int64_t(query.shape(1));
     Attention a = attention(query.data(), heads, pool, tables, out.data());
-    require(out.size() == tokens * size_t(heads * pool.value_dim), "attend: out has the wrong size");
+    REQUIRE(out.size() == tokens * size_t(heads * pool.value_dim), "attend: out has the wrong size");
     nb::gil_scoped_release released;
     std::lock_guard<std::mutex> one(mutex_);
     run_attention(a, int64_t(tables.last_page_len.size()));
@@ -303,7 +303,7 @@ void Native::run_attention(const Attention& a, int64_t sequences) {
 // ---- rows ----------------------------------------------------------------------------------------
 
 int64_t Native::same_rows(const Floats& x, const Output& y, int64_t n) const {
-    require(n > 0 && x.size() % size_t(n) == 0 && y.size() == x.size(),
+    REQUIRE(n > 0 && x.size() % size_t(n) == 0 && y.size() == x.size(),
             "x and y must have rows of " + std::to_string(n));
     return int64_t(x.size()) / n;
 }
@@ -322,7 +322,7 @@ void Native::rms_norm(Floats x, Floats weight, float eps, Output y) {
 
 void Native::layer_norm(Floats x, Floats weight, Floats bias, float eps, Output y) {
     int64_t n = int64_t(weight.size()), rows = same_rows(x, y, n);
-    require(bias.size() == weight.size(), "layer_norm: weight and bias differ in size");
+    REQUIRE(bias.size() == weight.size(), "layer_norm: weight and bias differ in size");
     nb::gil_scoped_release released;
     spread(rows, n, [&](int64_t r) {
         kernels_->layer_norm(x.data() + r * n, weight.data(), bias.data(), eps, n, y.data() + r * n);
@@ -331,17 +331,17 @@ void Native::layer_norm(Floats x, Floats weight, Floats bias, float eps, Output 
 
 void Native::check_rope(const Floats& cos, const Floats& sin, const Ints& positions,
                         int64_t half) const {
-    require(cos.ndim() == 2 && int64_t(cos.shape(1)) == half && cos.size() == sin.size(),
+    REQUIRE(cos.ndim() == 2 && int64_t(cos.shape(1)) == half && cos.size() == sin.size(),
             "rope: cos and sin must be [positions, " + std::to_string(half) + "]");
     for (size_t t = 0; t < positions.size(); ++t)
-        require(positions(t) >= 0 && positions(t) < int64_t(cos.shape(0)),
+        REQUIRE(positions(t) >= 0 && positions(t) < int64_t(cos.shape(0)),
                 "rope: position " + std::to_string(positions(t)) + " is outside the tables of " +
                     std::to_string(cos.shape(0)));
 }
 
 // x [tokens, heads, dim], cos and sin [positions, dim / 2]
 void Native::rope(Floats x, Ints positions, Floats cos, Floats sin, Output y) {
-    require(x.ndim() == 3 && x.shape(2) % 2 == 0 && x.shape(0) == positions.size() &&
+    REQUIRE(x.ndim() == 3 && x.shape(2) % 2 == 0 && x.shape(0) == positions.size() &&
                 y.size() == x.size(),
             "rope: x and y must be [" + std::to_string(positions.size()) + ", heads, even dim]");
     int64_t heads = int64_t(x.shape(1)), half = int64_t(x.shape(2)) / 2;
@@ -363,14 +363,14 @@ void Native::activate(Floats x, int kind, Output y) {
 }
 
 void Native::multiply(Floats x, Floats z, Output y) {
-    require(z.size() == x.size(), "multiply: sizes differ");
+    REQUIRE(z.size() == x.size(), "multiply: sizes differ");
     elementwise(x, y, [&](int64_t at, int64_t n) {
         kernels_->multiply(x.data() + at, z.data() + at, n, y.data() + at);
     });
 }
 
 void Native::add(Floats x, Floats z, Output y) {
-    require(z.size() == x.size(), "add: sizes differ");
+    REQUIRE(z.size() == x.size(), "add: sizes differ");
     elementwise(x, y, [&](int64_t at, int64_t n) {
         kernels_->add(x.data() + at, z.data() + at, n, y.data() + at);
     });
@@ -378,9 +378,9 @@ void Native::add(Floats x, Floats z, Output y) {
 
 // Rows of a table as float.
 void Native::embed(const Weight& table, Ints ids, Output y) {
-    require(int64_t(y.size()) == int64_t(ids.size()) * table.k, "embed: y has the wrong size");
+    REQUIRE(int64_t(y.size()) == int64_t(ids.size()) * table.k, "embed: y has the wrong size");
     for (size_t i = 0; i < ids.size(); ++i)
-        require(ids(i) >= 0 && ids(i) < table.n,
+        REQUIRE(ids(i) >= 0 && ids(i) < table.n,
                 "embed: id " + std::to_string(ids(i)) + " is outside the table");
     nb::gil_scoped_release released;
     spread(int64_t(ids.size()), table.k, [&](int64_t i) {
@@ -414,13 +414,13 @@ void Native::place_rows(const AttentionWeights& w, const Attention& a, const Flo
 
 Attention Native::check_attention(const AttentionWeights& w, const Floats& cos, const Floats& sin,
                                   const Pool& pool, const Ints& slots, const Tables& tables) const {
-    require(tables.positions.size() == slots.size(),
+    REQUIRE(tables.positions.size() == slots.size(),
             "attention_block: there must be one slot a token");
-    require(w.q.weight.n % pool.key_dim == 0 && w.k.weight.n == pool.heads * pool.key_dim &&
+    REQUIRE(w.q.weight.n % pool.key_dim == 0 && w.k.weight.n == pool.heads * pool.key_dim &&
                 w.v.weight.n == pool.heads * pool.value_dim && pool.key_dim % 2 == 0,
             "attention_block: projections do not fit the pool");
     int64_t heads = w.q.weight.n / pool.key_dim;
-    require(w.o.weight.k == heads * pool.value_dim &&
+    REQUIRE(w.o.weight.k == heads * pool.value_dim &&
                 (!w.q_norm || int64_t(w.q_norm->size()) == pool.key_dim) &&
                 (!w.k_norm || int64_t(w.k_norm->size()) == pool.key_dim),
             "attention_block: output projection or norms do not fit the heads");
@@ -452,7 +452,7 @@ void Native::attention_half(const float* x, const AttentionWeights& w, const Flo
 void Native::attention_block(Floats x, const AttentionWeights& w, Floats cos, Floats sin,
                              PoolArrays& arrays, Ints slots, const Tables& tables, Output y) {
     int64_t m = same_rows(x, y, int64_t(w.norm.size()));
-    require(m == int64_t(slots.size()), "attention_block: there must be one slot a row");
+    REQUIRE(m == int64_t(slots.size()), "attention_block: there must be one slot a row");
     Attention a = check_attention(w, cos, sin, arrays.pool, slots, tables);
     if (m == 0) return;
     nb::gil_scoped_release released;
@@ -506,9 +506,9 @@ void Native::layers(Floats x, const Layers& stack, Floats cos, Floats sin, std::
     std::vector<Attention> all;
     for (const DecoderLayer& layer : stack.layers) {
         size_t g = size_t(layer.group);
-        require(g < slots.size() && g < tables.size(),
+        REQUIRE(g < slots.size() && g < tables.size(),
                 "layers: there is no layer group " + std::to_string(g));
-        require(m == int64_t(slots[g].size()), "layers: there must be one slot a row");
+        REQUIRE(m == int64_t(slots[g].size()), "layers: there must be one slot a row");
         all.push_back(check_attention(layer.attention, cos, sin, layer.pool.pool, slots[g], *tables[g]));
     }
     if (m == 0) return;

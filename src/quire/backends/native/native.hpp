@@ -92,7 +92,7 @@ private:
     }
     template <class Work>
     void elementwise(const Floats& x, const Output& y, Work work) {
-        require(x.size() == y.size(), "sizes differ");
+        REQUIRE(x.size() == y.size(), "sizes differ");
         constexpr int64_t STEP = 1 << 14;
         int64_t n = int64_t(x.size());
         nb::gil_scoped_release released;
