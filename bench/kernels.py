@@ -135,7 +135,8 @@ def attention(bench: Bench, sequences: int, context: int, new: int, dim: int) ->
     """32 query and 8 KV heads, bf16 pages of 16 tokens, scattered; ``new`` queries a sequence."""
     pages = context // 16
     rng = np.random.default_rng(0)
-    pool = bench.native.pool(PageShape(16, 8, dim, dim, page_format("bf16")), sequences * pages)
+    bf16 = page_format("bf16")
+    pool = bench.native.pool(PageShape(16, 8, dim, dim, bf16, bf16), sequences * pages)
     pool.key[:] = rng.standard_normal(pool.key.shape, np.float32)
     pool.value[:] = rng.standard_normal(pool.value.shape, np.float32)
     each = np.arange(sequences + 1, dtype=np.int64)

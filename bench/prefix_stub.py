@@ -9,7 +9,7 @@ from quire.pages import PageShape, page_format
 
 PAGE = 16
 LAYERS = 12  # the 160m shapes of bench/peers.py: what a page would take
-SHAPE = PageShape(PAGE, 4, 64, 64, page_format("bf16"))
+SHAPE = PageShape(PAGE, 4, 64, 64, *[page_format("bf16")] * 2)
 LAYOUT = CacheLayout(PAGE, (LayerGroup(tuple(range(LAYERS)), None),), (SHAPE,) * LAYERS)
 
 

@@ -33,7 +33,7 @@ def layout_of(page_size: int, windows: Windows = (None,), format: str = "fp32") 
         LayerGroup(tuple(i for i, other in enumerate(windows) if other == window), window)
         for window in dict.fromkeys(windows)
     )
-    shape = PageShape(page_size, HEADS, KEY_DIM, VALUE_DIM, PAGE_FORMATS[format])
+    shape = PageShape(page_size, HEADS, KEY_DIM, VALUE_DIM, *[PAGE_FORMATS[format]] * 2)
     return CacheLayout(page_size, groups, (shape,) * len(windows))
 
 
@@ -72,8 +72,7 @@ def write(cache: KVCache, batch: PagedBatch, tokens: Sequence[int]) -> None:
         assert isinstance(pool, ReferencePool)
         slots = batch.groups[batch.group_of_layer[layer]].slots
         assert len(slots) == len(tokens)
-        for numbers, new in zip((pool.key, pool.value), stored(layer, tokens), strict=True):
-            numbers.reshape(-1, *numbers.shape[2:])[slots] = new
+        pool.store(slots, *stored(layer, tokens))
 
 
 def reserve(cache: KVCache, *chunks: tuple[int, Sequence[int]]) -> Reservation:

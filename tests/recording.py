@@ -50,9 +50,11 @@ class Recorder:
         return logits[kept]
 
 
-def cold(directory: Path, tokens: list[int]) -> np.ndarray:
+def cold(directory: Path, tokens: list[int], kv_format: str = "auto") -> np.ndarray:
     """Logits of every position, computed in one go by an engine that shares nothing."""
-    engine = tiny_engine(directory, page_size=16, num_pages=80, prefix_cache=False)
+    engine = tiny_engine(
+        directory, page_size=16, num_pages=80, prefix_cache=False, kv_format=kv_format
+    )
     return engine.logits(tokens)
 
 
@@ -62,5 +64,6 @@ def assert_warm_is_cold(directory: Path, recorder: Recorder) -> None:
     alone: dict[Sample, np.ndarray] = {}
     for sample, position, logits in recorder.rows:
         if sample not in alone:
-            alone[sample] = cold(directory, sample.tokens)
+            kv_format = recorder.engine.config.cache.kv_format
+            alone[sample] = cold(directory, sample.tokens, kv_format)
         assert same_bits(logits, alone[sample][position])

@@ -889,7 +889,7 @@ def test_pages_are_kept_in_the_format_asked_for(root: Path, dtype: str) -> None:
     peaks = {}
     for kv_format in ("auto", "fp32", "bf16", "fp16"):
         engine = tiny_engine(directory, kv_format=kv_format)
-        found = {shape.format.name for shape in engine.cache.layout.shapes}
+        found = {shape.key_format.name for shape in engine.cache.layout.shapes}
         assert found == {dtype if kv_format == "auto" else kv_format}
         peaks[kv_format] = engine.generate([random_prompt(9)], greedy(8))[0].kv_bytes_peak
     assert peaks["fp32"] == 2 * peaks["bf16"] == 2 * peaks["fp16"] == 8 * PAGE
@@ -931,7 +931,7 @@ def test_decode_bytes_are_the_weights_and_what_the_token_sees(root: Path, tied: 
     for context in (0, 5, 40):
         kept = engine.decode_bytes(context) - sum(stored.values())
         per_token = sum(
-            2 * shape.num_kv_heads * shape.key_dim * shape.format.dtype.itemsize
+            2 * shape.num_kv_heads * shape.key_dim * shape.key_format.dtype.itemsize
             for shape in engine.cache.layout.shapes
         )
         assert kept == (context + 1) * per_token

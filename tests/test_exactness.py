@@ -10,6 +10,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ from tiny import (
 
 Array = npt.NDArray[Any]
 
+PLAIN = ("auto", "fp32", "fp16")
+PER_TOKEN = ("int8", "fp8", "k=int8,v=fp8", "fp8+k=bf16,v=int8@first")
+
 
 class Schedule:
-    """A random workload on a random engine; everything follows from ``seed``."""
+    """A random workload on a random engine; everything follows from ``seed`` and ``formats``."""
 
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path, seed: int, formats: Sequence[str] = PLAIN) -> None:
         self.random = random = np.random.default_rng(seed)
-        self.kv_format = str(random.choice(["auto", "fp32", "fp16"]))
+        self.kv_format = str(random.choice(formats))
         self.todo = [self._request() for _ in range(random.integers(3, 7))]
         self.page_size: int | str = [1, 2, 3, 4, 5, 7, 8, 16, 17, "whole"][random.integers(10)]
         slots = 1100 if self.page_size == "whole" else int(self.page_size)
@@ -124,8 +128,8 @@ def assert_as_alone(directory: Path, schedule: Schedule) -> None:
                     assert same_bits(logits, whole[position]), f"position {position}"
 
 
-def check_schedule(directory: Path, seed: int) -> Schedule:
-    schedule = Schedule(directory, seed)
+def check_schedule(directory: Path, seed: int, formats: Sequence[str] = PLAIN) -> Schedule:
+    schedule = Schedule(directory, seed, formats)
     schedule.run()
     assert_as_alone(directory, schedule)
     return schedule
@@ -148,6 +152,43 @@ def test_any_schedule_computes_the_bits_of_each_request_alone_when_all_layers_sl
     check_schedule(models["sliding"], seed)
 
 
+@pytest.mark.parametrize("seed", range(200, 208))
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_any_schedule_over_quantised_pages_computes_the_bits_of_each_request_alone(
+    models: dict[str, Path], kind: str, seed: int
+) -> None:
+    check_schedule(models[kind], seed, PER_TOKEN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(300, 320))
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_many_more_schedules_over_quantised_pages_compute_the_bits_of_each_request_alone(
+    models: dict[str, Path], kind: str, seed: int
+) -> None:
+    check_schedule(models[kind], seed, PER_TOKEN)
+
+
+@pytest.mark.parametrize("kv_format", PER_TOKEN)
+@pytest.mark.parametrize("kind", ["full", "mixed"])
+def test_logits_over_quantised_pages_are_the_same_bits_in_any_chunks_and_pages(
+    models: dict[str, Path], kind: str, kv_format: str
+) -> None:
+    tokens = random_prompt(90, seed=5)
+    whole = tiny_engine(models[kind], page_size="whole", num_pages=1, kv_format=kv_format)
+    law = whole.logits(tokens)
+    for page_size, chunk in [(1, 512), (3, 1), (16, 7), (64, 33), ("whole", 2)]:
+        engine = tiny_engine(
+            models[kind],
+            page_size=page_size,
+            num_pages=96,
+            max_batch_tokens=chunk,
+            kv_format=kv_format,
+        )
+        assert same_bits(engine.logits(tokens), law), (page_size, chunk)
+    assert not same_bits(tiny_engine(models[kind]).logits(tokens), law), "nothing was rounded"
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("seed", range(100, 140))
@@ -167,7 +208,7 @@ def test_the_schedules_above_do_preempt_chunk_fork_and_mix(models: dict[str, Pat
     samples = [s for schedule in schedules for r in schedule.requests for s in r.samples]
     assert sum(len(sample.preemptions) for sample in samples) > 10
     assert sum(len(schedule.recorder.rows) for schedule in schedules) > 1000
-    formats = {schedule.engine.cache.layout.shapes[0].format.name for schedule in schedules}
+    formats = {schedule.engine.cache.layout.format_text for schedule in schedules}
     assert formats == {"bf16", "fp32", "fp16"}
     assert len({schedule.page_size for schedule in schedules}) > 5
     assert {schedule.roomy for schedule in schedules} == {False, True}

@@ -716,7 +716,7 @@ def test_usage_counts_the_width_of_the_format(format: str, width: int) -> None:
     assert usage.used_bytes == 5 * usage.bytes_per_token
     pool = cache.pools[0]
     assert isinstance(pool, ReferencePool)
-    assert usage.pool_bytes == pool.key.nbytes + pool.value.nbytes
+    assert usage.pool_bytes == pool.key[0].nbytes + pool.value[0].nbytes
 
 
 def test_a_shared_page_counts_once_in_the_total_and_in_full_for_each_sequence() -> None:

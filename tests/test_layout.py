@@ -13,6 +13,8 @@ from quire.errors import ConfigError
 from quire.layout import CacheLayout, LayerGroup, cache_layout, fit_pages, pages_for
 from quire.pages import PAGE_FORMATS, PageShape
 
+BF16 = (PAGE_FORMATS["bf16"], PAGE_FORMATS["bf16"])
+
 
 def model(windows: Windows) -> ModelConfig:
     return ModelConfig(
@@ -67,26 +69,26 @@ def test_most_pages_is_the_peak_of_growing_by_chunks(window: int | None, size: i
 
 
 def test_layers_with_the_same_window_share_a_group() -> None:
-    layout = cache_layout(model((None, 8, None, 4, 8)), 16, PAGE_FORMATS["bf16"])
+    layout = cache_layout(model((None, 8, None, 4, 8)), 16, [BF16] * 5)
     assert layout.groups == (
         LayerGroup((0, 2), None),
         LayerGroup((1, 4), 8),
         LayerGroup((3,), 4),
     )
     assert layout.group_of_layer == (0, 1, 0, 2, 1)
-    assert layout.shapes == (PageShape(16, 3, 4, 4, PAGE_FORMATS["bf16"]),) * 5
+    assert layout.shapes == (PageShape(16, 3, 4, 4, *BF16),) * 5
 
 
 def test_bytes_of_a_group_are_those_of_its_layers() -> None:
-    layout = cache_layout(model((None, 8, None)), 16, PAGE_FORMATS["bf16"])
+    layout = cache_layout(model((None, 8, None)), 16, [BF16] * 3)
     token = 3 * (4 + 4) * 2  # heads, K and V of 4 numbers, 2 bytes
     assert [layout.token_bytes(g) for g in (0, 1)] == [2 * token, token]
     assert [layout.page_bytes(g) for g in (0, 1)] == [2 * 16 * token, 16 * token]
 
 
 def test_layers_of_different_shapes_are_added_up() -> None:
-    wide = PageShape(4, 2, 8, 6, PAGE_FORMATS["fp32"])
-    narrow = PageShape(4, 1, 3, 5, PAGE_FORMATS["fp16"])
+    wide = PageShape(4, 2, 8, 6, *[PAGE_FORMATS["fp32"]] * 2)
+    narrow = PageShape(4, 1, 3, 5, *[PAGE_FORMATS["fp16"]] * 2)
     layout = CacheLayout(4, (LayerGroup((0, 1), None),), (wide, narrow))
     assert layout.token_bytes(0) == 2 * 14 * 4 + 8 * 2
     assert layout.page_bytes(0) == 4 * (2 * 14 * 4 + 8 * 2)

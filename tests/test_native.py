@@ -178,7 +178,7 @@ def test_half_a_layer_in_one_call_is_its_ops_one_by_one(
         np.zeros(len(counts), np.int64),
     )
     batch = PagedBatch(np.array(positions, np.int64), np.cumsum([0, *counts]), (group,), (0,))
-    shape = PageShape(16, kv_heads, dim, dim, page_format("bf16"))
+    shape = PageShape(16, kv_heads, dim, dim, *[page_format("bf16")] * 2)
     pools = [backend.pool(shape, max(1, sum(pages))) for _ in range(2)]
     for pool in pools[:1]:
         pool.key[:] = rng.standard_normal(pool.key.shape)
@@ -282,7 +282,9 @@ def test_a_read_only_result_is_refused(kernels: "extension.Native") -> None:
 
 
 def new_pool(pages: int = 4) -> "native.pool.NativePool":
-    return NativeBackend(threads=1).pool(PageShape(16, 2, 32, 32, page_format("bf16")), pages)
+    return NativeBackend(threads=1).pool(
+        PageShape(16, 2, 32, 32, *[page_format("bf16")] * 2), pages
+    )
 
 
 @pytest.mark.parametrize("pages", [2**38, 2**60])

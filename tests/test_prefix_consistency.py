@@ -15,9 +15,9 @@ import pytest
 from checkpoints import VARIETY, write_checkpoint
 from quire import CacheConfig, Engine, KVCache, SamplingParams
 from quire.backends import create_backend
+from quire.format_choice import parse_formats
 from quire.layout import cache_layout
 from quire.models import LoadedModel, load_model
-from quire.pages import page_format
 
 Logits = npt.NDArray[np.float32]
 
@@ -50,7 +50,8 @@ class Runner:
     def __init__(self, loaded: LoadedModel, page_size: int | str, kv_format: str = "fp32") -> None:
         config = loaded.config
         size = config.max_position if page_size == "whole" else int(page_size)
-        layout = cache_layout(config, size, page_format(kv_format))
+        formats = parse_formats(kv_format).of_layers(config.num_layers, "fp32")
+        layout = cache_layout(config, size, formats)
         pages = -(-4 * config.max_position // size)
         backend = create_backend(BACKEND)
         pools = [backend.pool(shape, pages) for shape in layout.shapes]

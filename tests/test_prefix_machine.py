@@ -54,7 +54,7 @@ def write_prefix(cache: KVCache, sequence: int, tokens: list[int], new: int, sal
     for layer, pool in enumerate(cache.pools):
         assert isinstance(pool, ReferencePool)
         slots = reservation.batch.groups[reservation.batch.group_of_layer[layer]].slots
-        for numbers in (pool.key, pool.value):
+        for numbers in (*pool.key, *pool.value):
             numbers.reshape(-1, *numbers.shape[2:])[slots] = marks[:, None, None] + layer
     cache.commit(reservation, [tokens[len(tokens) - new :]])
 

@@ -322,7 +322,7 @@ def test_a_kvcache_is_a_cache_view() -> None:
 
 
 def small_cache(page_size: int, num_pages: Pages, windows: Sequence[int | None]) -> KVCache:
-    shape = PageShape(page_size, 1, 1, 1, page_format("fp16"))
+    shape = PageShape(page_size, 1, 1, 1, *[page_format("fp16")] * 2)
     groups = tuple(LayerGroup((layer,), window) for layer, window in enumerate(windows))
     layout = CacheLayout(page_size, groups, (shape,) * len(groups))
     return KVCache(layout, num_pages, [ReferencePool(shape, pages) for pages in num_pages])

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 from quire.errors import ConfigError, did_you_mean
+from quire.format_choice import parse_formats
+from quire.formats import GROUP
 
 __all__ = [
     "CacheConfig",
@@ -207,8 +209,11 @@ class CacheConfig:
     """How keys and values are kept.
 
     page_size   tokens a page; ``"whole"`` makes one page as long as the model's context, which is
-                a contiguous, preallocated cache.
-    kv_format   page format; ``"auto"`` is the checkpoint's own dtype.
+                a contiguous, preallocated cache; ``"auto"`` is 16, or 32 for int4 and int2. It
+                reads as the number of tokens afterwards.
+    kv_format   page format: ``"int8"``, of keys and values apart: ``"k=int8,v=fp8"``, of chosen
+                layers: ``"int4+int8@first,last"`` (see :mod:`quire.format_choice`); ``"auto"`` is
+                the checkpoint's own dtype.
     kv_memory   bytes for all pages of all layers, as an int or as text such as ``"2GiB"``.
     num_pages   pages of every layer group, instead of ``kv_memory``.
     prefix_cache   keep pages of finished requests while there is room, and share equal prefixes.
@@ -217,7 +222,7 @@ class CacheConfig:
     disk_cache  most bytes of the files in ``cache_dir``, at any moment; 20 GiB if not given.
     """
 
-    page_size: int | Literal["whole"] = 16
+    page_size: int | Literal["whole", "auto"] = "auto"
     kv_format: str = "auto"
     kv_memory: int | str = "2GiB"
     num_pages: int | None = None
@@ -227,8 +232,6 @@ class CacheConfig:
     disk_cache: int | str | None = None
 
     def __post_init__(self) -> None:
-        if self.page_size != "whole":
-            _require_int("CacheConfig", "page_size", self.page_size)
         if self.num_pages is not None:
             _require_int("CacheConfig", "num_pages", self.num_pages)
         if not isinstance(self.prefix_cache, bool):
@@ -237,8 +240,21 @@ class CacheConfig:
             )
         if not isinstance(self.kv_format, str):
             raise ConfigError(f"CacheConfig: kv_format must be text, not {self.kv_format!r}")
+        self._check_page_size(parse_formats(self.kv_format).by_page)
         object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
         self._check_tiers()
+
+    def _check_page_size(self, by_page: bool) -> None:
+        """``by_page`` is True if a format stores whole pages at once, in groups of tokens."""
+        if self.page_size == "auto":
+            object.__setattr__(self, "page_size", GROUP if by_page else 16)
+        if self.page_size != "whole":
+            _require_int("CacheConfig", "page_size", self.page_size)
+        if by_page and (isinstance(self.page_size, str) or self.page_size % GROUP):
+            raise ConfigError(
+                f"CacheConfig: kv_format {self.kv_format!r} stores whole pages, in groups of "
+                f"{GROUP} tokens; page_size must be a multiple of {GROUP}, not {self.page_size!r}"
+            )
 
     def _check_tiers(self) -> None:
         if self.disk_cache is not None and self.cache_dir is None:

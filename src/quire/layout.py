@@ -5,11 +5,14 @@ sequence needs at most, and how many pages fit in a budget. Pure arithmetic on i
 sizes its pools with it and planners predict with it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from quire.config import ModelConfig, format_bytes
 from quire.errors import ConfigError
-from quire.pages import PageFormat, PageShape
+from quire.format_choice import Formats, describe_formats
+from quire.pages import PageShape, whole
 
 __all__ = ["CacheLayout", "LayerGroup", "cache_layout", "fit_pages", "pages_for"]
 
@@ -64,20 +67,40 @@ class CacheLayout:
         """Bytes of one page of a group, over all of its layers."""
         return sum(self.shapes[layer].bytes_per_page for layer in self.groups[group].layers)
 
-    def token_bytes(self, group: int) -> int:
-        """Bytes of one token in a group, over all of its layers."""
-        return sum(self.shapes[layer].bytes_per_token for layer in self.groups[group].layers)
+    def token_bytes(self, group: int) -> float:
+        """Bytes of one token in a group, over all of its layers: exactly, an int if whole."""
+        return whole(Fraction(self.page_bytes(group), self.page_size))
+
+    @property
+    def format_text(self) -> str:
+        """Names of the formats of all layers, as ``kv_format`` takes them."""
+        return describe_formats([(shape.key_format, shape.value_format) for shape in self.shapes])
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a number, if all pages hold plain numbers of one width and nothing else; or 1.
+
+        Packing gains by splitting such numbers into planes of bytes.
+        """
+        formats = [f for shape in self.shapes for f in (shape.key_format, shape.value_format)]
+        widths = {f.dtype.itemsize if f.kind == "plain" else 1 for f in formats}
+        return widths.pop() if len(widths) == 1 else 1
 
 
-def cache_layout(model: ModelConfig, page_size: int, format: PageFormat) -> CacheLayout:
-    """The layout of ``model``'s cache: one group for each distinct window."""
+def cache_layout(model: ModelConfig, page_size: int, formats: Sequence[Formats]) -> CacheLayout:
+    """The layout of ``model``'s cache: one group for each distinct window.
+
+    ``formats`` are those of each layer. Raises ConfigError for a page size that one of them cannot
+    do with.
+    """
     windows = list(dict.fromkeys(model.windows))
     groups = tuple(
         LayerGroup(tuple(i for i, w in enumerate(model.windows) if w == window), window)
         for window in windows
     )
-    shape = PageShape(page_size, model.num_kv_heads, model.head_dim, model.head_dim, format)
-    return CacheLayout(page_size, groups, (shape,) * model.num_layers)
+    heads, dim = model.num_kv_heads, model.head_dim
+    shapes = tuple(PageShape(page_size, heads, dim, dim, key, value) for key, value in formats)
+    return CacheLayout(page_size, groups, shapes)
 
 
 def _most_in_window(window: int | None, page_size: int, sequences: int, tokens: int) -> int | None:

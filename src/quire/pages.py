@@ -1,19 +1,17 @@
-"""Page formats: how a page's numbers are stored, and what they cost in bytes.
+"""Pages: what one holds and costs in bytes, and the verbs of the pools that hold them.
 
-The NumPy ``encode``/``decode`` here are the definition of each format; kernels are tested against
-them. A format is a row of :data:`PAGE_FORMATS`, never a subclass of the cache. This module does
-not know which page belongs to whom.
+How numbers are stored is in ``formats.py``. This module does not know which page belongs to whom.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from quire.errors import ConfigError, did_you_mean
+from quire.formats import PAGE_FORMATS, PageFormat, Part, page_format
 
 __all__ = [
     "PAGE_FORMATS",
@@ -23,82 +21,61 @@ __all__ = [
     "export_rows",
     "import_rows",
     "page_format",
+    "whole",
 ]
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class PageFormat:
-    """One way to store keys and values.
-
-    name       as in ``--kv-format``
-    dtype      NumPy dtype of a stored element
-    lossless   True if numbers of ``dtype`` come back as they went in
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    lossless: bool
-
-    @property
-    def bits(self) -> int:
-        """Bits a stored number."""
-        return self.dtype.itemsize * 8
-
-    def encode(self, values: Array) -> Array:
-        """``values`` (float32, any shape) as stored: rounded to nearest, ties to even.
-
-        Infinities and NaNs are kept; a finite number beyond the format's range becomes infinite.
-        """
-        with np.errstate(over="ignore", invalid="ignore"):  # a signalling NaN stays a NaN
-            return np.asarray(values).astype(self.dtype)
-
-    def decode(self, stored: Array) -> Array:
-        """Stored numbers (dtype ``self.dtype``, any shape) as float32; exact."""
-        return stored.astype(np.float32)
-
-
-PAGE_FORMATS: dict[str, PageFormat] = {
-    name: PageFormat(name, np.dtype(dtype), True)
-    for name, dtype in (
-        ("fp32", np.float32),
-        ("bf16", ml_dtypes.bfloat16),
-        ("fp16", np.float16),
-    )
-}
-
-
-def page_format(name: str) -> PageFormat:
-    """The format called ``name``; ConfigError, naming the nearest, if there is none."""
-    if name not in PAGE_FORMATS:
-        raise ConfigError(
-            f"unknown page format {name!r}{did_you_mean(name, PAGE_FORMATS)} "
-            f"(formats: auto, {', '.join(PAGE_FORMATS)})"
-        )
-    return PAGE_FORMATS[name]
-
-
-@dataclass(frozen=True)
 class PageShape:
-    """One layer's share of a page: ``page_size`` tokens, K and V of every KV head."""
+    """One layer's share of a page: ``page_size`` tokens, K and V of every KV head.
+
+    Raises ConfigError for a page size that a format cannot do with.
+    """
 
     page_size: int
     num_kv_heads: int
     key_dim: int
     value_dim: int
-    format: PageFormat
+    key_format: PageFormat
+    value_format: PageFormat
+
+    def __post_init__(self) -> None:
+        self.key_parts, self.value_parts  # noqa: B018  (they refuse page sizes)
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes that K and V of one token take in this layer."""
-        numbers = self.num_kv_heads * (self.key_dim + self.value_dim)
-        return numbers * self.format.bits // 8
+    def key_parts(self) -> tuple[Part, ...]:
+        """Shape and dtype of each array that keys of one page are stored as."""
+        return self.key_format.key.parts(self.page_size, self.num_kv_heads, self.key_dim)
+
+    @property
+    def value_parts(self) -> tuple[Part, ...]:
+        """Shape and dtype of each array that values of one page are stored as."""
+        return self.value_format.value.parts(self.page_size, self.num_kv_heads, self.value_dim)
+
+    @property
+    def key_bytes_per_page(self) -> int:
+        """Bytes that keys of a whole page take, scales included."""
+        return self.key_format.key.page_bytes(self.page_size, self.num_kv_heads, self.key_dim)
 
     @property
     def bytes_per_page(self) -> int:
-        """Bytes that a whole page takes in this layer."""
-        return self.page_size * self.bytes_per_token
+        """Bytes that a whole page takes in this layer, scales included; a finished one."""
+        value = self.value_format.value
+        return self.key_bytes_per_page + value.page_bytes(
+            self.page_size, self.num_kv_heads, self.value_dim
+        )
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that K and V of one token take in this layer: exactly, and an int if whole."""
+        return whole(Fraction(self.bytes_per_page, self.page_size))
+
+
+def whole(number: Fraction) -> float:
+    """``number`` as an int if it is one, else as a float: bytes a token are exact as floats."""
+    return number.numerator if number.denominator == 1 else float(number)
 
 
 def export_rows(arrays: Sequence[Array], pages: Sequence[int]) -> npt.NDArray[np.uint8]:
@@ -141,16 +118,17 @@ class PagePool(Protocol):
         """Forget what all pages hold, and give their memory back to the system if it can be."""
 
     def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
-        """Copies of K ``[n, page_size, num_kv_heads, key_dim]`` and V, in the stored dtype.
+        """Copies of K ``[n, page_size, num_kv_heads, key_dim]`` and V.
 
-        Slots that hold no token have undefined content.
+        In the stored dtype; decoded to float32 where the format is a quantised one. Slots that
+        hold no token have undefined content.
         """
 
     def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Copies of whole pages as they lie in the pool, uint8 ``[n, shape.bytes_per_page]``.
 
-        Keys, then values, in the backend's own layout: for :meth:`import_pages` of a pool of the
-        same backend, variant and shape, and for nobody else.
+        Keys, then values, scales included, in the backend's own layout: for :meth:`import_pages`
+        of a pool of the same backend, variant and shape, and for nobody else.
         """
 
     def import_pages(self, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:

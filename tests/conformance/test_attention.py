@@ -20,6 +20,8 @@ from conformance import (
 )
 from quire.backends import Backend, reference
 from quire.batch import GroupBatch, PagedBatch
+from quire.errors import BackendError
+from quire.format_choice import Formats, parse_formats
 from quire.pages import PagePool, PageShape, page_format
 
 pytestmark = ALL_SUBJECTS
@@ -27,6 +29,7 @@ pytestmark = ALL_SUBJECTS
 Array = npt.NDArray[Any]
 
 FORMATS = ("fp32", "bf16", "fp16")
+QUANTISED = ("int8", "fp8", "k=int8,v=fp8", "k=fp8,v=bf16", "k=fp16,v=int8")
 DTYPES: dict[str, Any] = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 
 
@@ -43,6 +46,20 @@ class Case:
     window: int | None = None
     format: str = "fp32"
     drop: bool = True
+
+    @property
+    def formats(self) -> Formats:
+        """Of keys and of values."""
+        return parse_formats(self.format).of_layers(1, "fp32")[0]
+
+    def stored(self, key: Array, value: Array) -> tuple[Array, Array]:
+        """Keys and values [..., G, D] as the formats keep them, float32."""
+        dim = self.heads[2]
+        keys, values = self.formats
+        return (
+            keys.key.decode(keys.key.encode(key), dim),
+            values.value.decode(values.value.encode(value), dim),
+        )
 
     def numbers(self, sequence: int) -> tuple[Array, Array, Array]:
         """Query [new, H, D], key and value [stored + new, G, D]: a function of the position."""
@@ -106,9 +123,11 @@ def lay_out(case: Case, seed: int = 0) -> Laid:
 
 def new_pool(backend: Backend, case: Case, num_pages: int) -> PagePool:
     _, kv_heads, dim = case.heads
-    return backend.pool(
-        PageShape(case.page_size, kv_heads, dim, dim, page_format(case.format)), num_pages
-    )
+    try:
+        backend.require_formats(*case.formats)
+    except BackendError as error:
+        pytest.skip(str(error))
+    return backend.pool(PageShape(case.page_size, kv_heads, dim, dim, *case.formats), num_pages)
 
 
 def fill(backend: Backend, case: Case, pool: PagePool, number: float) -> None:
@@ -142,10 +161,9 @@ def run(
 
 
 def expected(case: Case, sequence: int, dtype: Any, operand: Any = None) -> Array:
-    """The naive result over keys and values as the page format rounds them."""
+    """The naive result over keys and values as the page formats keep them."""
     query, key, value = case.numbers(sequence)
-    key, value = (a.astype(DTYPES[case.format]) for a in (key, value))
-    return naive.attend(query, key, value, case.window, dtype, operand)
+    return naive.attend(query, *case.stored(key, value), case.window, dtype, operand)
 
 
 def check(subject: Subject, case: Case) -> None:
@@ -197,7 +215,7 @@ def test_attention_for_every_head_count_and_size(
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 100])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, *QUANTISED])
 def test_attention_for_every_page_size_and_format(
     subject: Subject, page_size: int, format: str
 ) -> None:
@@ -211,6 +229,15 @@ def test_attention_in_a_sliding_window(
     subject: Subject, window: int, page_size: int, drop: bool
 ) -> None:
     check(subject, Case(RAGGED, page_size=page_size, window=window, drop=drop))
+
+
+@pytest.mark.parametrize("format", ["int8", "k=int8,v=fp8"])
+@pytest.mark.parametrize("heads", [(1, 1, 1), (6, 3, 33), (2, 1, 64), (14, 2, 128)])
+def test_attention_over_scales_for_every_head_size(
+    subject: Subject, heads: tuple[int, int, int], format: str
+) -> None:
+    check(subject, Case(RAGGED, heads, format=format))
+    check(subject, Case(RAGGED, heads, window=17, format=format))
 
 
 @pytest.mark.parametrize("sequences", [((0, 1),), ((0, 2),), ((0, 0), (0, 1)), ((99, 1),)])
@@ -308,7 +335,7 @@ def test_append_rounds_as_the_page_format_does(subject: Subject, format: str) ->
     taken = activations(backend, numbers)
     backend.append(pool, laid.batch.groups[0].slots, taken, taken)
     key, value = pool.read_pages(laid.batch.groups[0].indices.tolist())
-    stored = page_format(format).encode(numbers)
+    (stored,) = page_format(format).key.encode(numbers)
     assert key.dtype == value.dtype == stored.dtype == np.dtype(DTYPES[format])
     for held in (key, value):
         tokens = held.reshape(-1, 1, 2)[: len(numbers)]
@@ -317,6 +344,50 @@ def test_append_rounds_as_the_page_format_does(subject: Subject, format: str) ->
         assert tokens[~nan].tobytes() == stored[~nan].tobytes()
     wanted = [rounded(float(x), format) for x in numbers.ravel()]
     assert np.array_equal(stored.astype(np.float64).ravel(), wanted, equal_nan=True)
+
+
+def hard_vectors() -> Array:
+    """Vectors of many sizes and spreads, with infinities and NaN in some, float32 [n, 2, 8]."""
+    rng = np.random.default_rng(1)
+    numbers = hard_numbers().ravel()
+    mixed = numbers[: len(numbers) // 16 * 16].reshape(-1, 2, 8)
+    sizes = np.float32(10.0) ** rng.integers(-44, 38, (600, 2, 1)).astype(np.float32)
+    spread = rng.standard_normal((600, 2, 8)).astype(np.float32) * sizes
+    spread[::7, 0, 3] *= 100  # an outlier
+    return np.concatenate([mixed, np.clip(spread, -3e38, 3e38)])
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+def test_append_stores_what_the_definition_encodes(subject: Subject, format: str) -> None:
+    backend = backend_of(subject)
+    numbers = hard_vectors()
+    case = Case(((0, len(numbers)),), (2, 2, 8), format=format)
+    laid = lay_out(case)
+    pool = new_pool(backend, case, laid.num_pages)
+    taken = activations(backend, numbers)
+    backend.append(pool, laid.batch.groups[0].slots, taken, taken)
+    read = pool.read_pages(laid.batch.groups[0].indices.tolist())
+    for held, wanted in zip(read, case.stored(numbers, numbers), strict=True):
+        tokens = held.reshape(-1, 2, 8)[: len(numbers)].astype(np.float32)
+        assert np.array_equal(np.isnan(tokens), np.isnan(wanted))
+        there = ~np.isnan(wanted)
+        assert tokens[there].tobytes() == wanted[there].tobytes()
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+def test_appending_in_any_chunks_stores_the_same_bytes(subject: Subject, format: str) -> None:
+    backend = backend_of(subject)
+    case = Case(((0, 32),), (2, 2, 6), page_size=8, format=format)
+    key, value = hard_vectors()[:64, :, :6].reshape(2, 32, 2, 6)
+    stored = []
+    for cuts in ([0, 32], range(33), [0, 5, 8, 9, 23, 32]):
+        pool = new_pool(backend, case, 4)
+        for start, end in pairwise(cuts):
+            pair = (activations(backend, a[start:end]) for a in (key, value))
+            backend.append(pool, np.arange(start, end, dtype=np.int64), *pair)
+        stored.append(pool.export_pages(range(4)).tobytes())
+    assert stored[0] == stored[1] == stored[2]
+    assert len(stored[0]) == 4 * pool.shape.bytes_per_page
 
 
 def test_append_writes_its_slots_and_no_other(subject: Subject) -> None:
@@ -354,11 +425,12 @@ def test_copied_pages_hold_the_same_bits(subject: Subject) -> None:
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("page_size", [3, 16, 64])
 @pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("format", ["fp32", "k=int8,v=fp8"])
 def test_garbage_in_other_slots_never_leaks(
-    subject: Subject, garbage: float, page_size: int, window: int | None
+    subject: Subject, garbage: float, page_size: int, window: int | None, format: str
 ) -> None:
     """Free pages, slots beyond the length, and pages that left the window hold NaN or infinity."""
-    case = Case(RAGGED, page_size=page_size, window=window)
+    case = Case(RAGGED, page_size=page_size, window=window, format=format)
     clean = run(backend_of(subject), case, garbage=0.0)
     dirty = run(backend_of(subject), case, garbage=garbage)
     assert all(np.array_equal(a, b) for a, b in zip(clean, dirty, strict=True))
@@ -367,13 +439,14 @@ def test_garbage_in_other_slots_never_leaks(
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["key", "value"])
 @pytest.mark.parametrize(("window", "at"), [(None, 21), (7, 21), (7, 3), (20, 0)])
+@pytest.mark.parametrize("format", ["fp32", "int8", "fp8"])
 def test_a_poisoned_token_reaches_only_the_queries_that_see_it(
-    subject: Subject, poison: float, where: str, window: int | None, at: int
+    subject: Subject, poison: float, where: str, window: int | None, at: int, format: str
 ) -> None:
     """A value that overflowed its page format must not spoil the tokens before it, nor those
     whose window is past it: what a token gets depends on what it sees, on nothing else."""
     backend = backend_of(subject)
-    case = Case(((0, 40),), window=window)
+    case = Case(((0, 40),), window=window, format=format)
     laid = lay_out(case)
     query, key, value = case.numbers(0)
 
@@ -399,7 +472,7 @@ def test_a_poisoned_token_reaches_only_the_queries_that_see_it(
 # -- the exactness law ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, "int8", "k=int8,v=fp8"])
 @pytest.mark.parametrize("window", [None, 7, 24])
 def test_bits_do_not_depend_on_pages_chunks_or_company(
     subject: Subject, window: int | None, format: str

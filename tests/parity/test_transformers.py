@@ -202,7 +202,7 @@ def test_logits_of_bf16_weights_err_at_most_twice_as_much_as_theirs(
     exact = logits_of(models.theirs(name, "bf16", "fp32"), tokens)
     theirs = logits_of(models.theirs(name, "bf16", "bf16"), tokens)
     engine = engine_of(models.directory(name, "bf16"))
-    assert engine.cache.layout.shapes[0].format.name == "bf16"
+    assert engine.cache.layout.format_text == "bf16"
     ours = engine.logits(tokens)
     assert np.abs(ours - exact).max() <= 2 * np.abs(theirs - exact).max()
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.batch import PagedBatch
-from quire.pages import PagePool, PageShape
+from quire.pages import PageFormat, PagePool, PageShape
 
 __all__ = ["Array", "Backend", "HostArray"]
 
@@ -35,8 +35,14 @@ class Backend(Protocol):
     def weight(self, array: HostArray) -> Array:
         """Take a tensor of the checkpoint (fp32, bf16 or fp16; may be a read-only memory map)."""
 
+    def require_formats(self, key: PageFormat, value: PageFormat) -> None:
+        """Raise BackendError, saying which there are, unless pools can store these formats."""
+
     def pool(self, shape: PageShape, num_pages: int) -> PagePool:
-        """Storage for ``num_pages`` pages of one layer. Raises BackendError if it does not fit."""
+        """Storage for ``num_pages`` pages of one layer.
+
+        Raises BackendError if it does not fit, or as :meth:`require_formats` does.
+        """
 
     def embed(self, table: Array, ids: Sequence[int]) -> Array:
         """Rows ``ids`` [T] of ``table`` [vocab, hidden] -> [T, hidden]. ids are in range."""

@@ -22,6 +22,7 @@ from quire.backends.blocks import (
 )
 from quire.batch import GroupBatch, PagedBatch
 from quire.errors import BackendError
+from quire.formats import Coding, PageFormat, Part, Stored
 from quire.machine import this_machine
 from quire.pages import PagePool, PageShape, export_rows, import_rows
 
@@ -43,61 +44,92 @@ def _tiles(x: Array) -> Array:
 
 
 class ReferencePool:
-    """K and V of one layer, token-major: ``[num_pages, page_size, num_kv_heads, dim]``."""
+    """K and V of one layer: the arrays that their formats define, token-major.
+
+    Each is ``[num_pages, page_size, num_kv_heads, ...]``: numbers, or payload and scale.
+    """
 
     def __init__(self, shape: PageShape, num_pages: int) -> None:
+        _require_formats(shape.key_format, shape.value_format)
         self.shape, self.num_pages = shape, num_pages
-        outer = (num_pages, shape.page_size, shape.num_kv_heads)
         try:
-            self.key = np.zeros((*outer, shape.key_dim), shape.format.dtype)
-            self.value = np.zeros((*outer, shape.value_dim), shape.format.dtype)
+            self.key, self.value = self._zeros(shape.key_parts), self._zeros(shape.value_parts)
         except MemoryError as error:
             raise BackendError(
                 f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
             ) from error
 
+    def _zeros(self, parts: Sequence[Part]) -> Stored:
+        return tuple(np.zeros((self.num_pages, *shape), dtype) for shape, dtype in parts)
+
+    def store(self, slots: Array, key: Array, value: Array) -> None:
+        """Put key and value float32 [T, G, D] of T tokens, encoded, into ``slots`` int64 [T]."""
+        formats = self.shape.key_format.key, self.shape.value_format.value
+        for held, coding, new in zip((self.key, self.value), formats, (key, value), strict=True):
+            for array, part in zip(held, coding.encode(new), strict=True):
+                array.reshape(-1, *array.shape[2:])[slots] = part
+
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """See :class:`quire.pages.PagePool`."""
-        self.key[list(target)] = self.key[list(source)]
-        self.value[list(target)] = self.value[list(source)]
+        for array in (*self.key, *self.value):
+            array[list(target)] = array[list(source)]
 
     def discard(self) -> None:
         """See :class:`quire.pages.PagePool`."""
-        self.key, self.value = np.zeros_like(self.key), np.zeros_like(self.value)
+        shape = self.shape
+        self.key, self.value = self._zeros(shape.key_parts), self._zeros(shape.value_parts)
 
     def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
         """See :class:`quire.pages.PagePool`."""
-        ids = np.asarray(pages, dtype=np.int64)
-        return self.key[ids], self.value[ids]
+        ids, shape = np.asarray(pages, dtype=np.int64), self.shape
+        key, value = (tuple(array[ids] for array in held) for held in (self.key, self.value))
+        formats = shape.key_format, shape.value_format
+        return (
+            key[0] if formats[0].lossless else formats[0].key.decode(key, shape.key_dim),
+            value[0] if formats[1].lossless else formats[1].value.decode(value, shape.value_dim),
+        )
 
     def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
         """See :class:`quire.pages.PagePool`."""
-        return export_rows((self.key, self.value), pages)
+        return export_rows((*self.key, *self.value), pages)
 
     def import_pages(self, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
         """See :class:`quire.pages.PagePool`."""
-        import_rows((self.key, self.value), pages, data)
+        import_rows((*self.key, *self.value), pages, data)
 
     def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
         """See :class:`quire.pages.PagePool`."""
-        at = self.key[0].nbytes
-        for part, stored in ((data[:, :at], self.key), (data[:, at:], self.value)):
-            slot = stored[0, 0].nbytes
-            part[:, first * slot :] = 0
+        start = 0
+        for array in (*self.key, *self.value):
+            page, slot = array[0].nbytes, array[0, 0].nbytes
+            data[:, start + first * slot : start + page] = 0
+            start += page
 
     def block(self, slots: Array, offset: int) -> tuple[Array, Array]:
         """K and V of one block as float32 ``[num_kv_heads, BLOCK, dim]``.
 
         ``slots`` int64 [at most BLOCK - offset] fill it from ``offset`` on; the rest is zero.
         """
-        return self._gather(self.key, slots, offset), self._gather(self.value, slots, offset)
+        shape = self.shape
+        return (
+            _gather(self.key, shape.key_format.key, shape.key_dim, slots, offset),
+            _gather(self.value, shape.value_format.value, shape.value_dim, slots, offset),
+        )
 
-    def _gather(self, stored: Array, slots: Array, offset: int) -> Array:
-        heads, dim = stored.shape[2:]
-        out = np.zeros((heads, BLOCK, dim), np.float32)
-        found = self.shape.format.decode(stored.reshape(-1, heads, dim)[slots])
-        out[:, offset : offset + len(slots)] = found.transpose(1, 0, 2)
-        return out
+
+def _gather(held: Stored, coding: Coding, dim: int, slots: Array, offset: int) -> Array:
+    out = np.zeros((held[0].shape[2], BLOCK, dim), np.float32)
+    found = coding.decode(tuple(a.reshape(-1, *a.shape[2:])[slots] for a in held), dim)
+    out[:, offset : offset + len(slots)] = found.transpose(1, 0, 2)
+    return out
+
+
+def _require_formats(key: PageFormat, value: PageFormat) -> None:
+    for format in (key, value):
+        if format.kind == "page":
+            raise BackendError(
+                f"the reference backend cannot store {format.name} pages yet; choose int8 or fp8"
+            )
 
 
 class ReferenceBackend:
@@ -113,6 +145,10 @@ class ReferenceBackend:
     def weight(self, array: Array) -> Array:
         """A float32 copy, made once."""
         return np.ascontiguousarray(array, dtype=np.float32)
+
+    def require_formats(self, key: PageFormat, value: PageFormat) -> None:
+        """All formats, keys and values apart, but for those that store whole pages at once."""
+        _require_formats(key, value)
 
     def pool(self, shape: PageShape, num_pages: int) -> ReferencePool:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
@@ -165,8 +201,7 @@ class ReferenceBackend:
     def append(self, pool: PagePool, slots: Array, key: Array, value: Array) -> None:
         """Slots int64 [T], key and value [T, G, D], into the pool in its format."""
         assert isinstance(pool, ReferencePool)
-        for stored, new in ((pool.key, key), (pool.value, value)):
-            stored.reshape(-1, *stored.shape[2:])[slots] = pool.shape.format.encode(new)
+        pool.store(slots, key, value)
 
     def attend(self, query: Array, pool: PagePool, batch: PagedBatch, group: int) -> Array:
         """[T, H, D] -> [T, H * D]; one sequence at a time, one block of keys at a time."""

@@ -20,7 +20,8 @@ LAYOUTS = (*_AXES, "pages")
 
 @dataclass(frozen=True)
 class LayerKV:
-    """One layer's keys and values in the stored dtype, copies.
+    """One layer's keys and values, copies: in the stored dtype, or, of a quantised format, decoded
+    to float32, which is exact.
 
     In a named layout: ``key`` and ``value`` of positions ``start`` to ``start + S - 1`` (a sliding
     window starts where the next token would look first). In layout ``"pages"``: ``[pages,

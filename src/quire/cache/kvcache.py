@@ -355,7 +355,8 @@ class KVCache:
                 for page, tokens in self._filled(state, group):
                     filled[page] = max(tokens, filled.get(page, 0))
             allocated += len(filled) * self.layout.page_bytes(group)
-            used += sum(filled.values()) * self.layout.token_bytes(group)
+            slots = sum(filled.values())
+            used += slots * self.layout.page_bytes(group) // self.layout.page_size
         groups = range(len(self.layout.groups))
         return CacheUsage(
             pool_bytes=sum(self.num_pages[g] * self.layout.page_bytes(g) for g in groups),
@@ -370,7 +371,8 @@ class KVCache:
         """K and V of every layer in layout BHSD, BSHD, HBSD or ``"pages"``; see :class:`LayerKV`.
 
         B is 1 (the sequence), H KV heads, S stored tokens, D head_dim. The dtype is the page
-        format's. Raises ConfigError for another layout.
+        format's; numbers of a quantised one are decoded to float32. Raises ConfigError for another
+        layout.
         """
         require_layout(layout)
         state = self._get(sequence)

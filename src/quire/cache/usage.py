@@ -14,7 +14,8 @@ class CacheUsage:
     used_bytes       slots of those pages that hold a token
     waste_bytes      ``allocated_bytes - used_bytes``: the empty slots of unfinished pages
     tokens           tokens of the sequences, each sequence counted on its own
-    bytes_per_token  of one token in all layers, before any window gives pages back
+    bytes_per_token  of one token in all layers, before any window gives pages back; a whole number
+                     but where tokens of a page share scales
     cached_bytes     pages of no sequence that are kept for prompts that begin as theirs did; they
                      are given up when memory is wanted; 0 in the account of one sequence
     """
@@ -23,7 +24,7 @@ class CacheUsage:
     allocated_bytes: int
     used_bytes: int
     tokens: int
-    bytes_per_token: int
+    bytes_per_token: float
     cached_bytes: int = 0
 
     @property

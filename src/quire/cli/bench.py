@@ -161,7 +161,7 @@ def _setting(engine: "Engine", repeats: int) -> dict[str, Any]:
         "model": engine.directory.name,
         "architecture": engine.model_config.architecture,
         "backend": engine.backend.name,
-        "kv_format": engine.cache.layout.shapes[0].format.name,
+        "kv_format": engine.cache.layout.format_text,
         "page_size": engine.cache.layout.page_size,
         "max_batch_tokens": engine.config.max_batch_tokens,
         "repeats": repeats,

@@ -40,14 +40,16 @@ _ENGINE = (
         "--kv-format",
         default="auto",
         show_default=True,
-        help="How keys and values are stored: fp32, bf16, fp16; auto is the checkpoint's dtype.",
+        metavar="FORMAT",
+        help="How keys and values are stored: fp32, bf16, fp16, or smaller at a loss: int8, fp8; "
+        "apart: k=int8,v=fp8; by layer: fp8+int8@first,last; auto is the checkpoint's dtype.",
     ),
     click.option(
         "--page-size",
-        default="16",
+        default="auto",
         show_default=True,
         metavar="N",
-        help="Tokens a page; 'whole' makes one page as long as the context.",
+        help="Tokens a page; 'whole' makes one page as long as the context; auto is 16.",
     ),
     click.option("--num-pages", type=int, metavar="N", help="Pages of every layer group."),
     click.option(
@@ -209,7 +211,7 @@ def sampling_params(options: dict[str, Any], **fixed: Any) -> "SamplingParams":
 
 
 def _page_size(text: str) -> Any:
-    if text == "whole":
+    if text in ("whole", "auto"):
         return text
     try:
         return int(text)

@@ -43,7 +43,7 @@ from quire.engine.request import (
 from quire.engine.sampler import choose, logprobs_of, require_finite, uniform
 from quire.engine.scheduler import Limits, StepPlan, places, plan_step
 from quire.engine.sessions import Session, load_session, no_pages, pages_of
-from quire.engine.storage import layout_of, make_cache, open_tiers
+from quire.engine.storage import layout_of, make_cache, open_tiers, require_formats
 from quire.engine.streamed import StreamedRun, StreamPlan, plan_stream
 from quire.engine.tiering import PrefixTiers, compute_pace
 from quire.errors import CacheFull, QuireError, RequestError, SessionError
@@ -105,10 +105,9 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
         )
-        if self.config.cache.kv_format != "auto":
-            page_format(self.config.cache.kv_format)  # a wrong name is an error before loading
         self.directory = resolve_model(model)
         self.backend = create_backend(backend, threads)
+        require_formats(self.config.cache, self.backend)  # before anything is loaded
         self._loaded = load_model(self.directory, self.backend, progress)
         self.model_config = self._loaded.config
         self.codec = self._loaded.codec
@@ -235,7 +234,8 @@ class Engine:
         tiers = open_tiers(self.config.cache, self._layout, lambda: self.identity)
         if not tiers:
             return None
-        weights = self._loaded.bytes_read_a_step // self._layout.shapes[0].format.dtype.itemsize
+        width = page_format(self._loaded.page_format).dtype.itemsize
+        weights = self._loaded.bytes_read_a_step // width
         pace = compute_pace(self.backend.name, this_machine().threads, weights)
         return PrefixTiers(self.cache, tiers, pace)
 
@@ -389,10 +389,10 @@ class Engine:
         """
         layout = self.cache.layout
         seen = (
-            min(context + 1, group.window or context + 1) * layout.token_bytes(index)
+            min(context + 1, group.window or context + 1) * layout.page_bytes(index)
             for index, group in enumerate(layout.groups)
         )
-        return self._loaded.bytes_read_a_step + sum(seen)
+        return self._loaded.bytes_read_a_step + sum(seen) // layout.page_size
 
     # -- inside: set-up and checks -----------------------------------------------------------
 

@@ -44,7 +44,7 @@ def describe(
         ),
         "rope": "none" if config.rope is None else f"{config.rope.kind} {config.rope.theta:g}",
         "config": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16],
-        "page_format": layout.shapes[0].format.name,
+        "page_format": layout.format_text,
         "page_size": str(layout.page_size),
         "backend": backend.identity,
         "quire": quire.__version__,

@@ -8,19 +8,31 @@ from quire.cache import KVCache
 from quire.cache.tiers import HostTier, Tier
 from quire.config import CacheConfig, EngineConfig, format_bytes
 from quire.errors import ConfigError
+from quire.format_choice import AUTO, parse_formats
 from quire.layout import CacheLayout, cache_layout, fit_pages
 from quire.models import LoadedModel
 from quire.pages import page_format
 
-__all__ = ["layout_of", "make_cache", "open_tiers"]
+__all__ = ["layout_of", "make_cache", "open_tiers", "require_formats"]
+
+
+def require_formats(settings: CacheConfig, backend: Backend) -> None:
+    """Raise BackendError if ``backend`` does not store the formats that are named.
+
+    What ``auto`` stands for is known when the model is loaded, and refused when pools are made.
+    """
+    for pair in parse_formats(settings.kv_format).pairs:
+        if AUTO not in pair:
+            backend.require_formats(*map(page_format, pair))
 
 
 def layout_of(config: EngineConfig, loaded: LoadedModel) -> CacheLayout:
     """Layer groups and pages of a loaded model's cache."""
     settings, model = config.cache, loaded.config
-    name = loaded.page_format if settings.kv_format == "auto" else settings.kv_format
+    formats = parse_formats(settings.kv_format).of_layers(model.num_layers, loaded.page_format)
     size = model.max_position if settings.page_size == "whole" else settings.page_size
-    return cache_layout(model, size, page_format(name))
+    assert not isinstance(size, str)
+    return cache_layout(model, size, formats)
 
 
 def make_cache(

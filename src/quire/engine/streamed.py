@@ -32,7 +32,7 @@ class StreamPlan:
     """What streaming a context of ``tokens`` takes.
 
     num_pages     of each group, for the whole context
-    layer_bytes   of the largest layer: what a staging pool must hold
+    layer_bytes   of one layer, or of one of each page shape: what the staging pools must hold
     total_bytes   of all layers: what the store must hold
     """
 
@@ -41,11 +41,11 @@ class StreamPlan:
         self.num_pages = tuple(
             group.most_pages(tokens, chunk, layout.page_size) for group in layout.groups
         )
-        per_layer = [
-            shape.bytes_per_page * self.num_pages[layout.group_of_layer[layer]]
-            for layer, shape in enumerate(layout.shapes)
-        ]
-        self.layer_bytes, self.total_bytes = max(per_layer), sum(per_layer)
+        shapes = dict.fromkeys(layout.shapes)
+        self.layer_bytes = max(self.num_pages) * sum(shape.bytes_per_page for shape in shapes)
+        self.total_bytes = sum(
+            self.num_pages[group] * layout.page_bytes(group) for group in range(len(layout.groups))
+        )
 
 
 def plan_stream(
@@ -65,8 +65,11 @@ def plan_stream(
             "kv_memory"
         )
     if plan.layer_bytes > pool:
+        layer = (
+            "one layer of it" if len(set(cache.layout.shapes)) == 1 else "one layer of each shape"
+        )
         raise RequestError(
-            f"{what}, and one layer of it {format_bytes(plan.layer_bytes)}, more than the pool of "
+            f"{what}, and {layer} {format_bytes(plan.layer_bytes)}, more than the pool of "
             f"{format_bytes(pool)}; raise kv_memory to at least {format_bytes(plan.layer_bytes)}"
         )
     assert not isinstance(settings.host_cache, str)

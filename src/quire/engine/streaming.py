@@ -127,7 +127,8 @@ class LayerStream(Sequence[PagePool]):
 
     def __init__(self, layout: CacheLayout, backend: Backend, store: PageStore) -> None:
         self._layout, self._backend, self._store = layout, backend, store
-        self._staging: list[PagePool] = []
+        self._staging: dict[int, PagePool] = {}  # of each layer
+        self._buffers = 0
         self._ahead = ThreadPoolExecutor(1)
         self._fetched: tuple[int, Future[None]] | None = None
         self._batch: PagedBatch | None = None
@@ -137,9 +138,13 @@ class LayerStream(Sequence[PagePool]):
         self.bytes_read = self.bytes_written = 0
 
     def allocate(self, num_pages: int, buffers: int) -> None:
-        """Make ``buffers`` staging pools of ``num_pages`` pages."""
-        shape = self._layout.shapes[0]
-        self._staging = [self._backend.pool(shape, num_pages) for _ in range(buffers)]
+        """Make ``buffers`` staging pools of ``num_pages`` pages for each page shape."""
+        for shape in dict.fromkeys(self._layout.shapes):
+            made = [self._backend.pool(shape, num_pages) for _ in range(buffers)]
+            # Layers of the shape take turns, so that the next one never meets one that is open.
+            layers = [n for n, other in enumerate(self._layout.shapes) if other == shape]
+            self._staging |= {n: made[turn % buffers] for turn, n in enumerate(layers)}
+        self._buffers = buffers
 
     def begin(self, batch: PagedBatch) -> None:
         """The pass that follows computes ``batch``, which has one sequence."""
@@ -185,12 +190,12 @@ class LayerStream(Sequence[PagePool]):
         else:
             self._fetch(layer)
         self._open, self._fetched = layer, None
-        if len(self._staging) > 1 and layer + 1 < len(self):
+        if self._buffers > 1 and layer + 1 < len(self):
             self._fetched = (layer + 1, self._ahead.submit(self._fetch, layer + 1))
         return self._pool(layer)
 
     def _pool(self, layer: int) -> PagePool:
-        return self._staging[layer % len(self._staging)]
+        return self._staging[layer]
 
     def _group(self, layer: int) -> int:
         return self._layout.group_of_layer[layer]

@@ -100,7 +100,7 @@ class PrefixTiers:
         self._paces = {name: Pace(page / TIER_RATE[name]) for name in self.tiers}  # a page
         self._cache, self._index = cache, cache.prefix
         self._fresh: deque[tuple[PrefixNode, int]] = deque()
-        self._element = cache.layout.shapes[0].format.dtype.itemsize
+        self._element = cache.layout.element_bytes
         if self.tiers:
             self._index.observer = self
 

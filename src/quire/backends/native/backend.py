@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from quire.backends.blocks import AttentionParams, MlpParams, Projection, attention_rows
 from quire.backends.native import _native
-from quire.backends.native.pool import DTYPES, NativePool
+from quire.backends.native.pool import DTYPES, NativePool, require_formats
 from quire.batch import PagedBatch
 from quire.errors import BackendError
 from quire.machine import this_machine
-from quire.pages import PagePool, PageShape
+from quire.pages import PageFormat, PagePool, PageShape
 
 __all__ = ["NativeBackend"]
 
@@ -83,6 +83,10 @@ class NativeBackend:
         array = np.require(array, requirements=["C", "ALIGNED"])
         data = array.reshape(-1).view(np.uint8)
         return _native.Weight(data, DTYPES[array.dtype.name], *array.shape)
+
+    def require_formats(self, key: PageFormat, value: PageFormat) -> None:
+        """Plain formats, the same for keys and values."""
+        require_formats(key, value)
 
     def pool(self, shape: PageShape, num_pages: int) -> NativePool:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""

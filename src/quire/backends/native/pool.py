@@ -10,14 +10,16 @@ import numpy.typing as npt
 
 from quire.backends.native import _native
 from quire.errors import BackendError
-from quire.pages import PageShape, export_rows, import_rows
+from quire.pages import PAGE_FORMATS, PageFormat, PageShape, export_rows, import_rows
 
-__all__ = ["DTYPES", "NativePool"]
+__all__ = ["DTYPES", "NativePool", "require_formats"]
 
 Array = npt.NDArray[Any]
 
 # The extension's dtype codes.
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+_PLAIN = tuple(name for name, format in PAGE_FORMATS.items() if format.lossless)
 
 
 class NativePool:
@@ -30,8 +32,9 @@ class NativePool:
     """
 
     def __init__(self, shape: PageShape, num_pages: int) -> None:
+        require_formats(shape.key_format, shape.value_format)
         self.shape, self.num_pages = shape, num_pages
-        heads, size, dtype = shape.num_kv_heads, shape.page_size, shape.format.dtype
+        heads, size, dtype = shape.num_kv_heads, shape.page_size, shape.key_format.dtype
         try:
             key, self.key = _zeros((num_pages, heads * size * shape.key_dim), dtype)
             value, self.value = _zeros((num_pages, heads * size * shape.value_dim), dtype)
@@ -69,7 +72,7 @@ class NativePool:
     def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
         """See :class:`quire.pages.PagePool`."""
         heads, size, shape = self.shape.num_kv_heads, self.shape.page_size, self.shape
-        bits = f"u{shape.format.dtype.itemsize}"
+        bits = f"u{shape.key_format.dtype.itemsize}"
         for page in data:
             key, value = page[: self.key[0].nbytes], page[self.key[0].nbytes :]
             if self.handle.interleaved:
@@ -96,6 +99,15 @@ class NativePool:
         return (
             key.reshape(-1, size, heads, self.shape.key_dim),
             value.reshape(-1, size, heads, self.shape.value_dim),
+        )
+
+
+def require_formats(key: PageFormat, value: PageFormat) -> None:
+    """Raise BackendError unless there are kernels for these formats of keys and values."""
+    if not key.lossless or key.name != value.name:
+        raise BackendError(
+            f"the native backend stores keys and values alike in {', '.join(_PLAIN)}, and cannot "
+            f"store k={key.name},v={value.name} yet; choose one of those, or backend 'reference'"
         )
 
 
