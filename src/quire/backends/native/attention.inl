@@ -56,16 +56,6 @@ struct Blocks {
     const uint16_t* scales;
 };
 
-// Weights of a tile's rows from their scores, `count` blocks from position `at` on.
-template <class Ask>
-inline void soften_tile(const Attention& a, const Tile& tile, int64_t count, int64_t at,
-                        const uint16_t* scales, float* scores, float* best, float* total, Ask& ask) {
-    for (int r = 0; r < tile.rows; ++r)
-        soften_row(a.pool.value.form,
-                   {scores + r * SPLIT, count, at, tile.low[r], tile.high[r], a.scale, scales},
-                   best[r], total[r], ask);
-}
-
 // One tile over one split: per row best[r], total[r], mixed[r].
 void attend_split(const Attention& a, const Tile& tile, int64_t split, Blocks blocks, float* best,
                   float* total, float* mixed) {
@@ -75,13 +65,14 @@ void attend_split(const Attention& a, const Tile& tile, int64_t split, Blocks bl
     NoLines ask;
     score_tile(a.pool.key.form, tile, blocks.keys + span.first, span.count, at, a.pool.key.dim,
                scores, ask);
-    soften_tile(a, tile, span.count, at, blocks.scales + span.first * BLOCK, scores, best, total, ask);
+    soften_rows(a.pool.value.form, {tile, scores, span.count, at, a.scale,
+                                    blocks.scales + span.first * BLOCK, best, total}, 0, ask);
     Mix m{blocks.values + span.first, 0, span.count, scores, dim, false, true, mixed};
     by_form(a.pool.value.form, [&](auto form) {
         for (int64_t b = 0; b < span.count; ++b)
             if (is_wild<form()>(tile, m.blocks[b], at + b * BLOCK, dim))
                 return mix_apart<form()>(tile, m, at);
-        mix_rows<form()>(tile.rows, m, ask);
+        mix_rows<form()>(0, tile.rows, m, ask);
     });
 }
 

@@ -162,7 +162,7 @@ struct Lines {
     int64_t stride, size;  // bytes from a line to the next, and of all lines of a block
     int64_t left = 0, number = 0, at = 0;
 
-    void step() {
+    __attribute__((always_inline)) void step() {
         if (left == 0) return;
         --left;
         if (keys) {

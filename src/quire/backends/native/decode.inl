@@ -52,12 +52,16 @@ private:
 struct SplitBlocks {
     const Pages* pages;
     int64_t at, head, count;
+    int64_t key_size, value_size;  // bytes of one head in a page
     Keys keys[SPLIT / BLOCK];
     Values values[SPLIT / BLOCK];
     bool copied_keys[SPLIT / BLOCK], copied_values[SPLIT / BLOCK];
 
     SplitBlocks(const Pages& pages, const DecodeItem& item, const Tile& tile, int64_t split)
-        : pages(&pages), head(item.head) {
+        : pages(&pages),
+          head(item.head),
+          key_size(size_of(pages.pool.key)),
+          value_size(size_of(pages.pool.value)) {
         Span span = blocks_seen(tile.low[0], tile.high[0], split);
         at = split * SPLIT + span.first * BLOCK, count = span.count;
         for (int64_t b = 0; b < count; ++b) {
@@ -67,17 +71,18 @@ struct SplitBlocks {
             values[b] = values_in_place(pages, head, copied_values[b] ? pages.start : at + b * BLOCK);
         }
     }
+    int64_t size_of(const Store& store) const {
+        return store.dim * width(store) * pages->pool.page_size;
+    }
+    const uint16_t* scale_of(const uint16_t* first, int64_t of_head) const {
+        return first ? first + (of_head - head) * pages->pool.page_size : nullptr;
+    }
     Keys keys_of(int64_t of_head, int64_t b) const {
-        const Store& store = pages->pool.key;
-        int64_t further = (of_head - head) * pages->pool.page_size;
-        return {keys[b].data + further * store.dim * width(store), keys[b].stride,
-                store.scale ? keys[b].scale + further : nullptr};
+        return {keys[b].data + (of_head - head) * key_size, keys[b].stride,
+                scale_of(keys[b].scale, of_head)};
     }
     Values values_of(int64_t of_head, int64_t b) const {
-        const Store& store = pages->pool.value;
-        int64_t further = (of_head - head) * pages->pool.page_size;
-        return {values[b].data + further * store.dim * width(store),
-                store.scale ? values[b].scale + further : nullptr};
+        return {values[b].data + (of_head - head) * value_size, scale_of(values[b].scale, of_head)};
     }
     // `n` blocks of a head from block b on; copies go to `spare`.
     void get(int64_t of_head, int64_t b, int64_t n, Spare* spare, Keys* to) const {
@@ -104,26 +109,30 @@ struct SplitBlocks {
                                  : 0;
         }
     }
-    // The keys or values of the group of blocks from block b on. Their scales are asked for here.
+    // The keys or values of the group of blocks from block b on.
     Lines lines(int64_t of_head, int64_t b, bool of_keys) const {
-        const Store& store = of_keys ? pages->pool.key : pages->pool.value;
         Lines lines;
         for (int64_t i = 0; i < GROUP; ++i) {
-            int64_t at_block = b + i < count ? b + i : count - 1;
-            const uint16_t* scale;
-            if (of_keys) {
-                Keys block = keys_of(of_head, at_block);
-                lines.block[i] = block.data, scale = block.scale;
-            } else {
-                Values block = values_of(of_head, at_block);
-                lines.block[i] = block.data, scale = block.scale;
-            }
-            if (scale) __builtin_prefetch(scale, 0, 2);
+            int64_t n = b + i < count ? b + i : count - 1;
+            lines.block[i] = of_keys ? keys[n].data + (of_head - head) * key_size
+                                     : values[n].data + (of_head - head) * value_size;
         }
-        lines.left = store.dim * BLOCK * width(store) / 64;
-        lines.keys = of_keys, lines.stride = of_keys ? keys[0].stride : 64;
+        int64_t stride = keys[0].stride, page_size = pages->pool.page_size;
+        lines.left = (of_keys ? key_size : value_size) / page_size * BLOCK / 64;
+        lines.keys = of_keys, lines.stride = of_keys ? stride : 64;
         lines.size = lines.left * lines.stride;
         return lines;
+    }
+    // Asks for the scales of keys and values of the group, which are needed before its values are: each
+    // line of the cache once, with the first head whose scales lie in it.
+    void ask_scales(int64_t of_head, int64_t b) const {
+        for (int64_t i = b; i < b + GROUP && i < count; ++i)
+            for (const uint16_t* first : {keys[i].scale, values[i].scale}) {
+                if (!first) continue;
+                const uint16_t* scale = scale_of(first, of_head);
+                if (of_head == head || reinterpret_cast<uintptr_t>(scale) % 64 == 0)
+                    __builtin_prefetch(scale, 0, 2);
+            }
     }
 };
 
@@ -148,6 +157,7 @@ struct UnitsAhead {
     Lines next() {
         if (split == splits.size()) return {};
         Lines lines = splits[split].lines(heads.kv_head[tile], b, keys);
+        if (keys) splits[split].ask_scales(heads.kv_head[tile], b);
         if (++tile == heads.tile.size()) tile = 0, b += GROUP;
         if (b >= splits[split].count) {
             b = 0, keys = !keys;
@@ -187,8 +197,8 @@ void mix_split(const Attention& a, const SplitBlocks& split, const Heads& heads,
             Lines ask = ahead.next();
             if (b == 0) {  // only now: memory is busy meanwhile
                 split.get_scales(heads.kv_head[t], scales);
-                soften_tile(a, tile, split.count, split.at, scales, scores, partial.best + head,
-                            partial.total + head, ask);
+                soften_rows(a.pool.value.form, {tile, scores, split.count, split.at, a.scale, scales,
+                                                partial.best + head, partial.total + head}, 0, ask);
             }
             split.get(heads.kv_head[t], b, count, spare.data(), blocks);
             by_form(a.pool.value.form, [&](auto form) {
@@ -197,7 +207,7 @@ void mix_split(const Attention& a, const SplitBlocks& split, const Heads& heads,
                     if (is_wild<form()>(tile, blocks[i], at, dim))
                         blocks[i] = seen_only<form()>(blocks[i], low, high, at, dim, spare[size_t(i)]);
                 }
-                mix_rows<form()>(tile.rows,
+                mix_rows<form()>(0, tile.rows,
                                  {blocks, b, count, scores, dim, b > 0, b + count == split.count,
                                   partial.mixed + head * dim}, ask);
             });

@@ -11,25 +11,11 @@ constexpr int TILE = 4;
 constexpr int MOST_BLOCKS = 4;  // blocks of keys, on as many pages, that are read side by side
 constexpr float NOTHING = -INFINITY;
 
-// Sums of bytes that registers have room for beside what they are made of.
-#if defined(__AVX512VNNI__)
-constexpr int SUMS_AT_ONCE = 12;
-#elif defined(__AVX512F__)
-constexpr int SUMS_AT_ONCE = 24;
-#else
-constexpr int SUMS_AT_ONCE = 4;
-#endif
-
 // Blocks of keys that share loads of R rows of queries: as many as there are accumulators for.
-template <Form F>
-constexpr int blocks_at_a_time(int rows) {
-    if (F == Form::int8)
-        return rows * MOST_BLOCKS <= SUMS_AT_ONCE ? MOST_BLOCKS : rows * 2 <= SUMS_AT_ONCE ? 2 : 1;
-    return rows * MOST_BLOCKS <= 2 * TILE ? MOST_BLOCKS : 2;
-}
+constexpr int blocks_at_a_time(int rows) { return rows * MOST_BLOCKS <= 2 * TILE ? MOST_BLOCKS : 2; }
 
 // What a tile of up to TILE rows needs to know: queries, and the positions that each row sees.
-// Queries are words of a key's form [words][rows]; those for int8 keys are integers of 15 bits,
+// Queries are words of a key's form [words][rows]; those for int8 keys are integers of 16 bits,
 // [words][rows][2], that a row's `unit` makes what they were, and `start` takes away what the 128 that
 // were added to keys add to their sum.
 struct Tile {
@@ -44,10 +30,10 @@ struct Tile {
 inline int64_t query_room(int64_t dim) { return dim + 4; }
 
 // One query as integers; a unit of NaN if a number of it is infinite or NaN. Queries below the least
-// normal number times 16,256 are taken for zero.
+// normal number times 32,767 are taken for zero.
 inline void lay_integers(const float* x, int64_t dim, int r, Tile& tile, uint32_t* query) {
     float peak = peak_of(x, dim);
-    tile.unit[r] = peak < INFINITY ? peak / MOST_15 : NAN;
+    tile.unit[r] = peak < INFINITY ? peak / MOST_16 : NAN;
     bool any = tile.unit[r] >= 0x1p-126f;
     F16 unit = F16::set(tile.unit[r]), sums = F16::zero();
     for (int64_t d = 0; d < dim; d += 16) {
@@ -79,10 +65,9 @@ inline void lay_query(const float* x, int64_t dim, int r, Tile& tile, uint32_t* 
 template <Form F>
 using Sum = std::conditional_t<F == Form::int8, Sums, F16>;
 
-// Scores of R rows against B blocks: scores[r][16 b ..] = query[r] . key
+// Scores of R rows against B blocks of one stride: scores[r][16 b ..] = query[r] . key
 template <Form F, int R, int B, class Ask>
-inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scores, Ask& asked) {
-    Ask ask = asked;  // in registers
+inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scores, Ask& ask) {
     const uint32_t* query = tile.query;
     Sum<F> acc[R][B];
 #pragma GCC unroll 16
@@ -91,15 +76,17 @@ inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scor
         for (int b = 0; b < B; ++b)
             if constexpr (F == Form::int8) acc[r][b] = Sums::set(tile.start[r]);
             else acc[r][b] = F16::zero();
-    const int64_t words = key_words<F>(dim);
-    for (int64_t d = 0; d < words; ++d) {
+    const char* key[B];
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) key[b] = blocks[b].data;
+    const int64_t stride = blocks[0].stride, end = key_words<F>(dim) * stride;
+    for (int64_t at = 0; at < end; at += stride) {
         ask.step();
         if constexpr (F == Form::pairs) {
             Pairs pairs[B];
 #pragma GCC unroll 4
             for (int b = 0; b < B; ++b)
-                pairs[b] = Pairs::load(
-                    reinterpret_cast<const uint16_t*>(blocks[b].data + d * blocks[b].stride));
+                pairs[b] = Pairs::load(reinterpret_cast<const uint16_t*>(key[b] + at));
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 Pairs pair = Pairs::set(query[r]);
@@ -108,22 +95,23 @@ inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scor
             }
             query += R;
         } else if constexpr (F == Form::int8) {
-            Quads quads[B];
+#pragma GCC unroll 2
+            for (int second = 0; second < 2; ++second) {
+                Half half[B];
 #pragma GCC unroll 4
-            for (int b = 0; b < B; ++b)
-                quads[b] = Quads::load(
-                    reinterpret_cast<const uint8_t*>(blocks[b].data + d * blocks[b].stride));
+                for (int b = 0; b < B; ++b)
+                    half[b] = Half::load(reinterpret_cast<const uint8_t*>(key[b] + at), second);
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r)
+                for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int b = 0; b < B; ++b) acc[r][b].add(quads[b], query + 2 * r);
+                    for (int b = 0; b < B; ++b) acc[r][b].add(half[b], query[2 * r + second]);
+            }
             query += 2 * R;
         } else {
             F16 numbers[B];
 #pragma GCC unroll 4
             for (int b = 0; b < B; ++b)
-                numbers[b] = F16::load(
-                    reinterpret_cast<const float*>(blocks[b].data + d * blocks[b].stride));
+                numbers[b] = F16::load(reinterpret_cast<const float*>(key[b] + at));
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 float number;
@@ -146,16 +134,22 @@ inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scor
             all.store(scores + r * SPLIT + b * BLOCK);
         }
     }
-    asked = ask;
+}
+
+// True if blocks have one stride; copies have another than what lies in long pages.
+inline bool alike(const Keys* blocks, int count) {
+    bool same = true;
+    for (int b = 1; b < count; ++b) same &= blocks[b].stride == blocks[0].stride;
+    return same;
 }
 
 template <Form F, int R = TILE, class Ask>
 inline void score_rows(const Tile& tile, const Keys* blocks, int64_t count, int64_t dim,
                        float* scores, Ask& ask) {
-    constexpr int B = blocks_at_a_time<F>(R);
+    constexpr int B = blocks_at_a_time(R);
     if (tile.rows == R) {
         int64_t b = 0;
-        for (; b + B <= count; b += B)
+        for (; b + B <= count && alike(blocks + b, B); b += B)
             score<F, R, B>(blocks + b, tile, dim, scores + b * BLOCK, ask);
         for (; b < count; ++b) score<F, R, 1>(blocks + b, tile, dim, scores + b * BLOCK, ask);
     } else if constexpr (R > 1) {
@@ -163,20 +157,24 @@ inline void score_rows(const Tile& tile, const Keys* blocks, int64_t count, int6
     }
 }
 
+// Lanes of a block from position `at` on that a row sees; `other` for the rest.
+__attribute__((always_inline)) inline F16 seen_by(const Tile& tile, int row, int64_t at, F16 x, float other) {
+    int64_t low = tile.low[row] - at, high = tile.high[row] - at;
+    if (low <= 0 && high >= BLOCK) return x;
+    auto clamp = [](int64_t lane) { return int(lane < 0 ? 0 : lane > BLOCK ? BLOCK : lane); };
+    return keep(x, clamp(low), clamp(high), F16::set(other));
+}
+
 // Scores of a tile against `count` blocks from position `at` on; what a row does not see is -inf.
 template <class Ask>
 inline void score_tile(Form form, const Tile& tile, const Keys* blocks, int64_t count, int64_t at,
                        int64_t dim, float* scores, Ask& ask) {
     by_form(form, [&](auto f) { score_rows<f()>(tile, blocks, count, dim, scores, ask); });
-    auto clamp = [](int64_t x) { return int(x < 0 ? 0 : x > BLOCK ? BLOCK : x); };
     for (int r = 0; r < tile.rows; ++r) {
-        int64_t low = tile.low[r] - at, high = tile.high[r] - at;  // relative to the first block
-        if (low <= 0 && high >= count * BLOCK) continue;
+        if (tile.low[r] <= at && tile.high[r] >= at + count * BLOCK) continue;
         for (int64_t b = 0; b < count; ++b) {
-            if (low <= b * BLOCK && high >= (b + 1) * BLOCK) continue;
             float* row = scores + r * SPLIT + b * BLOCK;
-            keep(F16::load(row), clamp(low - b * BLOCK), clamp(high - b * BLOCK), F16::set(NOTHING))
-                .store(row);
+            seen_by(tile, r, at + b * BLOCK, F16::load(row), NOTHING).store(row);
         }
     }
 }

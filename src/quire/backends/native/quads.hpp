@@ -1,5 +1,5 @@
 // Exact sums of products of bytes: sixteen lanes, each of which takes four bytes and four integers of
-// up to 15 bits at a time, on AVX-512-VNNI, AVX-512, AVX2 or a plain array.
+// 16 bits at a time, on AVX-512-VNNI, AVX-512, AVX2 or a plain array.
 //
 // Bytes are unsigned: a number from -127 to 127 is stored with 128 added, and who sums knows by how
 // much that is too much. Integers have no rounding: whatever the order, and whatever the variant, a sum
@@ -11,38 +11,27 @@
 namespace quire {
 namespace {
 
-constexpr int QUAD = 4;             // bytes of a lane
-constexpr float MOST_15 = 16256.0f;  // 127 * 128: the largest integer, so that both halves fit a byte
+constexpr int QUAD = 4;              // bytes of a lane
+constexpr float MOST_16 = 32767.0f;  // the largest integer: 512 times it, times 127, is below 2^31
 
-// Four integers become two words, which `Sums::add` multiplies with the bytes of a quad. With VNNI
-// the bytes of v >> 7, then those of v & 127; else 16 bits each, numbers 0 and 2, then 1 and 3.
-#if defined(__AVX512VNNI__)
-constexpr char WORDS_OF_QUADS[16] = {1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14};
-#else
-constexpr char WORDS_OF_QUADS[16] = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
-#endif
-
-// Sixteen integers, as floats: the words of four quads, to [4][2].
+// Sixteen integers from -32767 to 32767, as floats; to [4 quads][2 words]: numbers 0 and 2 of a quad,
+// then 1 and 3, as `Sums::add` multiplies them.
 inline void store_quads(F16 x, uint32_t* to) {
+#if defined(__AVX2__) || defined(__AVX512F__)
 #if defined(__AVX512F__)
-    __m512i v = _mm512_cvtps_epi32(x.v);
-#if defined(__AVX512VNNI__)
-    v = _mm512_add_epi32(v, _mm512_and_si512(v, _mm512_set1_epi32(-128)));  // halves in two bytes
+    __m256i numbers = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v));
+#else
+    __m256i numbers = _mm256_permute4x64_epi64(
+        _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
 #endif
-    __m256i order = _mm256_broadcastsi128_si256(
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(WORDS_OF_QUADS)));
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(v), order));
-#elif defined(__AVX2__)
-    __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
-    __m256i order = _mm256_broadcastsi128_si256(
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(WORDS_OF_QUADS)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm256_shuffle_epi8(_mm256_permute4x64_epi64(both, 0xd8), order));
+                        _mm256_shuffle_epi8(numbers, _mm256_broadcastsi128_si256(order)));
 #else
     for (int i = 0; i < 16; i += QUAD) {
         uint16_t v[QUAD];
-        for (int j = 0; j < QUAD; ++j) v[j] = uint16_t(int16_t(x.v[i + j]));
+        for (int j = 0; j < QUAD; ++j)  // NaN has no integer
+            v[j] = x.v[i + j] == x.v[i + j] ? uint16_t(int16_t(x.v[i + j])) : 0;
         to[i / 2] = uint32_t(v[0]) | uint32_t(v[2]) << 16;
         to[i / 2 + 1] = uint32_t(v[1]) | uint32_t(v[3]) << 16;
     }
@@ -60,33 +49,32 @@ inline void store_bytes(F16 x, uint8_t* to) {
 #endif
 }
 
-// Sixteen quads of bytes: one line.
-struct Quads {
-#if defined(__AVX512VNNI__)
+// Of sixteen quads of bytes (one line) numbers 0 and 2, or 1 and 3, as 16 bits: each half is loaded on
+// its own, which takes fewer registers than both at once.
+struct Half {
+#if defined(__AVX512F__)
     __m512i v;
-    static Quads load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-#elif defined(__AVX512F__)
-    __m512i even, odd;  // bytes 0 and 2, 1 and 3 of a lane, in 16 bits
-    static Quads load(const uint8_t* p) {
-        __m512i v = _mm512_loadu_si512(p);
-        return {_mm512_and_si512(v, _mm512_set1_epi32(0x00ff00ff)), _mm512_srli_epi16(v, 8)};
+    static Half load(const uint8_t* p, bool second) {
+        __m512i line = _mm512_loadu_si512(p);
+        return {second ? _mm512_srli_epi16(line, 8)
+                       : _mm512_and_si512(line, _mm512_set1_epi32(0x00ff00ff))};
     }
 #elif defined(__AVX2__)
-    __m256i even[2], odd[2];
-    static Quads load(const uint8_t* p) {
-        Quads r;
+    __m256i v[2];
+    static Half load(const uint8_t* p, bool second) {
+        Half r;
         for (int i = 0; i < 2; ++i) {
-            __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
-            r.even[i] = _mm256_and_si256(v, _mm256_set1_epi32(0x00ff00ff));
-            r.odd[i] = _mm256_srli_epi16(v, 8);
+            __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+            r.v[i] = second ? _mm256_srli_epi16(line, 8)
+                            : _mm256_and_si256(line, _mm256_set1_epi32(0x00ff00ff));
         }
         return r;
     }
 #else
-    uint8_t v[64];
-    static Quads load(const uint8_t* p) {
-        Quads r;
-        std::memcpy(r.v, p, sizeof r.v);
+    uint8_t v[32];
+    static Half load(const uint8_t* p, bool second) {
+        Half r;
+        for (int i = 0; i < 32; ++i) r.v[i] = p[2 * i + second];
         return r;
     }
 #endif
@@ -96,37 +84,26 @@ struct Quads {
 struct Sums {
 #if defined(__AVX512F__)
     __m512i all;
+    static Sums set(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    static Sums from_bits(F16 x) { return {_mm512_castps_si512(x.v)}; }
+    // `word`: of `store_quads`, the first for numbers 0 and 2 of a quad, else the second.
+    void add(Half x, uint32_t word) {
+        __m512i y = _mm512_set1_epi32(int(word));
 #if defined(__AVX512VNNI__)
-    __m512i high;  // of the upper halves, still to be multiplied by 128
-    static Sums of(__m512i x) { return {x, _mm512_setzero_si512()}; }
-    void add(const Quads& x, const uint32_t* words) {
-        high = _mm512_dpbusd_epi32(high, x.v, _mm512_set1_epi32(int(words[0])));
-        all = _mm512_dpbusd_epi32(all, x.v, _mm512_set1_epi32(int(words[1])));
-    }
-    __m512i total() const { return _mm512_add_epi32(all, _mm512_slli_epi32(high, 7)); }
+        all = _mm512_dpwssd_epi32(all, x.v, y);
 #else
-    static Sums of(__m512i x) { return {x}; }
-    void add(const Quads& x, const uint32_t* words) {
-        __m512i even = _mm512_madd_epi16(x.even, _mm512_set1_epi32(int(words[0])));
-        __m512i odd = _mm512_madd_epi16(x.odd, _mm512_set1_epi32(int(words[1])));
-        all = _mm512_add_epi32(all, _mm512_add_epi32(even, odd));
-    }
-    __m512i total() const { return all; }
+        all = _mm512_add_epi32(all, _mm512_madd_epi16(x.v, y));
 #endif
-    static Sums set(int32_t x) { return of(_mm512_set1_epi32(x)); }
-    static Sums from_bits(F16 x) { return of(_mm512_castps_si512(x.v)); }
-    F16 bits() const { return {_mm512_castsi512_ps(total())}; }
-    F16 value() const { return {_mm512_cvtepi32_ps(total())}; }
+    }
+    F16 bits() const { return {_mm512_castsi512_ps(all)}; }
+    F16 value() const { return {_mm512_cvtepi32_ps(all)}; }
 #elif defined(__AVX2__)
     __m256i all[2];
     static Sums set(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
     static Sums from_bits(F16 x) { return {{_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}}; }
-    void add(const Quads& x, const uint32_t* words) {
-        __m256i first = _mm256_set1_epi32(int(words[0])), second = _mm256_set1_epi32(int(words[1]));
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i)
-            all[i] = _mm256_add_epi32(all[i], _mm256_add_epi32(_mm256_madd_epi16(x.even[i], first),
-                                                               _mm256_madd_epi16(x.odd[i], second)));
+    void add(Half x, uint32_t word) {
+        __m256i y = _mm256_set1_epi32(int(word));
+        for (int i = 0; i < 2; ++i) all[i] = _mm256_add_epi32(all[i], _mm256_madd_epi16(x.v[i], y));
     }
     F16 bits() const { return {_mm256_castsi256_ps(all[0]), _mm256_castsi256_ps(all[1])}; }
     F16 value() const { return {_mm256_cvtepi32_ps(all[0]), _mm256_cvtepi32_ps(all[1])}; }
@@ -142,11 +119,10 @@ struct Sums {
         std::memcpy(r.all, x.v, sizeof r.all);
         return r;
     }
-    void add(const Quads& x, const uint32_t* words) {
-        for (int j = 0; j < QUAD; ++j) {
-            int factor = int16_t(words[j % 2] >> (j / 2 * 16));
-            for (int i = 0; i < 16; ++i) all[i] += uint32_t(factor * x.v[QUAD * i + j]);
-        }
+    void add(Half x, uint32_t word) {
+        int first = int16_t(word), second = int16_t(word >> 16);
+        for (int i = 0; i < 16; ++i)
+            all[i] += uint32_t(first * x.v[2 * i] + second * x.v[2 * i + 1]);
     }
     F16 bits() const {
         F16 r;

@@ -1,7 +1,7 @@
 // Weights from scores, and values mixed with them, for the rows of a tile over one split.
 //
 // A row of scores [SPLIT] becomes, in place, what its values are multiplied with: floats; bf16 from the
-// front; or, for int8 values, the words of integers of 15 bits, whose unit lies at the row's end.
+// front; or, for int8 values, the words of integers of 16 bits, whose unit lies at the row's end.
 
 namespace quire {
 namespace {
@@ -12,11 +12,7 @@ constexpr int MIX_ROWS = 6;  // query rows that share loads of values
 constexpr int MIX_ROWS = 2;
 #endif
 
-// Vectors of 16 value dimensions at a time.
-template <Form F>
-constexpr int mix_width(int rows) {
-    return F != Form::int8 || rows * 4 <= SUMS_AT_ONCE ? 4 : rows * 2 <= SUMS_AT_ONCE ? 2 : 1;
-}
+constexpr int MIX_WIDTH = 4;  // vectors of 16 value dimensions at a time
 
 // What of a split's values a row is weighted with: blocks [first, first + count) of the weights.
 struct Mix {
@@ -40,8 +36,9 @@ inline const Integers& integers(const float* row) { return *reinterpret_cast<con
 // mixed[r][0..16 W) (+)= weights[r] . value over some blocks, for R rows; of int8 values sums stay
 // integers until the last block.
 template <Form F, int R, int W, class Ask>
-inline void mix(const Mix& m, int64_t column, Ask& asked) {
-    Ask ask = asked;
+inline void mix(const Mix& m, int row, int64_t column, Ask& ask) {
+    const float* rows = m.weights + row * SPLIT;
+    float* mixed = m.mixed + row * m.dim + column;
     Sum<F> acc[R][W];
     // Only a single vector may be less than whole.
     const bool whole = W > 1 || m.dim - column >= 16;
@@ -51,9 +48,9 @@ inline void mix(const Mix& m, int64_t column, Ask& asked) {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) {
-            const float* from = m.mixed + r * m.dim + column + 16 * w;
+            const float* from = mixed + r * m.dim + 16 * w;
             if constexpr (F == Form::int8)
-                acc[r][w] = !m.more ? Sums::set(integers(m.weights + r * SPLIT).start)
+                acc[r][w] = !m.more ? Sums::set(integers(rows + r * SPLIT).start)
                                     : Sums::from_bits(whole ? F16::load(from) : load_some(from, left));
             else acc[r][w] = !m.more ? F16::zero() : whole ? F16::load(from) : load_some(from, left);
         }
@@ -70,21 +67,24 @@ inline void mix(const Mix& m, int64_t column, Ask& asked) {
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     uint32_t pair;
-                    const auto* row = reinterpret_cast<const uint16_t*>(m.weights + r * SPLIT);
+                    const auto* row = reinterpret_cast<const uint16_t*>(rows + r * SPLIT);
                     std::memcpy(&pair, row + at * BLOCK + 2 * t, 4);
                     Pairs weight = Pairs::set(pair);
 #pragma GCC unroll 4
                     for (int w = 0; w < W; ++w) acc[r][w] = dot_pairs(acc[r][w], weight, pairs[w]);
                 }
             } else if constexpr (F == Form::int8) {
-                Quads quads[W];
+#pragma GCC unroll 2
+                for (int second = 0; second < 2; ++second) {
+                    Half half[W];
 #pragma GCC unroll 4
-                for (int w = 0; w < W; ++w) quads[w] = Quads::load(from + 64 * w);
+                    for (int w = 0; w < W; ++w) half[w] = Half::load(from + 64 * w, second);
 #pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    const uint32_t* words = integers(m.weights + r * SPLIT).words[at * 4 + t];
+                    for (int r = 0; r < R; ++r) {
+                        uint32_t word = integers(rows + r * SPLIT).words[at * 4 + t][second];
 #pragma GCC unroll 4
-                    for (int w = 0; w < W; ++w) acc[r][w].add(quads[w], words);
+                        for (int w = 0; w < W; ++w) acc[r][w].add(half[w], word);
+                    }
                 }
             } else {
                 F16 numbers[W];
@@ -93,7 +93,7 @@ inline void mix(const Mix& m, int64_t column, Ask& asked) {
                     numbers[w] = whole ? F16::load(from + 16 * w) : load_some(from, left);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
-                    F16 weight = F16::set(m.weights[r * SPLIT + at * BLOCK + t]);
+                    F16 weight = F16::set(rows[r * SPLIT + at * BLOCK + t]);
 #pragma GCC unroll 4
                     for (int w = 0; w < W; ++w) acc[r][w] = fma(weight, numbers[w], acc[r][w]);
                 }
@@ -104,132 +104,149 @@ inline void mix(const Mix& m, int64_t column, Ask& asked) {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) {
-            float* to = m.mixed + r * m.dim + column + 16 * w;
+            float* to = mixed + r * m.dim + 16 * w;
             F16 all;
             if constexpr (F == Form::int8)
-                all = m.last ? acc[r][w].value() * F16::set(integers(m.weights + r * SPLIT).unit)
+                all = m.last ? acc[r][w].value() * F16::set(integers(rows + r * SPLIT).unit)
                              : acc[r][w].bits();
             else all = acc[r][w];
             if (whole) all.store(to);
             else store_some(all, to, left);
         }
-    asked = ask;
 }
 
 template <Form F, int R, class Ask>
-inline void mix_some(const Mix& m, Ask& ask) {
-    constexpr int W = mix_width<F>(R);
+inline void mix_some(const Mix& m, int row, Ask& ask) {
     int64_t column = 0;
-    for (; column + 16 * W <= m.dim; column += 16 * W) mix<F, R, W>(m, column, ask);
-    if constexpr (W > 1)
-        for (; column < m.dim; column += 16) mix<F, R, 1>(m, column, ask);
-    else if (column < m.dim) mix<F, R, 1>(m, column, ask);
+    for (; column + 16 * MIX_WIDTH <= m.dim; column += 16 * MIX_WIDTH)
+        mix<F, R, MIX_WIDTH>(m, row, column, ask);
+    for (; column < m.dim; column += 16) mix<F, R, 1>(m, row, column, ask);
 }
 
+// Rows [row, rows).
 template <Form F, int R = MIX_ROWS, class Ask>
-inline void mix_rows(int rows, Mix m, Ask& ask) {
-    for (; rows > R; rows -= R) {
-        mix_some<F, R>(m, ask);
-        m.weights += R * SPLIT, m.mixed += R * m.dim;
-    }
-    if (rows == R) {
-        mix_some<F, R>(m, ask);
-    } else if constexpr (R > 1) {
-        mix_rows<F, R - 1>(rows, m, ask);
-    }
+inline void mix_rows(int row, int rows, const Mix& m, Ask& ask) {
+    for (; row + R <= rows; row += R) mix_some<F, R>(m, row, ask);
+    if constexpr (R > 1)
+        if (row < rows) mix_rows<F, R - 1>(row, rows, m, ask);
 }
 
-// A row of scores that becomes weights: over `count` blocks from position `at` on, of which the row
-// sees positions [low, high).
-struct Row {
-    float* scores;
-    int64_t count, at, low, high;
-    float scale;            // of scores; the factor log2(e) is in it: weights are powers of two
+// Scores that become weights in place: `count` blocks from position `at` on. Their rows go side by
+// side, so that one waits less for the end of its sums.
+struct Weights {
+    const Tile& tile;
+    float* scores;  // [rows][SPLIT]
+    int64_t count, at;
+    float scale;             // of scores; the factor log2(e) is in it: weights are powers of two
     const uint16_t* scales;  // of values, bf16 [16 count], or null
+    float *best, *total;     // [rows] the greatest scaled score, and the sum of weights
 };
 
-inline float best_of(const Row& row) {
-    F16 top = F16::set(NOTHING);
-    for (int64_t b = 0; b < row.count; ++b) top = max(top, F16::load(row.scores + b * BLOCK));
-    return max(top);
-}
+// A row's weights are 2^(score * factor + shift).
+template <int R>
+struct Powers {
+    F16 factor, shift[R];
 
-// Weights in place, and `best`, the greatest scaled score, and `total`, the sum of weights.
-template <Form F, class Ask>
-inline void soften(const Row& row, float& best, float& total, Ask& ask) {
-    best = best_of(row);
-    F16 factor = F16::set(row.scale), sums = F16::zero();
-    F16 shift = F16::set(best == NOTHING ? 0.0f : -best * row.scale);
-    for (int64_t b = 0; b < row.count; ++b) {
-        ask.step();
-        F16 power = fma(F16::load(row.scores + b * BLOCK), factor, shift), weights;
-        if constexpr (F == Form::pairs) {
-            weights = exp2_coarse(power);
-            // Bf16 weights overwrite the scores from the front. What is summed is what values will
-            // be multiplied with, so that roundings of the weights largely cancel.
-            weights = store_rounded(weights, reinterpret_cast<uint16_t*>(row.scores) + b * BLOCK);
-        } else {
-            weights = exp2(power);
-            weights.store(row.scores + b * BLOCK);
+    Powers(const Weights& w, int row) : factor(F16::set(w.scale)) {
+        F16 top[R];
+        for (F16& t : top) t = F16::set(NOTHING);
+        for (int64_t b = 0; b < w.count; ++b)
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r)
+                top[r] = max(top[r], F16::load(w.scores + (row + r) * SPLIT + b * BLOCK));
+        for (int r = 0; r < R; ++r) {
+            float best = max(top[r]);
+            w.best[row + r] = best * w.scale;
+            shift[r] = F16::set(best == NOTHING ? 0.0f : -best * w.scale);
         }
-        sums = sums + weights;
     }
-    best = best * row.scale;
-    total = sum(sums);
+    F16 operator()(const float* scores, int r) const {
+        return fma(F16::load(scores), factor, shift[r]);
+    }
+};
+
+template <Form F, int R, class Ask>
+inline void soften(const Weights& w, int row, Ask& ask) {
+    Powers<R> powers(w, row);
+    F16 sums[R];
+    for (F16& s : sums) s = F16::zero();
+    for (int64_t b = 0; b < w.count; ++b)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            ask.step();
+            float* at = w.scores + (row + r) * SPLIT;
+            F16 weights;
+            if constexpr (F == Form::pairs) {
+                weights = exp2_coarse(powers(at + b * BLOCK, r));
+                // Bf16 weights overwrite the scores from the front. What is summed is what values
+                // will be multiplied with, so that roundings of the weights largely cancel.
+                weights = store_rounded(weights, reinterpret_cast<uint16_t*>(at) + b * BLOCK);
+            } else {
+                weights = exp2(powers(at + b * BLOCK, r));
+                weights.store(at + b * BLOCK);
+            }
+            sums[r] = sums[r] + weights;
+        }
+    for (int r = 0; r < R; ++r) w.total[row + r] = sum(sums[r]);
 }
 
-// Weights times the scales of their values, in place; gives the greatest. A scale that the row does not
-// see counts for nothing, whatever it is; one of NaN that it sees makes the result NaN.
-template <class Ask>
-inline float weigh(const Row& row, float& best, float& total, Ask& ask) {
-    best = best_of(row);
-    F16 factor = F16::set(row.scale), sums = F16::zero(), peak = F16::zero(), all = F16::zero();
-    F16 shift = F16::set(best == NOTHING ? 0.0f : -best * row.scale);
-    for (int64_t b = 0; b < row.count; ++b) {
-        ask.step();
-        float* at = row.scores + b * BLOCK;
-        F16 weights = exp2_coarse(fma(F16::load(at), factor, shift));
-        sums = sums + weights;
-        weights = weights * F16::load_bf16(row.scales + b * BLOCK);
-        int64_t low = row.low - row.at - b * BLOCK, high = row.high - row.at - b * BLOCK;
-        if (low > 0 || high < BLOCK)
-            weights = keep(weights, low > 0 ? int(low < BLOCK ? low : BLOCK) : 0,
-                           high < BLOCK ? int(high > 0 ? high : 0) : BLOCK, F16::zero());
-        peak = max(peak, weights);
-        all = all + weights;
-        weights.store(at);
+// Weights times the scales of their values, in place; `peak`: the greatest. A scale that a row does not
+// see counts for nothing, whatever it is; one of NaN that it sees makes its peak NaN.
+template <int R, class Ask>
+inline void weigh(const Weights& w, int row, float* peak, Ask& ask) {
+    Powers<R> powers(w, row);
+    F16 sums[R], most[R];
+    for (int r = 0; r < R; ++r) sums[r] = most[r] = F16::zero();
+    for (int64_t b = 0; b < w.count; ++b) {
+        F16 scale = F16::load_bf16(w.scales + b * BLOCK);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            ask.step();
+            float* at = w.scores + (row + r) * SPLIT + b * BLOCK;
+            F16 weights = exp2_coarse(powers(at, r));
+            sums[r] = sums[r] + weights;
+            weights = seen_by(w.tile, row + r, w.at + b * BLOCK, weights * scale, 0.0f);
+            most[r] = max_bits(most[r], weights);
+            weights.store(at);
+        }
     }
-    best = best * row.scale;
-    total = sum(sums);
-    float whole = sum(all);
-    return whole == whole ? max(peak) : NAN;
+    for (int r = 0; r < R; ++r) w.total[row + r] = sum(sums[r]), peak[r] = max_bits(most[r]);
 }
 
-// As `soften`, for int8 values: weights times scales become integers. Those below the least normal
-// number times 16,256 are taken for zero.
-template <class Ask>
-inline void soften_integers(const Row& row, float& best, float& total, Ask& ask) {
-    float peak = weigh(row, best, total, ask), unit = peak / MOST_15;
-    F16 factor = F16::set(unit >= 0x1p-126f && unit < INFINITY ? MOST_15 / peak : 0.0f);
-    F16 most = F16::set(MOST_15), sums = F16::zero();
-    auto* to = reinterpret_cast<Integers*>(row.scores);
-    for (int64_t b = 0; b < row.count; ++b) {
-        // NaN becomes a number here; the unit, or the sum of weights, is NaN then.
-        F16 weights = F16::load(row.scores + b * BLOCK) * factor;
-        weights = round_even(min(max(weights, F16::zero()), most));
-        sums = sums + weights;
-        store_quads(weights, to->words[b * 4]);
+// For int8 values weights times scales become integers. Those below the least normal number times
+// 32,767 are taken for zero.
+template <int R, class Ask>
+inline void soften_integers(const Weights& w, int row, Ask& ask) {
+    float peak[R];
+    weigh<R>(w, row, peak, ask);
+    F16 factor[R], sums[R];
+    for (int r = 0; r < R; ++r) {
+        bool any = peak[r] >= 0x1p-111f && peak[r] < INFINITY;
+        factor[r] = F16::set(any ? MOST_16 / peak[r] : 0.0f), sums[r] = F16::zero();
     }
-    to->unit = unit;
-    to->start = int32_t(-128.0f * sum(sums));
+    for (int64_t b = 0; b < w.count; ++b)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            float* at = w.scores + (row + r) * SPLIT;
+            F16 weights = round_even(F16::load(at + b * BLOCK) * factor[r]);
+            sums[r] = sums[r] + weights;
+            store_quads(weights, reinterpret_cast<Integers*>(at)->words[b * 4]);
+        }
+    for (int r = 0; r < R; ++r) {
+        auto& end = *reinterpret_cast<Integers*>(w.scores + (row + r) * SPLIT);
+        float all = sum(sums[r]);  // NaN if a weight is: then the sum of weights is, too
+        end.unit = peak[r] / MOST_16, end.start = all == all ? int32_t(-128.0f * all) : 0;
+    }
 }
 
-template <class Ask>
-inline void soften_row(Form form, const Row& row, float& best, float& total, Ask& ask) {
-    by_form(form, [&](auto f) {
-        if constexpr (f() == Form::int8) soften_integers(row, best, total, ask);
-        else soften<f()>(row, best, total, ask);
-    });
+template <class Ask, int R = 4>
+inline void soften_rows(Form form, const Weights& w, int row, Ask& ask) {
+    for (; row + R <= w.tile.rows; row += R)
+        by_form(form, [&](auto f) {
+            if constexpr (f() == Form::int8) soften_integers<R>(w, row, ask);
+            else soften<f(), R>(w, row, ask);
+        });
+    if constexpr (R > 1) soften_rows<Ask, R - 1>(form, w, row, ask);
 }
 
 // True if a token of the block that some row of the tile does not see has a value that is infinite
@@ -274,8 +291,8 @@ void mix_apart(const Tile& tile, const Mix& m, int64_t at) {
         for (int64_t b = 0; b < m.count; ++b)
             seen[size_t(b)] = seen_only<F>(m.blocks[b], tile.low[r], tile.high[r], at + b * BLOCK,
                                            m.dim, spare[size_t(b)]);
-        mix_rows<F, 1>(1, {seen.data(), 0, m.count, m.weights + r * SPLIT, m.dim, false, true,
-                           m.mixed + r * m.dim}, ask);
+        mix_rows<F, 1>(r, r + 1, {seen.data(), 0, m.count, m.weights, m.dim, false, true, m.mixed},
+                       ask);
     }
 }
 
