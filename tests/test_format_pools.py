@@ -77,9 +77,9 @@ def test_formats_that_store_whole_pages_are_refused_for_now(name: str) -> None:
         ReferenceBackend().pool(shape, 1)
 
 
-@pooled
+@pytest.mark.parametrize(("key", "value"), [("int4", "int4"), ("bf16", "int2"), ("int4", "int8")])
 def test_native_pools_refuse_what_they_have_no_kernels_for(key: str, value: str) -> None:
     native = pytest.importorskip("quire.backends.native")
-    shape = PageShape(16, 1, 4, 4, page_format(key), page_format(value))
-    with pytest.raises(BackendError, match=f"cannot store k={key},v={value} yet"):
+    shape = PageShape(32, 1, 4, 4, page_format(key), page_format(value))
+    with pytest.raises(BackendError, match="cannot store .* yet"):
         native.NativeBackend().pool(shape, 1)

@@ -23,7 +23,8 @@ class Subject:
     make        the backend
     arithmetic  the precision that its sums and products claim
     exact       True if it claims the exactness law bit for bit
-    narrow      True if it multiplies bf16 weights, keys and values with operands rounded to bf16
+    narrow      True if it multiplies bf16 and quantised numbers with operands rounded to bf16, or
+                as coarsely
     """
 
     name: str
@@ -34,7 +35,8 @@ class Subject:
 
     def operand(self, format: str) -> Any:
         """The dtype that numbers are rounded to before they meet stored ones of a format."""
-        return ml_dtypes.bfloat16 if self.narrow and format == "bf16" else self.arithmetic
+        wide = format in ("fp32", "fp16")
+        return ml_dtypes.bfloat16 if self.narrow and not wide else self.arithmetic
 
 
 def _subjects() -> list[Subject]:

@@ -35,9 +35,15 @@ class MlpWeights:
         self, norm: _Floats, eps: float, gate: Layer, up: Layer, down: Layer, activation: int
     ) -> None: ...
 
+class Store:
+    def __init__(
+        self, data: _Bytes, scale: npt.NDArray[np.uint16] | None, dtype: int, dim: int
+    ) -> None: ...
+
 class Pool:
-    interleaved: bool
-    def __init__(self, key: _Bytes, value: _Bytes, dtype: int, shape: list[int]) -> None: ...
+    key_beside: int
+    value_beside: int
+    def __init__(self, key: Store, value: Store, shape: list[int]) -> None: ...
 
 class Tables:
     def __init__(

@@ -19,6 +19,7 @@ using Output = nb::ndarray<nb::numpy, float, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<nb::numpy, const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Storage = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Scales = nb::ndarray<nb::numpy, uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // Raises ValueError unless `ok`. A macro, so that the text is only made when it is needed: some checks
 // are made for every token of every layer.
@@ -27,7 +28,9 @@ using Storage = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::c_contig, nb::d
         if (!(ok)) throw nb::value_error(std::string(text).c_str());     \
     } while (0)
 
-inline size_t width(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+inline size_t width(Dtype dtype) {
+    return dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 || dtype == Dtype::f8 ? 1 : 2;
+}
 
 inline Dtype dtype_of(int code) {
     REQUIRE(code >= 0 && code <= 2, "dtype code " + std::to_string(code) + " is not 0, 1 or 2");
@@ -47,22 +50,41 @@ struct Weight {
     int64_t n, k;
 };
 
+// Keys, or values, of all pages of a layer: numbers, and bf16 scales of int8 and fp8 ones.
+struct StoreArrays {
+    StoreArrays(Storage data, std::optional<Scales> scale, int code, int64_t dim)
+        : data(data), scale(scale), dtype(Dtype(code)), dim(dim) {
+        REQUIRE(code >= 0 && code <= 4, "dtype code " + std::to_string(code) + " is not 0 to 4");
+        REQUIRE(dim > 0 && dim <= MAX_HEAD, "a head dimension of " + std::to_string(dim) +
+                                                " is not in 1.." + std::to_string(MAX_HEAD));
+        REQUIRE(scale.has_value() == (dtype == Dtype::i8 || dtype == Dtype::f8),
+                "int8 and fp8 numbers have scales, others do not");
+    }
+    Storage data;
+    std::optional<Scales> scale;
+    Dtype dtype;
+    int64_t dim;
+};
+
 struct PoolArrays {
-    PoolArrays(Storage key, Storage value, int code, std::vector<int64_t> shape)
-        : keys(key), values(value) {
-        REQUIRE(shape.size() == 5, "a pool's shape has five numbers");
+    PoolArrays(const StoreArrays& keys, const StoreArrays& values, std::vector<int64_t> shape)
+        : keys(keys), values(values) {
+        REQUIRE(shape.size() == 3, "a pool's shape has three numbers");
         for (int64_t size : shape) REQUIRE(size > 0, "a pool's sizes are positive");
-        bool paired = dtype_of(code) == Dtype::bf16 && shape[3] % 2 == 0 && shape[4] % 16 == 0;
-        pool = Pool{key.data(), value.data(), dtype_of(code), paired,   paired && shape[1] % BLOCK == 0,
-                    shape[0],   shape[1],     shape[2],       shape[3], shape[4]};
-        REQUIRE(pool.key_dim <= MAX_HEAD && pool.value_dim <= MAX_HEAD,
-                "head dimensions above " + std::to_string(MAX_HEAD) + " are not supported");
+        check(keys, shape), check(values, shape);
+        pool = settled({store_of(keys), store_of(values), shape[0], shape[1], shape[2]});
+    }
+
+    static void check(const StoreArrays& store, const std::vector<int64_t>& shape) {
         size_t tokens = size_t(shape[0]) * size_t(shape[1]) * size_t(shape[2]);
-        REQUIRE(key.size() == tokens * size_t(pool.key_dim) * width(pool.dtype) &&
-                    value.size() == tokens * size_t(pool.value_dim) * width(pool.dtype),
+        REQUIRE(store.data.size() == tokens * size_t(store.dim) * width(store.dtype) &&
+                    (!store.scale || store.scale->size() == tokens),
                 "the pool's arrays do not have its shape");
     }
-    Storage keys, values;
+    static Store store_of(const StoreArrays& from) {
+        return {from.data.data(), from.scale ? from.scale->data() : nullptr, from.dtype, from.dim};
+    }
+    StoreArrays keys, values;
     Pool pool;
 };
 

@@ -13,8 +13,9 @@ struct Partial {
           total(best + a.num_heads), mixed(total + a.num_heads) {}
 };
 
+constexpr int64_t BYTES_AHEAD = 32 << 10;  // asked for ahead of what is worked on
+
 // A token's query heads of some KV heads as tiles, and room for their scores.
-template <bool PAIRED>
 struct Heads {
     std::vector<Tile> tile;
     std::vector<int64_t> kv_head, query_head;
@@ -22,7 +23,8 @@ struct Heads {
 
     Heads(const Attention& a, const DecodeItem& item) {
         int64_t share = a.num_heads / a.pool.heads, count = item.head_end - item.head;
-        queries.resize(size_t(count * share * a.pool.key_dim));
+        int64_t words = query_room(a.pool.key.dim);
+        queries.resize(size_t(count * share * words));
         static thread_local std::vector<float> room;  // kept: clearing it would cost a pass
         size_t need = size_t(count * share * SPLIT) + 16;
         if (room.size() < need) room.resize(need);
@@ -31,9 +33,9 @@ struct Heads {
         for (int64_t h = item.head; h < item.head_end; ++h)
             for (int64_t r = 0; r < share; r += TILE) {
                 int64_t done = (h - item.head) * share + r;
-                tile.push_back(make_tile<PAIRED>(a, item.sequence, h, r,
-                                                 int(share - r < TILE ? share - r : TILE),
-                                                 queries.data() + done * a.pool.key_dim));
+                tile.push_back(make_tile(a, item.sequence, h, r,
+                                         int(share - r < TILE ? share - r : TILE),
+                                         queries.data() + done * words));
                 kv_head.push_back(h), query_head.push_back(h * share + r);
             }
         first = query_head[0];
@@ -47,62 +49,104 @@ private:
 
 // The blocks of a span of one split, for every head: where the first head's lie, found once; the
 // others lie beside them, but for blocks that have to be copied.
-template <bool PAIRED>
 struct SplitBlocks {
     const Pages* pages;
     int64_t at, head, count;
-    Block<PAIRED> first[SPLIT / BLOCK];
-    bool copied[SPLIT / BLOCK];
+    int64_t key_size, value_size;  // bytes of one head in a page
+    Keys keys[SPLIT / BLOCK];
+    Values values[SPLIT / BLOCK];
+    bool copied_keys[SPLIT / BLOCK], copied_values[SPLIT / BLOCK];
 
     SplitBlocks(const Pages& pages, const DecodeItem& item, const Tile& tile, int64_t split)
-        : pages(&pages), head(item.head) {
+        : pages(&pages),
+          head(item.head),
+          key_size(size_of(pages.pool.key)),
+          value_size(size_of(pages.pool.value)) {
         Span span = blocks_seen(tile.low[0], tile.high[0], split);
         at = split * SPLIT + span.first * BLOCK, count = span.count;
         for (int64_t b = 0; b < count; ++b) {
-            copied[b] = !lies_whole<PAIRED>(pages, at + b * BLOCK);
-            first[b] = block_in_place<PAIRED>(pages, head, copied[b] ? pages.start : at + b * BLOCK);
+            copied_keys[b] = !pages.whole(pages.pool.key, at + b * BLOCK);
+            copied_values[b] = !pages.whole(pages.pool.value, at + b * BLOCK);
+            keys[b] = keys_in_place(pages, head, copied_keys[b] ? pages.start : at + b * BLOCK);
+            values[b] = values_in_place(pages, head, copied_values[b] ? pages.start : at + b * BLOCK);
         }
     }
-    Block<PAIRED> in_place(int64_t of_head, int64_t b) const {
-        const Pool& pool = pages->pool;
-        int64_t key = (of_head - head) * pool.key_dim * pool.page_size;
-        int64_t value = (of_head - head) * pool.value_dim * pool.page_size;
-        return {first[b].key + key, first[b].key_stride, first[b].value + value};
+    int64_t size_of(const Store& store) const {
+        return store.dim * width(store) * pages->pool.page_size;
     }
-    // `count` blocks of a head from block b on; copies go to `spare`.
-    void get(int64_t of_head, int64_t b, int64_t count, Spare* spare, Block<PAIRED>* blocks) const {
-        for (int64_t i = 0; i < count; ++i)
-            blocks[i] = copied[b + i]
-                            ? copy_block<PAIRED>(*pages, of_head, at + (b + i) * BLOCK, spare[i])
-                            : in_place(of_head, b + i);
+    const uint16_t* scale_of(const uint16_t* first, int64_t of_head) const {
+        return first ? first + (of_head - head) * pages->pool.page_size : nullptr;
+    }
+    Keys keys_of(int64_t of_head, int64_t b) const {
+        return {keys[b].data + (of_head - head) * key_size, keys[b].stride,
+                scale_of(keys[b].scale, of_head)};
+    }
+    Values values_of(int64_t of_head, int64_t b) const {
+        return {values[b].data + (of_head - head) * value_size, scale_of(values[b].scale, of_head)};
+    }
+    // `n` blocks of a head from block b on; copies go to `spare`.
+    void get(int64_t of_head, int64_t b, int64_t n, Spare* spare, Keys* to) const {
+        for (int64_t i = 0; i < n; ++i)
+            to[i] = copied_keys[b + i] ? keys_at(*pages, of_head, at + (b + i) * BLOCK, spare[i])
+                                       : keys_of(of_head, b + i);
+    }
+    void get(int64_t of_head, int64_t b, int64_t n, Spare* spare, Values* to) const {
+        for (int64_t i = 0; i < n; ++i)
+            to[i] = copied_values[b + i] ? values_at(*pages, of_head, at + (b + i) * BLOCK, spare[i])
+                                         : values_of(of_head, b + i);
+    }
+    // Scales of all values of a head.
+    void get_scales(int64_t of_head, uint16_t* to) const {
+        if (!pages->pool.value.scale) return;
+        for (int64_t b = 0; b < count; ++b) {
+            if (!copied_values[b]) {
+                std::memcpy(to + b * BLOCK, values_of(of_head, b).scale, 2 * BLOCK);
+                continue;
+            }
+            for (int64_t t = at + b * BLOCK; t < at + (b + 1) * BLOCK; ++t)
+                to[t - at] = t >= pages->start && t < pages->end
+                                 ? *pages->scale(pages->pool.value, t, of_head)
+                                 : 0;
+        }
     }
     // The keys or values of the group of blocks from block b on.
-    Lines lines(int64_t of_head, int64_t b, bool keys) const {
-        constexpr int64_t SIZE = sizeof(typename Block<PAIRED>::Number);
+    Lines lines(int64_t of_head, int64_t b, bool of_keys) const {
         Lines lines;
         for (int64_t i = 0; i < GROUP; ++i) {
-            Block<PAIRED> block = in_place(of_head, b + i < count ? b + i : count - 1);
-            lines.block[i] = reinterpret_cast<const char*>(keys ? block.key : block.value);
+            int64_t n = b + i < count ? b + i : count - 1;
+            lines.block[i] = of_keys ? keys[n].data + (of_head - head) * key_size
+                                     : values[n].data + (of_head - head) * value_size;
         }
-        lines.left = (keys ? pages->pool.key_dim : pages->pool.value_dim) * BLOCK * SIZE / 64;
-        lines.keys = keys, lines.stride = keys ? first[0].key_stride * SIZE : 64;
+        int64_t stride = keys[0].stride, page_size = pages->pool.page_size;
+        lines.left = (of_keys ? key_size : value_size) / page_size * BLOCK / 64;
+        lines.keys = of_keys, lines.stride = of_keys ? stride : 64;
         lines.size = lines.left * lines.stride;
         return lines;
+    }
+    // Asks for the scales of keys and values of the group, which are needed before its values are: each
+    // line of the cache once, with the first head whose scales lie in it.
+    void ask_scales(int64_t of_head, int64_t b) const {
+        for (int64_t i = b; i < b + GROUP && i < count; ++i)
+            for (const uint16_t* first : {keys[i].scale, values[i].scale}) {
+                if (!first) continue;
+                const uint16_t* scale = scale_of(first, of_head);
+                if (of_head == head || reinterpret_cast<uintptr_t>(scale) % 64 == 0)
+                    __builtin_prefetch(scale, 0, 2);
+            }
     }
 };
 
 // What is asked for while an item is worked on. A unit is the keys or the values of a group of blocks
 // and one head; a split is its keys, head after head and group after group, then its values. The
 // units asked for run BYTES_AHEAD ahead of the one in hand.
-template <bool PAIRED>
 struct UnitsAhead {
-    const Heads<PAIRED>& heads;
-    const std::vector<SplitBlocks<PAIRED>>& splits;
+    const Heads& heads;
+    const std::vector<SplitBlocks>& splits;
     size_t split = 0, tile = 0;
     int64_t b = 0;
     bool keys = true;
 
-    UnitsAhead(const Heads<PAIRED>& heads, const std::vector<SplitBlocks<PAIRED>>& splits)
+    UnitsAhead(const Heads& heads, const std::vector<SplitBlocks>& splits)
         : heads(heads), splits(splits) {
         for (int64_t asked = 0; asked < BYTES_AHEAD && split < splits.size();) {
             Lines lines = next();
@@ -113,6 +157,7 @@ struct UnitsAhead {
     Lines next() {
         if (split == splits.size()) return {};
         Lines lines = splits[split].lines(heads.kv_head[tile], b, keys);
+        if (keys) splits[split].ask_scales(heads.kv_head[tile], b);
         if (++tile == heads.tile.size()) tile = 0, b += GROUP;
         if (b >= splits[split].count) {
             b = 0, keys = !keys;
@@ -124,67 +169,69 @@ struct UnitsAhead {
 
 // A page's heads lie side by side: walking some pages together, head after head, reads memory in as
 // many long stretches. Every row's arithmetic is that of `attend_split`.
-template <bool PAIRED>
-void score_split(const Attention& a, const SplitBlocks<PAIRED>& split, const Heads<PAIRED>& heads,
-                 UnitsAhead<PAIRED>& ahead, std::vector<Spare>& spare) {
-    Block<PAIRED> blocks[GROUP];
+void score_split(const Attention& a, const SplitBlocks& split, const Heads& heads, UnitsAhead& ahead,
+                 std::vector<Spare>& spare) {
+    Keys blocks[GROUP];
     for (int64_t b = 0; b < split.count; b += GROUP) {
         int64_t count = split.count - b < GROUP ? split.count - b : GROUP;
         for (size_t t = 0; t < heads.tile.size(); ++t) {
             Lines ask = ahead.next();
             split.get(heads.kv_head[t], b, count, spare.data(), blocks);
-            score_tile<PAIRED>(heads.tile[t], blocks, count, split.at + b * BLOCK, a.pool.key_dim,
-                               heads.scores_of(t) + b * BLOCK, ask);
+            score_tile(a.pool.key.form, heads.tile[t], blocks, count, split.at + b * BLOCK,
+                       a.pool.key.dim, heads.scores_of(t) + b * BLOCK, ask);
         }
     }
 }
 
-template <bool PAIRED>
-void mix_split(const Attention& a, const SplitBlocks<PAIRED>& split, const Heads<PAIRED>& heads,
-               UnitsAhead<PAIRED>& ahead, std::vector<Spare>& spare, const Partial& partial) {
-    int64_t low = heads.tile[0].low[0], high = heads.tile[0].high[0], dim = a.pool.value_dim;
-    Block<PAIRED> blocks[GROUP];
+void mix_split(const Attention& a, const SplitBlocks& split, const Heads& heads, UnitsAhead& ahead,
+               std::vector<Spare>& spare, const Partial& partial) {
+    int64_t low = heads.tile[0].low[0], high = heads.tile[0].high[0], dim = a.pool.value.dim;
+    Values blocks[GROUP];
+    alignas(64) uint16_t scales[SPLIT];
     for (int64_t b = 0; b < split.count; b += GROUP) {
         int64_t count = split.count - b < GROUP ? split.count - b : GROUP;
         for (size_t t = 0; t < heads.tile.size(); ++t) {
             const Tile& tile = heads.tile[t];
             int64_t head = heads.query_head[t];
+            float* scores = heads.scores_of(t);
             Lines ask = ahead.next();
-            for (int r = 0; b == 0 && r < tile.rows; ++r)  // only now: memory is busy meanwhile
-                soften<PAIRED>(heads.scores_of(t) + r * SPLIT, split.count, a.scale,
-                               partial.best[head + r], partial.total[head + r], ask);
-            split.get(heads.kv_head[t], b, count, spare.data(), blocks);
-            for (int64_t i = 0; i < count; ++i) {
-                int64_t at = split.at + (b + i) * BLOCK;
-                if (is_wild<PAIRED>(tile, blocks[i], at, dim))
-                    blocks[i] = seen_only<PAIRED>(blocks[i], low, high, at, dim, spare[size_t(i)]);
+            if (b == 0) {  // only now: memory is busy meanwhile
+                split.get_scales(heads.kv_head[t], scales);
+                soften_rows(a.pool.value.form, {tile, scores, split.count, split.at, a.scale, scales,
+                                                partial.best + head, partial.total + head}, 0, ask);
             }
-            const auto* weights = reinterpret_cast<const float*>(
-                reinterpret_cast<const char*>(heads.scores_of(t)) + b * BLOCK * (PAIRED ? 2 : 4));
-            mix_rows<PAIRED>(tile.rows, blocks, count, weights, dim, b > 0,
-                             partial.mixed + head * dim, ask);
+            split.get(heads.kv_head[t], b, count, spare.data(), blocks);
+            by_form(a.pool.value.form, [&](auto form) {
+                for (int64_t i = 0; i < count; ++i) {
+                    int64_t at = split.at + (b + i) * BLOCK;
+                    if (is_wild<form()>(tile, blocks[i], at, dim))
+                        blocks[i] = seen_only<form()>(blocks[i], low, high, at, dim, spare[size_t(i)]);
+                }
+                mix_rows<form()>(0, tile.rows,
+                                 {blocks, b, count, scores, dim, b > 0, b + count == split.count,
+                                  partial.mixed + head * dim}, ask);
+            });
         }
     }
 }
 
-template <bool PAIRED>
-void decode_item(const Attention& a, const DecodeItem& item) {
-    Heads<PAIRED> heads(a, item);
+void decode(const Attention& a, const DecodeItem& item) {
+    Heads heads(a, item);
     const Pages pages = pages_of(a, item.sequence);
-    std::vector<SplitBlocks<PAIRED>> splits;
+    std::vector<SplitBlocks> splits;
     for (int64_t split = item.split; split < item.split_end; ++split)
         splits.emplace_back(pages, item, heads.tile[0], split);
-    UnitsAhead<PAIRED> ahead(heads, splits);
+    UnitsAhead ahead(heads, splits);
     static thread_local std::vector<Spare> spare(GROUP);
-    for (const SplitBlocks<PAIRED>& split : splits) {
-        score_split<PAIRED>(a, split, heads, ahead, spare);
-        mix_split<PAIRED>(a, split, heads, ahead, spare, Partial(a, item, split.at / SPLIT));
+    for (const SplitBlocks& split : splits) {
+        score_split(a, split, heads, ahead, spare);
+        mix_split(a, split, heads, ahead, spare, Partial(a, item, split.at / SPLIT));
     }
 }
 
 // The splits of one token merged in order, for the query heads of some KV heads.
 void decode_merge(const Attention& a, const DecodeItem& item) {
-    int64_t dim = a.pool.value_dim, share = a.num_heads / a.pool.heads;
+    int64_t dim = a.pool.value.dim, share = a.num_heads / a.pool.heads;
     Partial first(a, item, item.first_split);
     int64_t end = item.head_end * share;
     for (int64_t head = item.head * share; head < end; head += 16) {
@@ -197,11 +244,6 @@ void decode_merge(const Attention& a, const DecodeItem& item) {
         for (int64_t h = head; h < head + rows; ++h)
             write_row(a, a.query_indptr[item.sequence], h, first.total[h], first.mixed + h * dim);
     }
-}
-
-void decode(const Attention& a, const DecodeItem& item) {
-    if (a.pool.paired) decode_item<true>(a, item);
-    else decode_item<false>(a, item);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "quads.hpp"
 #include "simd.hpp"
 
 namespace quire {
@@ -36,8 +37,12 @@ inline F16 store_rounded(F16 x, uint16_t* to) {
 }  // namespace quire
 
 #include "rows.inl"
+#include "append.inl"
 #include "linear.inl"
 #include "panels.inl"
+#include "blocks.inl"
+#include "keys.inl"
+#include "values.inl"
 #include "attention.inl"
 #include "decode.inl"
 

@@ -5,10 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace quire {
 
-enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, f8 = 4 };  // f8: e4m3fn
 
 constexpr int PANEL = 32;       // output columns that one item of a linear layer computes
 constexpr int CHUNK = 1024;     // words along K whose lanes are summed before the next chunk's
@@ -44,21 +45,57 @@ struct Linear {
     int activation = 0;
 };
 
-// One layer's pages. Keys are dimension-major inside a page, so that scores of consecutive tokens
-// fill a vector; where a page holds whole blocks, bf16 numbers that are multiplied by the same pair
-// lie side by side:
-//   interleaved: key [page, head, key_dim / 2, page_size, 2]
-//                value [page, head, page_size / 2, value_dim, 2]
-//   plain:       key [page, head, key_dim, page_size]
-//                value [page, head, page_size, value_dim]
-// `paired` says how numbers are multiplied, whatever the page size: as pairs of bf16, or as floats.
-struct Pool {
-    void* key;
-    void* value;
+// How stored keys or values are multiplied: as floats, as pairs of bf16, or as bytes that have a scale
+// for each token and head.
+enum class Form : int { floats, pairs, int8, fp8 };
+
+// Keys, or values, of one layer's pages. Keys are dimension-major inside a page, so that scores of
+// consecutive tokens fill a vector; `beside` numbers that are multiplied by the same word lie side by
+// side (2 of bf16, 4 bytes, where a page holds whole blocks, else 1):
+//   keys    [page, head, dim / beside, page_size, beside]
+//   values  [page, head, page_size / beside, dim, beside]
+// Int8 numbers are stored with 128 added.
+struct Store {
+    void* data;
+    uint16_t* scale;  // bf16 [page, head, page_size]; null of numbers that have none
     Dtype dtype;
-    bool paired, interleaved;
-    int64_t num_pages, page_size, heads, key_dim, value_dim;
+    int64_t dim;
+    Form form = Form::floats;
+    int beside = 1;
 };
+
+struct Pool {
+    Store key, value;
+    int64_t num_pages, page_size, heads;
+
+    int64_t key_at(int64_t d, int64_t token) const {  // within a page and head
+        int64_t n = key.beside;
+        return (d / n * page_size + token) * n + d % n;
+    }
+    int64_t value_at(int64_t d, int64_t token) const {
+        int64_t n = value.beside;
+        return (token / n * value.dim + d) * n + token % n;
+    }
+};
+
+// The pool with forms and layouts that follow from its dtypes and sizes.
+inline Pool settled(Pool pool) {
+    bool pairs = pool.key.dim % 2 == 0 && pool.value.dim % BLOCK == 0;
+    bool whole = pool.page_size % BLOCK == 0;
+    for (Store* store : {&pool.key, &pool.value}) {
+        bool bytes = store->dtype == Dtype::i8 || store->dtype == Dtype::f8;
+        store->form = store->dtype == Dtype::i8            ? Form::int8
+                      : store->dtype == Dtype::f8          ? Form::fp8
+                      : pairs && store->dtype == Dtype::bf16 ? Form::pairs
+                                                           : Form::floats;
+        int64_t multiple = store == &pool.key ? 4 : BLOCK;
+        store->beside = !whole                                 ? 1
+                        : store->form == Form::pairs           ? 2
+                        : bytes && store->dim % multiple == 0  ? 4
+                                                               : 1;
+    }
+    return pool;
+}
 
 // Queries [tokens, num_heads, key_dim] of one step over the pages of a layer group.
 struct Attention {
@@ -89,7 +126,7 @@ struct DecodeItem {
     float* partials;
 };
 
-inline int64_t partial_size(const Attention& a) { return a.num_heads * (a.pool.value_dim + 2); }
+inline int64_t partial_size(const Attention& a) { return a.num_heads * (a.pool.value.dim + 2); }
 
 struct Kernels {
     const char* name;

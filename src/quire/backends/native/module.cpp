@@ -35,10 +35,14 @@ NB_MODULE(_native, m) {
     nb::class_<MlpWeights>(m, "MlpWeights")
         .def(nb::init<Floats, float, Layer, Layer, Layer, int>(), "norm"_a.noconvert(), "eps"_a,
              "gate"_a, "up"_a, "down"_a, "activation"_a);
+    nb::class_<StoreArrays>(m, "Store")
+        .def(nb::init<Storage, std::optional<Scales>, int, int64_t>(), "data"_a.noconvert(),
+             "scale"_a.none().noconvert(), "dtype"_a, "dim"_a);
     nb::class_<PoolArrays>(m, "Pool")
-        .def(nb::init<Storage, Storage, int, std::vector<int64_t>>(), "key"_a.noconvert(),
-             "value"_a.noconvert(), "dtype"_a, "shape"_a)
-        .def_prop_ro("interleaved", [](const PoolArrays& p) { return p.pool.interleaved; });
+        .def(nb::init<const StoreArrays&, const StoreArrays&, std::vector<int64_t>>(), "key"_a,
+             "value"_a, "shape"_a)
+        .def_prop_ro("key_beside", [](const PoolArrays& p) { return p.pool.key.beside; })
+        .def_prop_ro("value_beside", [](const PoolArrays& p) { return p.pool.value.beside; });
     nb::class_<Tables>(m, "Tables")
         .def(nb::init<Ints, Ints, Ints, Ints, Ints, Ints, int64_t, int64_t>(),
              "positions"_a.noconvert(), "query_indptr"_a.noconvert(), "indptr"_a.noconvert(),

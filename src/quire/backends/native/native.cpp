@@ -90,7 +90,8 @@ std::vector<const Kernels*> Native::available() {
         avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #if defined(QUIRE_WITH_avx512bf16)
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(avx512bf16_kernels());
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+        found.push_back(avx512bf16_kernels());
 #endif
 #if defined(QUIRE_WITH_avx512)
     if (avx512) found.push_back(avx512_kernels());
@@ -209,14 +210,14 @@ void Native::check_slots(const Pool& pool, const Ints& slots) const {
 void Native::append(PoolArrays& arrays, Ints slots, Floats key, Floats value) {
     const Pool& pool = arrays.pool;
     size_t n = slots.size();
-    REQUIRE(key.size() == n * size_t(pool.heads * pool.key_dim) &&
-                value.size() == n * size_t(pool.heads * pool.value_dim),
+    REQUIRE(key.size() == n * size_t(pool.heads * pool.key.dim) &&
+                value.size() == n * size_t(pool.heads * pool.value.dim),
             "append: keys and values do not have one row a slot");
     check_slots(pool, slots);
     nb::gil_scoped_release released;
-    spread(int64_t(n), pool.heads * pool.key_dim * 8, [&](int64_t t) {
-        kernels_->append(pool, slots(size_t(t)), key.data() + t * pool.heads * pool.key_dim,
-                         value.data() + t * pool.heads * pool.value_dim);
+    spread(int64_t(n), pool.heads * pool.key.dim * 8, [&](int64_t t) {
+        kernels_->append(pool, slots(size_t(t)), key.data() + t * pool.heads * pool.key.dim,
+                         value.data() + t * pool.heads * pool.value.dim);
     });
 }
 
@@ -239,18 +240,18 @@ Attention Native::attention(const float* query, int64_t heads, const Pool& pool,
             tables.first_page.data(),
             heads,
             tables.window,
-            float(LOG2_E / std::sqrt(double(pool.key_dim)))};
+            float(LOG2_E / std::sqrt(double(pool.key.dim)))};
 }
 
 void Native::attend(Floats query, PoolArrays& arrays, const Tables& tables, Output out) {
     const Pool& pool = arrays.pool;
     size_t tokens = tables.positions.size();
-    REQUIRE(query.ndim() == 3 && query.shape(0) == tokens && int64_t(query.shape(2)) == pool.key_dim,
+    REQUIRE(query.ndim() == 3 && query.shape(0) == tokens && int64_t(query.shape(2)) == pool.key.dim,
             "attend: query must be [" + std::to_string(tokens) + ", heads, " +
-                std::to_string(pool.key_dim) + "]");
+                std::to_string(pool.key.dim) + "]");
     int64_t heads = int64_t(query.shape(1));
     Attention a = attention(query.data(), heads, pool, tables, out.data());
-    REQUIRE(out.size() == tokens * size_t(heads * pool.value_dim), "attend: out has the wrong size");
+    REQUIRE(out.size() == tokens * size_t(heads * pool.value.dim), "attend: out has the wrong size");
     nb::gil_scoped_release released;
     std::lock_guard<std::mutex> one(mutex_);
     run_attention(a, int64_t(tables.last_page_len.size()));
@@ -395,7 +396,7 @@ void Native::embed(const Weight& table, Ints ids, Output y) {
 // Norms and rotation of queries and keys of some tokens, then keys and values into the pool.
 void Native::place_rows(const AttentionWeights& w, const Attention& a, const Floats& cos,
                         const Floats& sin, const int64_t* slots, int64_t row, int64_t row_end) {
-    int64_t dim = a.pool.key_dim, half = dim / 2;
+    int64_t dim = a.pool.key.dim, half = dim / 2;
     for (int64_t t = row; t < row_end; ++t) {
         auto turn = [&](float* x, int64_t heads, const std::optional<Floats>& norm) {
             for (int64_t h = 0; h < heads; ++h, x += dim) {
@@ -405,7 +406,7 @@ void Native::place_rows(const AttentionWeights& w, const Attention& a, const Flo
             }
         };
         float *key = k_.data() + t * a.pool.heads * dim,
-              *value = v_.data() + t * a.pool.heads * a.pool.value_dim;
+              *value = v_.data() + t * a.pool.heads * a.pool.value.dim;
         turn(q_.data() + t * a.num_heads * dim, a.num_heads, w.q_norm);
         turn(key, a.pool.heads, w.k_norm);
         kernels_->append(a.pool, slots[t], key, value);
@@ -416,15 +417,15 @@ Attention Native::check_attention(const AttentionWeights& w, const Floats& cos, 
                                   const Pool& pool, const Ints& slots, const Tables& tables) const {
     REQUIRE(tables.positions.size() == slots.size(),
             "attention_block: there must be one slot a token");
-    REQUIRE(w.q.weight.n % pool.key_dim == 0 && w.k.weight.n == pool.heads * pool.key_dim &&
-                w.v.weight.n == pool.heads * pool.value_dim && pool.key_dim % 2 == 0,
+    REQUIRE(w.q.weight.n % pool.key.dim == 0 && w.k.weight.n == pool.heads * pool.key.dim &&
+                w.v.weight.n == pool.heads * pool.value.dim && pool.key.dim % 2 == 0,
             "attention_block: projections do not fit the pool");
-    int64_t heads = w.q.weight.n / pool.key_dim;
-    REQUIRE(w.o.weight.k == heads * pool.value_dim &&
-                (!w.q_norm || int64_t(w.q_norm->size()) == pool.key_dim) &&
-                (!w.k_norm || int64_t(w.k_norm->size()) == pool.key_dim),
+    int64_t heads = w.q.weight.n / pool.key.dim;
+    REQUIRE(w.o.weight.k == heads * pool.value.dim &&
+                (!w.q_norm || int64_t(w.q_norm->size()) == pool.key.dim) &&
+                (!w.k_norm || int64_t(w.k_norm->size()) == pool.key.dim),
             "attention_block: output projection or norms do not fit the heads");
-    check_rope(cos, sin, tables.positions, pool.key_dim / 2);
+    check_rope(cos, sin, tables.positions, pool.key.dim / 2);
     check_slots(pool, slots);
     return attention(nullptr, heads, pool, tables, nullptr);
 }

@@ -1,6 +1,7 @@
 """Storage of one layer's pages in the layout that the native kernels read."""
 
 import contextlib
+import math
 import mmap
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from quire.backends.native import _native
 from quire.errors import BackendError
+from quire.formats import Part
 from quire.pages import PAGE_FORMATS, PageFormat, PageShape, export_rows, import_rows
 
 __all__ = ["DTYPES", "NativePool", "require_formats"]
@@ -17,43 +19,41 @@ __all__ = ["DTYPES", "NativePool", "require_formats"]
 Array = npt.NDArray[Any]
 
 # The extension's dtype codes.
-DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 
-_PLAIN = tuple(name for name, format in PAGE_FORMATS.items() if format.lossless)
+_FORMATS = tuple(name for name, format in PAGE_FORMATS.items() if format.dtype.name in DTYPES)
 
 
 class NativePool:
     """K and V of one layer, keys dimension-major inside a page.
 
-    interleaved  bf16 with pages of a multiple of 16 tokens: K ``[page, head, dim / 2, token, 2]``
-                 and V ``[page, head, token / 2, dim, 2]``: pairs that are multiplied together lie
-                 side by side
-    plain        else: K ``[page, head, dim, token]`` and V ``[page, head, token, dim]``
+    ``n`` numbers that are multiplied together lie side by side: K ``[page, head, dim / n, token, n]``
+    and V ``[page, head, token / n, dim, n]``, where pages are a multiple of 16 tokens and ``dim`` of
+    n (V: of 16): 2 of bf16, 4 of int8 and fp8; else n is 1. Int8 numbers are stored as bytes with 128
+    added. Scales are bf16 ``[page, head, token]`` in arrays of their own, None where there are none.
     """
 
     def __init__(self, shape: PageShape, num_pages: int) -> None:
         require_formats(shape.key_format, shape.value_format)
         self.shape, self.num_pages = shape, num_pages
-        heads, size, dtype = shape.num_kv_heads, shape.page_size, shape.key_format.dtype
+        self._memory: list[mmap.mmap] = []
         try:
-            key, self.key = _zeros((num_pages, heads * size * shape.key_dim), dtype)
-            value, self.value = _zeros((num_pages, heads * size * shape.value_dim), dtype)
+            self.key, self.key_scale = self._stored(shape.key_parts)
+            self.value, self.value_scale = self._stored(shape.value_parts)
         except (OSError, OverflowError, ValueError) as error:
             raise BackendError(
                 f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
             ) from error
-        self._memory = (key, value)
         self.handle = _native.Pool(
-            self.key.reshape(-1).view(np.uint8),
-            self.value.reshape(-1).view(np.uint8),
-            DTYPES[dtype.name],
-            [num_pages, size, heads, shape.key_dim, shape.value_dim],
+            _store(self.key, self.key_scale, shape.key_dim, _code(shape.key_format)),
+            _store(self.value, self.value_scale, shape.value_dim, _code(shape.value_format)),
+            [num_pages, shape.page_size, shape.num_kv_heads],
         )
 
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """See :class:`quire.pages.PagePool`."""
-        self.key[list(target)] = self.key[list(source)]
-        self.value[list(target)] = self.value[list(source)]
+        for array in self._arrays:
+            array[list(target)] = array[list(source)]
 
     def discard(self) -> None:
         """See :class:`quire.pages.PagePool`."""
@@ -63,52 +63,98 @@ class NativePool:
 
     def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
         """See :class:`quire.pages.PagePool`."""
-        return export_rows((self.key, self.value), pages)
+        return export_rows(self._arrays, pages)
 
     def import_pages(self, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
         """See :class:`quire.pages.PagePool`."""
-        import_rows((self.key, self.value), pages, data)
+        import_rows(self._arrays, pages, data)
 
     def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
         """See :class:`quire.pages.PagePool`."""
-        heads, size, shape = self.shape.num_kv_heads, self.shape.page_size, self.shape
-        bits = f"u{shape.key_format.dtype.itemsize}"
-        for page in data:
-            key, value = page[: self.key[0].nbytes], page[self.key[0].nbytes :]
-            if self.handle.interleaved:
-                key.view(bits).reshape(heads, shape.key_dim // 2, size, 2)[:, :, first:] = 0
-                values = value.view(bits).reshape(heads, size // 2, shape.value_dim, 2)
-                for token in range(first, size):
-                    values[:, token // 2, :, token % 2] = 0
-            else:
-                key.view(bits).reshape(heads, shape.key_dim, size)[..., first:] = 0
-                value.view(bits).reshape(heads, size, shape.value_dim)[:, first:] = 0
+        slots = np.arange(first, self.shape.page_size)
+        start = 0
+        for array in self._arrays:
+            rows = data[:, start : start + array[0].nbytes]
+            start += array[0].nbytes
+            for row in rows:  # each lies in one piece
+                page = row.view(array.dtype)[None]
+                if array is self.key:
+                    self._keys(page)[:, slots] = 0
+                elif array is self.value:
+                    n = self.handle.value_beside
+                    self._values(page)[:, slots // n, slots % n] = 0
+                else:
+                    self._scales(page)[:, slots] = 0
 
     def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
         """See :class:`quire.pages.PagePool`."""
-        ids = np.asarray(pages, dtype=np.int64)
-        heads, size = self.shape.num_kv_heads, self.shape.page_size
-        key, value = self.key[ids], self.value[ids]
-        if self.handle.interleaved:
-            key = key.reshape(-1, heads, self.shape.key_dim // 2, size, 2).transpose(0, 3, 1, 2, 4)
-            value = value.reshape(-1, heads, size // 2, self.shape.value_dim, 2)
-            value = value.transpose(0, 2, 4, 1, 3)
-        else:
-            key = key.reshape(-1, heads, self.shape.key_dim, size).transpose(0, 3, 1, 2)
-            value = value.reshape(-1, heads, size, self.shape.value_dim).transpose(0, 2, 1, 3)
-        return (
-            key.reshape(-1, size, heads, self.shape.key_dim),
-            value.reshape(-1, size, heads, self.shape.value_dim),
-        )
+        ids, shape = np.asarray(pages, dtype=np.int64), self.shape
+        tokens = (len(ids), shape.page_size, shape.num_kv_heads)
+        key = self._keys(self.key[ids]).reshape(*tokens, shape.key_dim)
+        value = self._values(self.value[ids]).reshape(*tokens, shape.value_dim)
+        if self.key_scale is not None:
+            scale = self._scales(self.key_scale[ids])
+            key = shape.key_format.key.decode((_signed(key), scale), shape.key_dim)
+        if self.value_scale is not None:
+            scale = self._scales(self.value_scale[ids])
+            value = shape.value_format.value.decode((_signed(value), scale), shape.value_dim)
+        return key, value
+
+    @property
+    def _arrays(self) -> list[Array]:
+        """In the order in which :meth:`export_pages` has them."""
+        arrays = (self.key, self.key_scale, self.value, self.value_scale)
+        return [array for array in arrays if array is not None]
+
+    def _stored(self, parts: tuple[Part, ...]) -> tuple[Array, Array | None]:
+        """Zeroed numbers and scales of all pages; int8 as the bytes that kernels read."""
+        arrays: list[Array] = []
+        for shape, dtype in parts:
+            kept = np.dtype(np.uint8) if dtype == np.int8 else dtype
+            memory, array = _zeros((self.num_pages, math.prod(shape)), kept)
+            self._memory.append(memory)
+            arrays.append(array)
+        return arrays[0], arrays[1] if len(arrays) > 1 else None
+
+    # Views of rows of the arrays, token by token.
+
+    def _keys(self, rows: Array) -> Array:
+        """[n, page_size, heads, dim / beside, beside]."""
+        size, heads, n = self.shape.page_size, self.shape.num_kv_heads, self.handle.key_beside
+        return rows.reshape(-1, heads, self.shape.key_dim // n, size, n).transpose(0, 3, 1, 2, 4)
+
+    def _values(self, rows: Array) -> Array:
+        """[n, page_size / beside, beside, heads, dim]."""
+        size, heads, n = self.shape.page_size, self.shape.num_kv_heads, self.handle.value_beside
+        return rows.reshape(-1, heads, size // n, self.shape.value_dim, n).transpose(0, 2, 4, 1, 3)
+
+    def _scales(self, rows: Array) -> Array:
+        """[n, page_size, heads]."""
+        size, heads = self.shape.page_size, self.shape.num_kv_heads
+        return rows.reshape(-1, heads, size).transpose(0, 2, 1)
 
 
 def require_formats(key: PageFormat, value: PageFormat) -> None:
     """Raise BackendError unless there are kernels for these formats of keys and values."""
-    if not key.lossless or key.name != value.name:
+    if key.name not in _FORMATS or value.name not in _FORMATS:
         raise BackendError(
-            f"the native backend stores keys and values alike in {', '.join(_PLAIN)}, and cannot "
-            f"store k={key.name},v={value.name} yet; choose one of those, or backend 'reference'"
+            f"the native backend stores keys and values in {', '.join(_FORMATS)}, and cannot "
+            f"store k={key.name},v={value.name}; choose among those, or backend 'reference'"
         )
+
+
+def _store(data: Array, scale: Array | None, dim: int, code: int) -> _native.Store:
+    scales = None if scale is None else scale.reshape(-1).view(np.uint16)
+    return _native.Store(data.reshape(-1).view(np.uint8), scales, code, dim)
+
+
+def _code(format: PageFormat) -> int:
+    return DTYPES[format.dtype.name]
+
+
+def _signed(numbers: Array) -> Array:
+    """Int8 numbers as the definition has them; others as they are."""
+    return (numbers ^ np.uint8(128)).view(np.int8) if numbers.dtype == np.uint8 else numbers
 
 
 def _zeros(shape: tuple[int, int], dtype: Any) -> tuple[mmap.mmap, Array]:

@@ -122,34 +122,5 @@ float multiply_add(int64_t steps) {
     return sum(acc[0]);
 }
 
-template <class Number, class Round>
-inline void append_as(const Pool& pool, int64_t slot, const float* key, const float* value,
-                      Round round) {
-    int64_t page = slot / pool.page_size, offset = slot % pool.page_size, size = pool.page_size;
-    for (int64_t h = 0; h < pool.heads; ++h) {
-        Number* k = static_cast<Number*>(pool.key) + (page * pool.heads + h) * pool.key_dim * size;
-        Number* v =
-            static_cast<Number*>(pool.value) + (page * pool.heads + h) * pool.value_dim * size;
-        for (int64_t d = 0; d < pool.key_dim; ++d) {
-            int64_t at = pool.interleaved ? (d / 2 * size + offset) * 2 + d % 2 : d * size + offset;
-            k[at] = round(key[h * pool.key_dim + d]);
-        }
-        for (int64_t d = 0; d < pool.value_dim; ++d) {
-            int64_t at = pool.interleaved ? (offset / 2 * pool.value_dim + d) * 2 + offset % 2
-                                     : offset * pool.value_dim + d;
-            v[at] = round(value[h * pool.value_dim + d]);
-        }
-    }
-}
-
-void append(const Pool& pool, int64_t slot, const float* key, const float* value) {
-    switch (pool.dtype) {
-        case Dtype::f32:
-            return append_as<float>(pool, slot, key, value, [](float x) { return x; });
-        case Dtype::bf16: return append_as<uint16_t>(pool, slot, key, value, float_to_bf16);
-        case Dtype::f16: return append_as<uint16_t>(pool, slot, key, value, float_to_fp16);
-    }
-}
-
 }  // namespace
 }  // namespace quire

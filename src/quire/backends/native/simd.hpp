@@ -291,6 +291,33 @@ inline float max(F16 a) {
 }
 #endif
 
+// The greater, of numbers that are not negative; NaN is greater than all others.
+inline F16 max_bits(F16 a, F16 b) {
+#if defined(__AVX512F__)
+    return {_mm512_castsi512_ps(
+        _mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+#elif defined(__AVX2__)
+    auto half = [](__m256 x, __m256 y) {
+        return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+    };
+    return {half(a.a, b.a), half(a.b, b.b)};
+#else
+    return each(a, b, [](float x, float y) { return x != x || x > y ? x : y; });
+#endif
+}
+inline float max_bits(F16 a) {
+#if defined(__AVX512F__)
+    return _mm_cvtss_f32(_mm_castsi128_ps(
+        _mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(a.v)))));
+#else
+    alignas(64) float lane[LANES];
+    a.store(lane);
+    float most = lane[0];
+    for (float x : lane) most = most != most || most > x ? most : x;
+    return most;
+#endif
+}
+
 // e^x with error below 2 ulp; -inf gives 0, NaN stays NaN (of a NaN, min and max give the second).
 // Cephes' reduction and polynomial (Moshier, 1992).
 inline F16 exp(F16 x) {

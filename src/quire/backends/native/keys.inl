@@ -1,0 +1,183 @@
+// Queries against keys: scores of up to TILE rows over blocks of 16 tokens.
+
+namespace quire {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int TILE = 12;  // query rows that share loads of keys
+#else
+constexpr int TILE = 4;
+#endif
+constexpr int MOST_BLOCKS = 4;  // blocks of keys, on as many pages, that are read side by side
+constexpr float NOTHING = -INFINITY;
+
+// Blocks of keys that share loads of R rows of queries: as many as there are accumulators for.
+constexpr int blocks_at_a_time(int rows) { return rows * MOST_BLOCKS <= 2 * TILE ? MOST_BLOCKS : 2; }
+
+// What a tile of up to TILE rows needs to know: queries, and the positions that each row sees.
+// Queries are words of a key's form [words][rows]; those for int8 keys are integers of 16 bits,
+// [words][rows][2], that a row's `unit` makes what they were, and `start` takes away what the 128 that
+// were added to keys add to their sum.
+struct Tile {
+    int rows;
+    const uint32_t* query;
+    int64_t low[TILE], high[TILE];
+    float unit[TILE];
+    int32_t start[TILE];
+};
+
+// Room for a row's words, whatever the form.
+inline int64_t query_room(int64_t dim) { return dim + 4; }
+
+// One query as integers; a unit of NaN if a number of it is infinite or NaN. Queries below the least
+// normal number times 32,767 are taken for zero.
+inline void lay_integers(const float* x, int64_t dim, int r, Tile& tile, uint32_t* query) {
+    float peak = peak_of(x, dim);
+    tile.unit[r] = peak < INFINITY ? peak / MOST_16 : NAN;
+    bool any = tile.unit[r] >= 0x1p-126f;
+    F16 unit = F16::set(tile.unit[r]), sums = F16::zero();
+    for (int64_t d = 0; d < dim; d += 16) {
+        F16 v = F16::zero();
+        if (any) v = round_even(load_some(x + d, int(dim - d < 16 ? dim - d : 16)) / unit);
+        sums = sums + v;
+        uint32_t words[8];
+        store_quads(v, words);
+        for (int64_t i = 0; i < 4 && d + 4 * i < dim; ++i)
+            std::memcpy(query + ((d / 4 + i) * tile.rows + r) * 2, words + 2 * i, 8);
+    }
+    tile.start[r] = int32_t(-128.0f * sum(sums));
+}
+
+// A query of a tile's row r in the form that `score` reads.
+template <Form F>
+inline void lay_query(const float* x, int64_t dim, int r, Tile& tile, uint32_t* query) {
+    if constexpr (F == Form::int8) {
+        lay_integers(x, dim, r, tile, query);
+    } else {
+        uint32_t words[MAX_HEAD + 2 * LANES];
+        int64_t count = key_words<F>(dim);
+        row_words(x, F == Form::pairs ? Dtype::bf16 : Dtype::f32, dim, count, words);
+        for (int64_t d = 0; d < count; ++d) query[d * tile.rows + r] = words[d];
+    }
+}
+
+// Sums that words of keys are added to, with R rows of queries.
+template <Form F>
+using Sum = std::conditional_t<F == Form::int8, Sums, F16>;
+
+// Scores of R rows against B blocks of one stride: scores[r][16 b ..] = query[r] . key
+template <Form F, int R, int B, class Ask>
+inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scores, Ask& ask) {
+    const uint32_t* query = tile.query;
+    Sum<F> acc[R][B];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b)
+            if constexpr (F == Form::int8) acc[r][b] = Sums::set(tile.start[r]);
+            else acc[r][b] = F16::zero();
+    const char* key[B];
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) key[b] = blocks[b].data;
+    const int64_t stride = blocks[0].stride, end = key_words<F>(dim) * stride;
+    for (int64_t at = 0; at < end; at += stride) {
+        ask.step();
+        if constexpr (F == Form::pairs) {
+            Pairs pairs[B];
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b)
+                pairs[b] = Pairs::load(reinterpret_cast<const uint16_t*>(key[b] + at));
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                Pairs pair = Pairs::set(query[r]);
+#pragma GCC unroll 4
+                for (int b = 0; b < B; ++b) acc[r][b] = dot_pairs(acc[r][b], pair, pairs[b]);
+            }
+            query += R;
+        } else if constexpr (F == Form::int8) {
+#pragma GCC unroll 2
+            for (int second = 0; second < 2; ++second) {
+                Half half[B];
+#pragma GCC unroll 4
+                for (int b = 0; b < B; ++b)
+                    half[b] = Half::load(reinterpret_cast<const uint8_t*>(key[b] + at), second);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                    for (int b = 0; b < B; ++b) acc[r][b].add(half[b], query[2 * r + second]);
+            }
+            query += 2 * R;
+        } else {
+            F16 numbers[B];
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b)
+                numbers[b] = F16::load(reinterpret_cast<const float*>(key[b] + at));
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                float number;
+                std::memcpy(&number, query + r, 4);
+                F16 wide = F16::set(number);
+#pragma GCC unroll 4
+                for (int b = 0; b < B; ++b) acc[r][b] = fma(wide, numbers[b], acc[r][b]);
+            }
+            query += R;
+        }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+        F16 scale = SCALED<F> ? F16::load_bf16(blocks[b].scale) : F16::zero();
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            F16 all;
+            if constexpr (F == Form::int8) all = acc[r][b].value() * F16::set(tile.unit[r]) * scale;
+            else all = acc[r][b];
+            all.store(scores + r * SPLIT + b * BLOCK);
+        }
+    }
+}
+
+// True if blocks have one stride; copies have another than what lies in long pages.
+inline bool alike(const Keys* blocks, int count) {
+    bool same = true;
+    for (int b = 1; b < count; ++b) same &= blocks[b].stride == blocks[0].stride;
+    return same;
+}
+
+template <Form F, int R = TILE, class Ask>
+inline void score_rows(const Tile& tile, const Keys* blocks, int64_t count, int64_t dim,
+                       float* scores, Ask& ask) {
+    constexpr int B = blocks_at_a_time(R);
+    if (tile.rows == R) {
+        int64_t b = 0;
+        for (; b + B <= count && alike(blocks + b, B); b += B)
+            score<F, R, B>(blocks + b, tile, dim, scores + b * BLOCK, ask);
+        for (; b < count; ++b) score<F, R, 1>(blocks + b, tile, dim, scores + b * BLOCK, ask);
+    } else if constexpr (R > 1) {
+        score_rows<F, R - 1>(tile, blocks, count, dim, scores, ask);
+    }
+}
+
+// Lanes of a block from position `at` on that a row sees; `other` for the rest.
+__attribute__((always_inline)) inline F16 seen_by(const Tile& tile, int row, int64_t at, F16 x, float other) {
+    int64_t low = tile.low[row] - at, high = tile.high[row] - at;
+    if (low <= 0 && high >= BLOCK) return x;
+    auto clamp = [](int64_t lane) { return int(lane < 0 ? 0 : lane > BLOCK ? BLOCK : lane); };
+    return keep(x, clamp(low), clamp(high), F16::set(other));
+}
+
+// Scores of a tile against `count` blocks from position `at` on; what a row does not see is -inf.
+template <class Ask>
+inline void score_tile(Form form, const Tile& tile, const Keys* blocks, int64_t count, int64_t at,
+                       int64_t dim, float* scores, Ask& ask) {
+    by_form(form, [&](auto f) { score_rows<f()>(tile, blocks, count, dim, scores, ask); });
+    for (int r = 0; r < tile.rows; ++r) {
+        if (tile.low[r] <= at && tile.high[r] >= at + count * BLOCK) continue;
+        for (int64_t b = 0; b < count; ++b) {
+            float* row = scores + r * SPLIT + b * BLOCK;
+            seen_by(tile, r, at + b * BLOCK, F16::load(row), NOTHING).store(row);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace quire
