@@ -19,7 +19,7 @@ __all__ = ["DTYPES", "NativePool", "require_formats"]
 Array = npt.NDArray[Any]
 
 # The extension's dtype codes.
-DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "float8_e4m3fn": 4}
 
 _FORMATS = tuple(name for name, format in PAGE_FORMATS.items() if format.dtype.name in DTYPES)
 
