@@ -44,7 +44,7 @@ def test_formats_that_store_whole_pages_are_refused_before_loading(
     if backend == "native":
         pytest.importorskip("quire.backends.native")
     cache = quire.CacheConfig(kv_format=kv_format)
-    with pytest.raises(BackendError, match=r"cannot store .* yet"):
+    with pytest.raises(BackendError, match="cannot store "):
         quire.Engine(tmp_path, backend=backend, cache=cache)
 
 
@@ -55,7 +55,7 @@ def test_what_auto_stands_for_is_refused_when_it_is_known(
     if backend == "native":
         pytest.importorskip("quire.backends.native")
     cache = quire.CacheConfig(kv_format="k=auto,v=int4", num_pages=4)
-    with pytest.raises(BackendError, match="cannot store .*int4.* yet"):
+    with pytest.raises(BackendError, match=r"cannot store .*int4"):
         quire.Engine(models["full"], backend=backend, cache=cache)
 
 

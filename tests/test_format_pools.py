@@ -81,5 +81,5 @@ def test_formats_that_store_whole_pages_are_refused_for_now(name: str) -> None:
 def test_native_pools_refuse_what_they_have_no_kernels_for(key: str, value: str) -> None:
     native = pytest.importorskip("quire.backends.native")
     shape = PageShape(32, 1, 4, 4, page_format(key), page_format(value))
-    with pytest.raises(BackendError, match="cannot store .* yet"):
+    with pytest.raises(BackendError, match="cannot store "):
         native.NativeBackend().pool(shape, 1)

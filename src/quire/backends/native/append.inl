@@ -53,11 +53,16 @@ inline void to_int8(const float* x, int n, float scale, uint8_t* to) {
 
 inline void append_scaled(const Pool& pool, bool key, int64_t head, int64_t token, const float* x) {
     const Store& store = key ? pool.key : pool.value;
-    uint16_t scale = scale_of(x, store.dim, 127.0f, 0x7c01);  // 0x1.02p121
+    const bool int8 = store.dtype == Dtype::i8;
+    uint16_t scale = int8 ? scale_of(x, store.dim, 127.0f, 0x7c01)   // 0x1.02p121
+                          : scale_of(x, store.dim, 448.0f, 0x7b12);  // 0x1.24p119
     store.scale[head * pool.page_size + token] = scale;
     uint8_t bytes[MAX_HEAD + 16];
     if (scale == 0 || scale == 0x7fc0) {
-        std::memset(bytes, 128, size_t(store.dim));
+        std::memset(bytes, int8 ? 128 : 0, size_t(store.dim));
+    } else if (!int8) {
+        float divisor = bf16_to_float(scale);
+        for (int64_t d = 0; d < store.dim; ++d) bytes[d] = float_to_fp8(x[d] / divisor);
     } else {
         for (int64_t d = 0; d < store.dim; d += 16)
             to_int8(x + d, int(store.dim - d < 16 ? store.dim - d : 16), bf16_to_float(scale),

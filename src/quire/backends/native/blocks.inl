@@ -11,6 +11,7 @@ inline auto by_form(Form form, Work work) {
     switch (form) {
         case Form::pairs: return work(std::integral_constant<Form, Form::pairs>());
         case Form::int8: return work(std::integral_constant<Form, Form::int8>());
+        case Form::fp8: return work(std::integral_constant<Form, Form::fp8>());
         default: return work(std::integral_constant<Form, Form::floats>());
     }
 }

@@ -5,7 +5,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "quads.hpp"
 #include "simd.hpp"
 
 namespace quire {
@@ -36,6 +35,7 @@ inline F16 store_rounded(F16 x, uint16_t* to) {
 }  // namespace
 }  // namespace quire
 
+#include "quads.hpp"
 #include "rows.inl"
 #include "append.inl"
 #include "linear.inl"

@@ -15,9 +15,9 @@ constexpr float NOTHING = -INFINITY;
 constexpr int blocks_at_a_time(int rows) { return rows * MOST_BLOCKS <= 2 * TILE ? MOST_BLOCKS : 2; }
 
 // What a tile of up to TILE rows needs to know: queries, and the positions that each row sees.
-// Queries are words of a key's form [words][rows]; those for int8 keys are integers of 16 bits,
-// [words][rows][2], that a row's `unit` makes what they were, and `start` takes away what the 128 that
-// were added to keys add to their sum.
+// Queries are words of a key's form, [words][rows], or [words][rows][2] of 16 bits a number for bytes:
+// bf16 for fp8 keys, and for int8 keys integers that a row's `unit` makes what they were; `start` takes
+// away what the 128 that were added to int8 keys add to their sum.
 struct Tile {
     int rows;
     const uint32_t* query;
@@ -41,7 +41,7 @@ inline void lay_integers(const float* x, int64_t dim, int r, Tile& tile, uint32_
         if (any) v = round_even(load_some(x + d, int(dim - d < 16 ? dim - d : 16)) / unit);
         sums = sums + v;
         uint32_t words[8];
-        store_quads(v, words);
+        store_integers(v, words);
         for (int64_t i = 0; i < 4 && d + 4 * i < dim; ++i)
             std::memcpy(query + ((d / 4 + i) * tile.rows + r) * 2, words + 2 * i, 8);
     }
@@ -51,11 +51,17 @@ inline void lay_integers(const float* x, int64_t dim, int r, Tile& tile, uint32_
 // A query of a tile's row r in the form that `score` reads.
 template <Form F>
 inline void lay_query(const float* x, int64_t dim, int r, Tile& tile, uint32_t* query) {
+    uint32_t words[MAX_HEAD + 2 * LANES];
+    int64_t count = key_words<F>(dim);
     if constexpr (F == Form::int8) {
         lay_integers(x, dim, r, tile, query);
+    } else if constexpr (F == Form::fp8) {
+        row_words(x, Dtype::bf16, dim, 2 * count, words);
+        for (int64_t d = 0; d < count; ++d) {
+            uint32_t a = words[2 * d], b = words[2 * d + 1], *to = query + (d * tile.rows + r) * 2;
+            to[0] = (a & 0xffff) | b << 16, to[1] = a >> 16 | (b & 0xffff0000u);
+        }
     } else {
-        uint32_t words[MAX_HEAD + 2 * LANES];
-        int64_t count = key_words<F>(dim);
         row_words(x, F == Form::pairs ? Dtype::bf16 : Dtype::f32, dim, count, words);
         for (int64_t d = 0; d < count; ++d) query[d * tile.rows + r] = words[d];
     }
@@ -107,6 +113,21 @@ inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scor
                     for (int b = 0; b < B; ++b) acc[r][b].add(half[b], query[2 * r + second]);
             }
             query += 2 * R;
+        } else if constexpr (F == Form::fp8) {
+#pragma GCC unroll 2
+            for (int second = 0; second < 2; ++second) {
+                Pairs pairs[B];
+#pragma GCC unroll 4
+                for (int b = 0; b < B; ++b)
+                    pairs[b] = load_fp8(reinterpret_cast<const uint8_t*>(key[b] + at), second);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) {
+                    Pairs pair = Pairs::set(query[2 * r + second]);
+#pragma GCC unroll 4
+                    for (int b = 0; b < B; ++b) acc[r][b] = dot_pairs(acc[r][b], pair, pairs[b]);
+                }
+            }
+            query += 2 * R;
         } else {
             F16 numbers[B];
 #pragma GCC unroll 4
@@ -130,7 +151,7 @@ inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scor
         for (int r = 0; r < R; ++r) {
             F16 all;
             if constexpr (F == Form::int8) all = acc[r][b].value() * F16::set(tile.unit[r]) * scale;
-            else all = acc[r][b];
+            else all = SCALED<F> ? acc[r][b] * scale : acc[r][b];
             all.store(scores + r * SPLIT + b * BLOCK);
         }
     }

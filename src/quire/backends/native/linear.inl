@@ -359,7 +359,7 @@ void linear_few(const Linear& a, int64_t column, int64_t columns, const void* ne
         case Dtype::f32: return few<Dtype::f32>(a, column, columns, then);
         case Dtype::bf16: return few<Dtype::bf16>(a, column, columns, then);
         case Dtype::f16: return few<Dtype::f16>(a, column, columns, then);
-        default: return;  // formats of pages, not of weights
+        default: return;  // weights have no others
     }
 }
 

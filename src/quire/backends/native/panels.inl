@@ -182,7 +182,7 @@ void linear_many(const Linear& a, int64_t panel, int64_t panel_end, int64_t row,
         case Dtype::f32: return many_rows<Dtype::f32>(a, panel, panel_end, row, row_end);
         case Dtype::bf16: return many_rows<Dtype::bf16>(a, panel, panel_end, row, row_end);
         case Dtype::f16: return many_rows<Dtype::f16>(a, panel, panel_end, row, row_end);
-        default: return;  // formats of pages, not of weights
+        default: return;  // weights have no others
     }
 }
 

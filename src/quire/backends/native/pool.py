@@ -19,7 +19,7 @@ __all__ = ["DTYPES", "NativePool", "require_formats"]
 Array = npt.NDArray[Any]
 
 # The extension's dtype codes.
-DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "float8_e4m3fn": 4}
 
 _FORMATS = tuple(name for name, format in PAGE_FORMATS.items() if format.dtype.name in DTYPES)
 
@@ -27,10 +27,11 @@ _FORMATS = tuple(name for name, format in PAGE_FORMATS.items() if format.dtype.n
 class NativePool:
     """K and V of one layer, keys dimension-major inside a page.
 
-    ``n`` numbers that are multiplied together lie side by side: K ``[page, head, dim / n, token, n]``
-    and V ``[page, head, token / n, dim, n]``, where pages are a multiple of 16 tokens and ``dim`` of
-    n (V: of 16): 2 of bf16, 4 of int8 and fp8; else n is 1. Int8 numbers are stored as bytes with 128
-    added. Scales are bf16 ``[page, head, token]`` in arrays of their own, None where there are none.
+    ``n`` numbers that are multiplied together lie side by side: K ``[page, head, dim / n, token,
+    n]`` and V ``[page, head, token / n, dim, n]``, where pages are a multiple of 16 tokens and
+    ``dim`` of n (V: of 16): 2 of bf16, 4 of int8 and fp8; else n is 1. Int8 numbers are stored as
+    bytes with 128 added. Scales are bf16 ``[page, head, token]`` in arrays of their own, None where
+    there are none.
     """
 
     def __init__(self, shape: PageShape, num_pages: int) -> None:

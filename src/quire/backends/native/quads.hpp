@@ -14,27 +14,46 @@ namespace {
 constexpr int QUAD = 4;              // bytes of a lane
 constexpr float MOST_16 = 32767.0f;  // the largest integer: 512 times it, times 127, is below 2^31
 
-// Sixteen integers from -32767 to 32767, as floats; to [4 quads][2 words]: numbers 0 and 2 of a quad,
-// then 1 and 3, as `Sums::add` multiplies them.
-inline void store_quads(F16 x, uint32_t* to) {
+// Numbers of 16 bits that meet the bytes of four quads: words [4 quads][2], numbers 0 and 2 of a quad,
+// then 1 and 3.
 #if defined(__AVX2__) || defined(__AVX512F__)
-#if defined(__AVX512F__)
-    __m256i numbers = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v));
-#else
-    __m256i numbers = _mm256_permute4x64_epi64(
-        _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
-#endif
+inline void store_words(__m256i numbers, uint32_t* to) {
     const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                         _mm256_shuffle_epi8(numbers, _mm256_broadcastsi128_si256(order)));
+}
 #else
-    for (int i = 0; i < 16; i += QUAD) {
-        uint16_t v[QUAD];
-        for (int j = 0; j < QUAD; ++j)  // NaN has no integer
-            v[j] = x.v[i + j] == x.v[i + j] ? uint16_t(int16_t(x.v[i + j])) : 0;
-        to[i / 2] = uint32_t(v[0]) | uint32_t(v[2]) << 16;
-        to[i / 2 + 1] = uint32_t(v[1]) | uint32_t(v[3]) << 16;
+inline void store_words(const uint16_t* numbers, uint32_t* to) {
+    for (int i = 0; i < 16; i += QUAD, to += 2) {
+        to[0] = uint32_t(numbers[i]) | uint32_t(numbers[i + 2]) << 16;
+        to[1] = uint32_t(numbers[i + 1]) | uint32_t(numbers[i + 3]) << 16;
     }
+}
+#endif
+
+// Sixteen integers from -32767 to 32767, as floats, become words.
+inline void store_integers(F16 x, uint32_t* to) {
+#if defined(__AVX512F__)
+    store_words(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)), to);
+#elif defined(__AVX2__)
+    __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    store_words(_mm256_permute4x64_epi64(both, 0xd8), to);
+#else
+    uint16_t v[16];
+    for (int i = 0; i < 16; ++i)  // NaN has no integer
+        v[i] = x.v[i] == x.v[i] ? uint16_t(int16_t(x.v[i])) : 0;
+    store_words(v, to);
+#endif
+}
+
+// Sixteen floats become words of bf16.
+inline void store_bf16_words(F16 x, uint32_t* to) {
+    alignas(32) uint16_t v[16];
+    store_rounded(x, v);
+#if defined(__AVX2__) || defined(__AVX512F__)
+    store_words(_mm256_load_si256(reinterpret_cast<const __m256i*>(v)), to);
+#else
+    store_words(v, to);
 #endif
 }
 
@@ -80,13 +99,74 @@ struct Half {
 #endif
 };
 
+// Fp8 (e4m3fn) numbers are those of bf16 whose exponent is 120 higher, but for multiples of 2^-9 below
+// 2^-6: those are a table's, since AVX-512-BF16 takes a denormal bf16 for zero. NaN is never stored.
+constexpr uint16_t EXPONENT = 120 << 7;
+constexpr uint16_t SMALL[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+
+// Of sixteen quads of fp8 numbers (one line) numbers 0 and 2, or 1 and 3, as pairs of bf16.
+inline Pairs load_fp8(const uint8_t* p, bool second) {
+#if defined(__AVX512F__)
+    __m512i line = _mm512_loadu_si512(p), low = second ? _mm512_srli_epi16(line, 8) : line;
+    __m512i high = second ? line : _mm512_slli_epi16(line, 8);
+    __m512i y = _mm512_and_si512(_mm512_srli_epi16(high, 4), _mm512_set1_epi16(0x7f0));
+    y = _mm512_add_epi16(y, _mm512_set1_epi16(EXPONENT));
+    __m512i small = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(SMALL)));
+    __mmask32 tiny = _mm512_testn_epi16_mask(high, _mm512_set1_epi16(0x7800));
+    y = _mm512_mask_permutexvar_epi16(y, tiny, low, small);
+    return {_mm512_ternarylogic_epi32(y, high, _mm512_set1_epi16(int16_t(0x8000)), 0xf8)};
+#elif defined(__AVX2__)
+    Pairs r;
+    for (int i = 0; i < 2; ++i) {
+        __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+        __m256i high = second ? line : _mm256_slli_epi16(line, 8);
+        __m256i top = _mm256_and_si256(_mm256_srli_epi16(high, 4), _mm256_set1_epi16(0x7f0));
+        __m256i y = _mm256_add_epi16(top, _mm256_set1_epi16(EXPONENT));
+        // The table's bytes, low ones first: of number m those at m and m + 8.
+        __m128i table = _mm_setr_epi8(0, 0, int8_t(0x80), int8_t(0xc0), 0, 0x20, 0x40, 0x60, 0, 0x3b,
+                                      0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c);
+        __m256i m = _mm256_srli_epi16(top, 4);
+        __m256i at = _mm256_or_si256(_mm256_or_si256(m, _mm256_slli_epi16(m, 8)),
+                                     _mm256_set1_epi16(0x0800));
+        __m256i small = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), at);
+        __m256i normal = _mm256_cmpgt_epi16(top, _mm256_set1_epi16(0x7f));
+        y = _mm256_or_si256(_mm256_blendv_epi8(small, y, normal),
+                            _mm256_and_si256(high, _mm256_set1_epi16(int16_t(0x8000))));
+        (i ? r.b : r.a) = y;
+    }
+    return r;
+#else
+    Pairs r;
+    for (int i = 0; i < 32; ++i) {
+        uint8_t x = p[2 * i + second];
+        uint16_t size = x & 0x78 ? uint16_t(((x & 0x7f) << 4) + EXPONENT) : SMALL[x & 7];
+        r.v[i] = uint16_t(size | (x & 0x80) << 8);
+    }
+    return r;
+#endif
+}
+
+// Rounded to nearest, ties to even; at most 448 in size.
+inline uint8_t float_to_fp8(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    uint32_t sign = bits >> 24 & 0x80, size = bits & 0x7fffffffu;
+    if (size > 0x43e00000u) size = 0x43e00000u;  // 448
+    if (size < 0x3c800000u) {                    // below 2^-6: multiples of 2^-9
+        float small;
+        std::memcpy(&small, &size, 4);
+        return uint8_t(sign | uint32_t(std::nearbyint(small * 512.0f)));
+    }
+    return uint8_t(sign | (((size + 0x7ffffu + (size >> 20 & 1)) >> 20) - (120 << 3)));
+}
+
 // Sixteen sums of 32 bits, which wrap around: only what is taken out must fit.
 struct Sums {
 #if defined(__AVX512F__)
     __m512i all;
     static Sums set(int32_t x) { return {_mm512_set1_epi32(x)}; }
     static Sums from_bits(F16 x) { return {_mm512_castps_si512(x.v)}; }
-    // `word`: of `store_quads`, the first for numbers 0 and 2 of a quad, else the second.
+    // `word`: the first of a quad for numbers 0 and 2 of a quad, else the second.
     void add(Half x, uint32_t word) {
         __m512i y = _mm512_set1_epi32(int(word));
 #if defined(__AVX512VNNI__)

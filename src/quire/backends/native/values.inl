@@ -1,7 +1,8 @@
 // Weights from scores, and values mixed with them, for the rows of a tile over one split.
 //
 // A row of scores [SPLIT] becomes, in place, what its values are multiplied with: floats; bf16 from the
-// front; or, for int8 values, the words of integers of 16 bits, whose unit lies at the row's end.
+// front; or, for bytes, words of 16 bits a number (of integers for int8 values, of bf16 for fp8 ones),
+// with what makes them weights at the row's end.
 
 namespace quire {
 namespace {
@@ -24,14 +25,16 @@ struct Mix {
     float* mixed;     // [rows][dim]
 };
 
-// The end of a row of integer weights.
-struct Integers {
+// A row of weights that bytes are multiplied with.
+struct ByteWeights {
     uint32_t words[SPLIT / 4][2];
     float unit;
     int32_t start;  // what takes away the 128 that were added to values
 };
-static_assert(sizeof(Integers) <= SPLIT * sizeof(float), "weights take the place of scores");
-inline const Integers& integers(const float* row) { return *reinterpret_cast<const Integers*>(row); }
+static_assert(sizeof(ByteWeights) <= SPLIT * sizeof(float), "weights take the place of scores");
+inline const ByteWeights& byte_weights(const float* row) {
+    return *reinterpret_cast<const ByteWeights*>(row);
+}
 
 // mixed[r][0..16 W) (+)= weights[r] . value over some blocks, for R rows; of int8 values sums stay
 // integers until the last block.
@@ -50,7 +53,7 @@ inline void mix(const Mix& m, int row, int64_t column, Ask& ask) {
         for (int w = 0; w < W; ++w) {
             const float* from = mixed + r * m.dim + 16 * w;
             if constexpr (F == Form::int8)
-                acc[r][w] = !m.more ? Sums::set(integers(rows + r * SPLIT).start)
+                acc[r][w] = !m.more ? Sums::set(byte_weights(rows + r * SPLIT).start)
                                     : Sums::from_bits(whole ? F16::load(from) : load_some(from, left));
             else acc[r][w] = !m.more ? F16::zero() : whole ? F16::load(from) : load_some(from, left);
         }
@@ -81,9 +84,24 @@ inline void mix(const Mix& m, int row, int64_t column, Ask& ask) {
                     for (int w = 0; w < W; ++w) half[w] = Half::load(from + 64 * w, second);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) {
-                        uint32_t word = integers(rows + r * SPLIT).words[at * 4 + t][second];
+                        uint32_t word = byte_weights(rows + r * SPLIT).words[at * 4 + t][second];
 #pragma GCC unroll 4
                         for (int w = 0; w < W; ++w) acc[r][w].add(half[w], word);
+                    }
+                }
+            } else if constexpr (F == Form::fp8) {
+#pragma GCC unroll 2
+                for (int second = 0; second < 2; ++second) {
+                    Pairs pairs[W];
+#pragma GCC unroll 4
+                    for (int w = 0; w < W; ++w) pairs[w] = load_fp8(from + 64 * w, second);
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) {
+                        Pairs weight =
+                            Pairs::set(byte_weights(rows + r * SPLIT).words[at * 4 + t][second]);
+#pragma GCC unroll 4
+                        for (int w = 0; w < W; ++w)
+                            acc[r][w] = dot_pairs(acc[r][w], weight, pairs[w]);
                     }
                 }
             } else {
@@ -107,8 +125,10 @@ inline void mix(const Mix& m, int row, int64_t column, Ask& ask) {
             float* to = mixed + r * m.dim + 16 * w;
             F16 all;
             if constexpr (F == Form::int8)
-                all = m.last ? acc[r][w].value() * F16::set(integers(rows + r * SPLIT).unit)
+                all = m.last ? acc[r][w].value() * F16::set(byte_weights(rows + r * SPLIT).unit)
                              : acc[r][w].bits();
+            else if (F == Form::fp8 && m.last)
+                all = acc[r][w] * F16::set(byte_weights(rows + r * SPLIT).unit);
             else all = acc[r][w];
             if (whole) all.store(to);
             else store_some(all, to, left);
@@ -213,29 +233,36 @@ inline void weigh(const Weights& w, int row, float* peak, Ask& ask) {
     for (int r = 0; r < R; ++r) w.total[row + r] = sum(sums[r]), peak[r] = max_bits(most[r]);
 }
 
-// For int8 values weights times scales become integers. Those below the least normal number times
-// 32,767 are taken for zero.
-template <int R, class Ask>
-inline void soften_integers(const Weights& w, int row, Ask& ask) {
+// For bytes weights times scales become words: bf16 of their shares of the greatest, or integers. Those
+// whose greatest is next to nothing are taken for zero.
+template <Form F, int R, class Ask>
+inline void soften_scaled(const Weights& w, int row, Ask& ask) {
+    constexpr float MOST = F == Form::int8 ? MOST_16 : 1.0f;
     float peak[R];
     weigh<R>(w, row, peak, ask);
     F16 factor[R], sums[R];
     for (int r = 0; r < R; ++r) {
         bool any = peak[r] >= 0x1p-111f && peak[r] < INFINITY;
-        factor[r] = F16::set(any ? MOST_16 / peak[r] : 0.0f), sums[r] = F16::zero();
+        factor[r] = F16::set(any ? MOST / peak[r] : 0.0f), sums[r] = F16::zero();
     }
     for (int64_t b = 0; b < w.count; ++b)
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             float* at = w.scores + (row + r) * SPLIT;
-            F16 weights = round_even(F16::load(at + b * BLOCK) * factor[r]);
-            sums[r] = sums[r] + weights;
-            store_quads(weights, reinterpret_cast<Integers*>(at)->words[b * 4]);
+            F16 weights = F16::load(at + b * BLOCK) * factor[r];
+            uint32_t* to = reinterpret_cast<ByteWeights*>(at)->words[b * 4];
+            if constexpr (F == Form::int8) {
+                weights = round_even(weights);
+                sums[r] = sums[r] + weights;
+                store_integers(weights, to);
+            } else {
+                store_bf16_words(weights, to);
+            }
         }
     for (int r = 0; r < R; ++r) {
-        auto& end = *reinterpret_cast<Integers*>(w.scores + (row + r) * SPLIT);
+        auto& end = *reinterpret_cast<ByteWeights*>(w.scores + (row + r) * SPLIT);
         float all = sum(sums[r]);  // NaN if a weight is: then the sum of weights is, too
-        end.unit = peak[r] / MOST_16, end.start = all == all ? int32_t(-128.0f * all) : 0;
+        end.unit = peak[r] / MOST, end.start = all == all ? int32_t(-128.0f * all) : 0;
     }
 }
 
@@ -243,7 +270,7 @@ template <class Ask, int R = 4>
 inline void soften_rows(Form form, const Weights& w, int row, Ask& ask) {
     for (; row + R <= w.tile.rows; row += R)
         by_form(form, [&](auto f) {
-            if constexpr (f() == Form::int8) soften_integers<R>(w, row, ask);
+            if constexpr (SCALED<f()>) soften_scaled<f(), R>(w, row, ask);
             else soften<f(), R>(w, row, ask);
         });
     if constexpr (R > 1) soften_rows<Ask, R - 1>(form, w, row, ask);
