@@ -99,6 +99,15 @@ def test_a_seed_repeats_and_settings_do_not_change_the_answer() -> None:
     assert run(*sampled, "--seed", "6").stdout != first
 
 
+def test_formats_of_keys_values_and_layers_are_taken_as_text() -> None:
+    taken = []
+    for kv_format in ("bf16", "k=int8,v=fp8+int8@first,last"):
+        settings = ("--backend", "reference", "--kv-format", kv_format)
+        done = run(*GENERATE, "import os", "-n", "4", *settings, "--json")
+        taken.append(json.loads(done.stdout)["kv_bytes_peak"])
+    assert taken[1] * 64 == taken[0] * 33  # heads of 64 numbers: 66 bytes instead of 128
+
+
 BAD = {
     "no such directory": (["--model", "/no/such/model"], "no model directory at /no/such/model"),
     "nan": (["--temperature", "nan"], "temperature must be a number from 0 to 100, not nan"),
@@ -112,6 +121,8 @@ BAD = {
     "both sizes": (["--kv-memory", "1MiB", "--num-pages", "4"], "not both"),
     "pool": (["--num-pages", "2"], "but the pool has 2"),
     "format": (["--kv-format", "bf61"], "did you mean 'bf16'"),
+    "half a format": (["--kv-format", "k=int8"], "gives a format for keys only; give both"),
+    "format of no layer": (["--kv-format", "bf16+fp16@9"], "layer 9, and the model has 4 layers"),
     "backend": (["--backend", "refrence"], "did you mean 'reference'"),
     "backend that is off": (["--backend", "cuda"], "backend 'cuda' is off"),
     "page size": (["--page-size", "0"], "page_size must be an int of at least 1, not 0"),

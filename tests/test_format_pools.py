@@ -1,0 +1,85 @@
+"""Pools of quantised pages: bytes, scales that go where their payload goes, and what is refused."""
+
+import numpy as np
+import pytest
+
+from quire.backends.reference import ReferenceBackend, ReferencePool
+from quire.errors import BackendError
+from quire.formats import page_format
+from quire.pages import PageShape
+
+POOLED = [("int8", "int8"), ("fp8", "fp8"), ("int8", "fp8"), ("bf16", "int8"), ("fp8", "fp32")]
+pooled = pytest.mark.parametrize(("key", "value"), POOLED)
+
+
+def filled_pool(key: str, value: str) -> ReferencePool:
+    """Six pages of five tokens, all written but for the last page."""
+    shape = PageShape(5, 2, 6, 4, page_format(key), page_format(value))
+    pool = ReferencePool(shape, 6)
+    rng = np.random.default_rng(0)
+    numbers = [rng.standard_normal((25, 2, dim)).astype(np.float32) for dim in (6, 4)]
+    numbers[1][7, 1, 2] = np.nan
+    pool.store(np.arange(25), *numbers)
+    return pool
+
+
+@pooled
+def test_a_pool_takes_exactly_the_bytes_that_are_accounted(key: str, value: str) -> None:
+    pool = filled_pool(key, value)
+    arrays = (*pool.key, *pool.value)
+    assert sum(array.nbytes for array in arrays) == 6 * pool.shape.bytes_per_page
+    assert pool.export_pages([0, 3]).shape == (2, pool.shape.bytes_per_page)
+
+
+@pooled
+def test_scales_go_where_their_payload_goes(key: str, value: str) -> None:
+    pool = filled_pool(key, value)
+    before = pool.read_pages(range(6))
+    pool.copy_pages([1, 2], [5, 4])
+    copied = pool.read_pages([5, 4])
+    for one, other in zip(copied, pool.read_pages([1, 2]), strict=True):
+        assert one.tobytes() == other.tobytes()
+    data = filled_pool(key, value).export_pages([3, 1])
+    other_pool = ReferencePool(pool.shape, 3)
+    other_pool.import_pages([2, 0], data)
+    for one, other in zip(other_pool.read_pages([2, 0]), before, strict=True):
+        assert one.tobytes() == other[[3, 1]].tobytes()
+    assert np.array_equal(other_pool.export_pages([2, 0]), data)
+
+
+@pooled
+@pytest.mark.parametrize("first", [0, 2, 4, 5])
+def test_blanked_slots_have_neither_payload_nor_scale(key: str, value: str, first: int) -> None:
+    pool = filled_pool(key, value)
+    data = pool.export_pages([1])
+    pool.blank_slots(data, first)
+    fresh = ReferencePool(pool.shape, 2)
+    fresh.import_pages([1], data)
+    again = ReferencePool(pool.shape, 2)
+    kept = np.arange(5, 5 + first)
+    for held, source in ((again.key, pool.key), (again.value, pool.value)):
+        for mine, theirs in zip(held, source, strict=True):
+            mine.reshape(-1, *mine.shape[2:])[kept] = theirs.reshape(-1, *theirs.shape[2:])[kept]
+    assert again.export_pages([1]).tobytes() == data.tobytes()
+
+
+@pooled
+def test_a_discarded_pool_is_as_new(key: str, value: str) -> None:
+    pool = filled_pool(key, value)
+    pool.discard()
+    assert not pool.export_pages(range(6)).any()
+
+
+@pytest.mark.parametrize("name", ["int4", "int2"])
+def test_formats_that_store_whole_pages_are_refused_for_now(name: str) -> None:
+    shape = PageShape(32, 1, 4, 4, page_format("bf16"), page_format(name))
+    with pytest.raises(BackendError, match=f"cannot store {name} pages yet"):
+        ReferenceBackend().pool(shape, 1)
+
+
+@pooled
+def test_native_pools_refuse_what_they_have_no_kernels_for(key: str, value: str) -> None:
+    native = pytest.importorskip("quire.backends.native")
+    shape = PageShape(16, 1, 4, 4, page_format(key), page_format(value))
+    with pytest.raises(BackendError, match=f"cannot store k={key},v={value} yet"):
+        native.NativeBackend().pool(shape, 1)
