@@ -8,6 +8,9 @@ reading memory (256 MiB, many times the last cache), or multiply-adds in registe
 share their bus with others, so a limit holds for its own case only.
 PyTorch is optional (any CPU build); it gets the same number of threads.
 
+--kv-format FORMAT (repeated) measures attention over pages of such a format instead, in turns with
+the same over bf16 pages: decode of 8 sequences after 1k, 4k and 16k tokens, and prefill.
+
 --loaded measures a few cases again while another process keeps one core busy: what share of the
 quiet rate is left, for Quire and for PyTorch.
 """
@@ -28,8 +31,9 @@ import numpy as np
 
 from quire.backends.native import NativeBackend
 from quire.batch import GroupBatch, PagedBatch
+from quire.format_choice import parse_formats
 from quire.machine import this_machine
-from quire.pages import PageShape, page_format
+from quire.pages import PageShape
 
 try:
     import torch
@@ -131,27 +135,61 @@ def linear(bench: Bench, rows: int, out: int, inner: int) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, KV heads and their size."""
+
+    query: int = 32
+    kv: int = 8
+    dim: int = 64
+
+
+@dataclass(frozen=True)
+class Attending:
+    """One case: pages of 16 tokens, scattered; ``new`` queries a sequence."""
+
+    sequences: int
+    context: int
+    new: int
+    heads: Heads
+
+    def __str__(self) -> str:
+        kind, heads = "decode" if self.new == 1 else "prefill", self.heads
+        shape = f"{heads.query}/{heads.kv} heads D {heads.dim}"
+        return f"{kind} {self.sequences} x {self.context}, {shape}"
+
+    def call(self, native: NativeBackend, kv_format: str) -> tuple[Call, float]:
+        """What to time, and how many bytes of pages it reads."""
+        pages, heads = self.context // 16, self.heads
+        rng = np.random.default_rng(0)
+        formats = parse_formats(kv_format).of_layers(1, "bf16")[0]
+        shape = PageShape(16, heads.kv, heads.dim, heads.dim, *formats)
+        pool = native.pool(shape, self.sequences * pages)
+        some = rng.standard_normal((1024, heads.kv, heads.dim)).astype(np.float32)
+        for first in range(0, pool.num_pages * 16, len(some)):
+            slots = np.arange(first, min(first + len(some), pool.num_pages * 16))
+            native.append(pool, slots, some[: len(slots)], some[: len(slots)])
+        each = np.arange(self.sequences + 1, dtype=np.int64)
+        group = GroupBatch(
+            16,
+            None,
+            np.empty(0, np.int64),
+            each * pages,
+            rng.permutation(self.sequences * pages).astype(np.int64),
+            np.full(self.sequences, 16, np.int64),
+            np.zeros(self.sequences, np.int64),
+        )
+        positions = np.tile(np.arange(self.context - self.new, self.context), self.sequences)
+        batch = PagedBatch(positions, each * self.new, (group,), (0,))
+        query = rng.standard_normal((len(positions), heads.query, heads.dim), np.float32)
+        moved = self.sequences * self.context * shape.bytes_per_token
+        return lambda: native.attend(query, pool, batch, 0), moved
+
+
 def attention(bench: Bench, sequences: int, context: int, new: int, dim: int) -> None:
-    """32 query and 8 KV heads, bf16 pages of 16 tokens, scattered; ``new`` queries a sequence."""
-    pages = context // 16
-    rng = np.random.default_rng(0)
-    bf16 = page_format("bf16")
-    pool = bench.native.pool(PageShape(16, 8, dim, dim, bf16, bf16), sequences * pages)
-    pool.key[:] = rng.standard_normal(pool.key.shape, np.float32)
-    pool.value[:] = rng.standard_normal(pool.value.shape, np.float32)
-    each = np.arange(sequences + 1, dtype=np.int64)
-    group = GroupBatch(
-        16,
-        None,
-        np.empty(0, np.int64),
-        each * pages,
-        rng.permutation(sequences * pages).astype(np.int64),
-        np.full(sequences, 16, np.int64),
-        np.zeros(sequences, np.int64),
-    )
-    positions = np.tile(np.arange(context - new, context), sequences)
-    batch = PagedBatch(positions, each * new, (group,), (0,))
-    query = rng.standard_normal((sequences * new, 32, dim), np.float32)
+    """32 query and 8 KV heads, bf16 pages."""
+    case = Attending(sequences, context, new, Heads(dim=dim))
+    call, moved = case.call(bench.native, "bf16")
     theirs = None
     if torch is not None:
         tq = torch.randn(sequences, 32, new, dim, dtype=torch.bfloat16)
@@ -162,11 +200,40 @@ def attention(bench: Bench, sequences: int, context: int, new: int, dim: int) ->
     decode = new == 1
     bench.run(
         f"{'decode' if decode else 'prefill'} attention {sequences} x {context}, D {dim}",
-        sequences * context * 8 * dim * 2 * 2 if decode else 4.0 * seen * 32 * dim,
+        moved if decode else 4.0 * seen * 32 * dim,
         "GB/s" if decode else "GFLOP/s",
-        lambda: bench.native.attend(query, pool, batch, 0),
+        call,
         theirs,
     )
+
+
+def formats(bench: Bench, names: list[str]) -> None:
+    """Each format's speed relative to bf16, by the medians of rounds in which all take turns."""
+    for heads in (Heads(), Heads(dim=128), Heads(12, 4, 64)):
+        cases = [Attending(8, context, 1, heads) for context in (1024, 4096, 16384)]
+        for case in (*cases, Attending(1, 2048, 2048, heads)):
+            calls = [case.call(bench.native, name) for name in ("bf16", *names)]
+            times: list[list[float]] = [[] for _ in calls]
+            limits = []
+            for _ in range(9):
+                for taken, (call, _moved) in zip(times, calls, strict=True):
+                    bench.read_limit()  # nothing is left in a cache
+                    taken.append(_time(call))
+                limits.append(bench.read_limit())
+            limit = statistics.median(limits)
+            for name, taken, (_, moved) in zip(("bf16", *names), times, calls, strict=True):
+                seconds = statistics.median(taken)
+                times_bf16 = statistics.median(b / t for b, t in zip(times[0], taken, strict=True))
+                spread, rate = (max(taken) - min(taken)) / 2 / seconds, moved / seconds
+                share = rate / limit if case.new == 1 else 0.0
+                row = Row(f"{case}, {name}", "x bf16", times_bf16, spread, share, None)
+                bench.rows.append(row)
+                read = f"{rate / 1e9:5.1f} GB/s, {share:4.0%} of {limit / 1e9:5.1f}"
+                print(
+                    f"{row.case:46} {times_bf16:5.2f} x bf16 ±{spread:4.0%}  "
+                    f"{read if share else ''}",
+                    flush=True,
+                )
 
 
 def _burn(cpu: int) -> None:
@@ -207,6 +274,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each case")
     parser.add_argument("--json", help="write the rows to a file too")
+    parser.add_argument(
+        "--kv-format", action="append", metavar="FORMAT", help="attention over pages of it instead"
+    )
     parser.add_argument("--loaded", action="store_true", help="only beside a busy process")
     options = parser.parse_args()
     bench, machine = Bench(options.seconds), this_machine()
@@ -216,6 +286,8 @@ def main() -> None:
     )
     if options.loaded:
         loaded(bench)
+    elif options.kv_format:
+        formats(bench, options.kv_format)
     else:
         _all_cases(bench)
     if options.json:

@@ -152,6 +152,7 @@ def test_any_schedule_computes_the_bits_of_each_request_alone_when_all_layers_sl
     check_schedule(models["sliding"], seed)
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("seed", range(200, 208))
 @pytest.mark.parametrize("kind", list(WRITERS))
 def test_any_schedule_over_quantised_pages_computes_the_bits_of_each_request_alone(
@@ -161,6 +162,7 @@ def test_any_schedule_over_quantised_pages_computes_the_bits_of_each_request_alo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("seed", range(300, 320))
 @pytest.mark.parametrize("kind", list(WRITERS))
 def test_many_more_schedules_over_quantised_pages_compute_the_bits_of_each_request_alone(
@@ -169,6 +171,7 @@ def test_many_more_schedules_over_quantised_pages_compute_the_bits_of_each_reque
     check_schedule(models[kind], seed, PER_TOKEN)
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("kv_format", PER_TOKEN)
 @pytest.mark.parametrize("kind", ["full", "mixed"])
 def test_logits_over_quantised_pages_are_the_same_bits_in_any_chunks_and_pages(
@@ -239,15 +242,16 @@ def test_recomputation_after_a_preemption_has_the_same_bits(
 
 
 @pytest.mark.usefixtures("every_backend")
+@pytest.mark.parametrize("kv_format", ["auto", "int8", "k=fp8,v=int8", "k=bf16,v=fp8"])
 @pytest.mark.parametrize(("context", "sizes"), [(900, (16, 5, 48)), (257, (1, 3, 64))])
 def test_logits_over_several_splits_of_keys_are_the_same_bits(
-    models: dict[str, Path], context: int, sizes: tuple[int, ...]
+    models: dict[str, Path], context: int, sizes: tuple[int, ...], kv_format: str
 ) -> None:
-    tokens = random_prompt(context, seed=7)
-    whole = tiny_engine(models["wide"], page_size="whole", num_pages=1).logits(tokens)
+    tokens, wide = random_prompt(context, seed=7), models["wide"]
+    whole = tiny_engine(wide, page_size="whole", num_pages=1, kv_format=kv_format).logits(tokens)
     for page_size, chunk in zip(sizes, (512, 190, 33), strict=True):
         engine = tiny_engine(
-            models["wide"], page_size=page_size, num_pages=1100, max_batch_tokens=chunk
+            wide, page_size=page_size, num_pages=1100, max_batch_tokens=chunk, kv_format=kv_format
         )
         assert same_bits(engine.logits(tokens), whole), (page_size, chunk)
 

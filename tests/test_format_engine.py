@@ -59,6 +59,20 @@ def test_what_auto_stands_for_is_refused_when_it_is_known(
         quire.Engine(models["full"], backend=backend, cache=cache)
 
 
+@pytest.mark.parametrize("kv_format", ["int8", "k=fp8,v=bf16", "k=fp32,v=int8", "bf16+fp8@0"])
+def test_the_native_backend_generates_over_formats_that_store_each_token(
+    models: dict[str, Path], kv_format: str
+) -> None:
+    pytest.importorskip("quire.backends.native")
+    cache = quire.CacheConfig(kv_format=kv_format, num_pages=16, page_size=16)
+    params = quire.SamplingParams(max_new_tokens=8)
+    prompt = random_prompt(50, seed=1)
+    engine = quire.Engine(models["full"], backend="native", cache=cache)
+    [first, second] = engine.generate([prompt, prompt], params)
+    assert first.token_ids == second.token_ids
+    assert len(first.token_ids) == 8
+
+
 def test_a_layer_that_the_model_lacks_is_refused(models: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="layer 2, and the model has 2 layers"):
         tiny_engine(models["full"], kv_format="int8+fp8@2")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -307,6 +308,66 @@ def new_pool(pages: int = 4) -> "native.pool.NativePool":
 def test_a_pool_beyond_all_memory_is_refused_with_its_size(pages: int) -> None:
     with pytest.raises(BackendError, match=f"no memory for {pages} pages of 4096 bytes"):
         new_pool(pages)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize(("page_size", "dim"), [(16, 64), (32, 16), (16, 33), (3, 8)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scaled_pages_hold_the_bytes_of_the_definition(
+    variant: str, page_size: int, dim: int, format: str
+) -> None:
+    """Numbers and scales as the encoder gives them, whatever order they lie in."""
+    made = page_format(format)
+    pool = NativeBackend(variant, threads=1).pool(PageShape(page_size, 2, dim, dim, made, made), 2)
+    rng = np.random.default_rng(dim)
+    numbers = rng.standard_normal((2 * page_size, 2, dim)).astype(np.float32)
+    numbers[1] *= 1e-6
+    numbers[2, 0] = 0
+    NativeBackend(variant, threads=1).append(pool, np.arange(2 * page_size), numbers, -numbers)
+    n, m = pool.handle.key_beside, pool.handle.value_beside
+    key = pool.key.reshape(2, 2, dim // n, page_size, n).transpose(0, 3, 1, 2, 4)
+    value = pool.value.reshape(2, 2, page_size // m, dim, m).transpose(0, 2, 4, 1, 3)
+    for held, scale, given in (
+        (key, pool.key_scale, numbers),
+        (value, pool.value_scale, -numbers),
+    ):
+        payload, wanted = made.key.encode(given)
+        assert scale is not None
+        scales = scale.reshape(2, 2, page_size).transpose(0, 2, 1)
+        assert scales.reshape(wanted.shape).tobytes() == wanted.tobytes()
+        stored = held.reshape(payload.shape)
+        if format == "int8":
+            stored = stored ^ np.uint8(128)
+        assert stored.tobytes() == payload.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"code": 5}, "dtype code 5 is not 0 to 4"),
+        ({"dim": 0}, "a head dimension of 0"),
+        ({"dim": 513}, "a head dimension of 513 is not in 1..512"),
+        ({"scale": None}, "int8 and fp8 numbers have scales"),
+        ({"code": 1}, "int8 and fp8 numbers have scales, others do not"),
+        ({"scale": np.zeros(31, np.uint16)}, "do not have its shape"),
+        ({"data": np.zeros(511, np.uint8)}, "do not have its shape"),
+        ({"shape": [1, 16]}, "three numbers"),
+        ({"shape": [0, 16, 2]}, "positive"),
+        ({"shape": [2, 16, 2]}, "do not have its shape"),
+    ],
+)
+def test_a_pool_that_does_not_fit_its_arrays_is_refused(
+    change: dict[str, Any], message: str
+) -> None:
+    def store(data: Any, scale: Any, code: int, dim: int) -> "extension.Store":
+        return extension.Store(data, scale, code, dim)
+
+    good = {"data": np.zeros(512, np.uint8), "scale": np.zeros(32, np.uint16), "code": 3, "dim": 16}
+    kept = store(**good)
+    shape = change.pop("shape", [1, 16, 2])
+    extension.Pool(kept, kept, [1, 16, 2])
+    with pytest.raises(ValueError, match=message):
+        extension.Pool(kept, store(**{**good, **change}), shape)
 
 
 @pytest.mark.parametrize("slot", [-1, 64, 2**40])

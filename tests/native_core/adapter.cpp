@@ -28,10 +28,9 @@ size_t width(Format format) { return format == Format::fp32 ? 4 : 2; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 quire::Pool pool_of(Pages& pages) {
-    bool paired = pages.format == Format::bf16 && pages.key_dim % 2 == 0 && pages.value_dim % 16 == 0;
-    return {pages.key.data(), pages.value.data(), dtype(pages.format), paired,
-            paired && pages.size % quire::BLOCK == 0, pages.pages, pages.size, pages.heads,
-            pages.key_dim, pages.value_dim};
+    return quire::settled({{pages.key.data(), nullptr, dtype(pages.format), pages.key_dim},
+                           {pages.value.data(), nullptr, dtype(pages.format), pages.value_dim},
+                           pages.pages, pages.size, pages.heads});
 }
 
 float number(const Stored& from, Format format, int64_t at) {
@@ -84,20 +83,16 @@ Pages::Pages(Format format, int64_t pages, int64_t size, int64_t heads, int64_t 
       value(size_t(pages * size * heads * value_dim) * width(format), 0xff) {}
 
 Floats Pages::at(int64_t slot) const {
-    bool interleaved = pool_of(const_cast<Pages&>(*this)).interleaved;
+    quire::Pool pool = pool_of(const_cast<Pages&>(*this));
+    int64_t first = slot / size * heads, token = slot % size;
     Floats out;
     for (int64_t h = 0; h < heads; ++h)
-        for (int64_t d = 0; d < key_dim; ++d) {
-            int64_t base = (slot / size * heads + h) * key_dim * size, t = slot % size;
-            out.push_back(number(key, format, base + (interleaved ? (d / 2 * size + t) * 2 + d % 2
-                                                                  : d * size + t)));
-        }
+        for (int64_t d = 0; d < key_dim; ++d)
+            out.push_back(number(key, format, (first + h) * key_dim * size + pool.key_at(d, token)));
     for (int64_t h = 0; h < heads; ++h)
-        for (int64_t d = 0; d < value_dim; ++d) {
-            int64_t base = (slot / size * heads + h) * value_dim * size, t = slot % size;
-            out.push_back(number(value, format, base + (interleaved ? (t / 2 * value_dim + d) * 2 + t % 2
-                                                                    : t * value_dim + d)));
-        }
+        for (int64_t d = 0; d < value_dim; ++d)
+            out.push_back(
+                number(value, format, (first + h) * value_dim * size + pool.value_at(d, token)));
     return out;
 }
 
@@ -120,7 +115,7 @@ std::vector<Variant> Variant::all() {
     if (avx512) found.push_back(Variant(quire::avx512_kernels()));
 #endif
 #if defined(QUIRE_WITH_avx512bf16)
-    if (avx512 && __builtin_cpu_supports("avx512bf16"))
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
         found.push_back(Variant(quire::avx512bf16_kernels()));
 #endif
 #endif

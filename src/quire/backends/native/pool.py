@@ -27,11 +27,14 @@ _FORMATS = tuple(name for name, format in PAGE_FORMATS.items() if format.dtype.n
 class NativePool:
     """K and V of one layer, keys dimension-major inside a page.
 
-    ``n`` numbers that are multiplied together lie side by side: K ``[page, head, dim / n, token,
-    n]`` and V ``[page, head, token / n, dim, n]``, where pages are a multiple of 16 tokens and
-    ``dim`` of n (V: of 16): 2 of bf16, 4 of int8 and fp8; else n is 1. Int8 numbers are stored as
-    bytes with 128 added. Scales are bf16 ``[page, head, token]`` in arrays of their own, None where
-    there are none.
+    ``n`` numbers that are multiplied together lie side by side, 2 of bf16, 4 of int8 and fp8, where
+    pages are a multiple of 16 tokens and ``dim`` is one of n (of values: of 16); else n is 1:
+
+    K  ``[page, head, dim / n, token, n]``
+    V  ``[page, head, token / n, dim, n]``
+
+    Int8 numbers are stored as bytes with 128 added. Scales are bf16 ``[page, head, token]`` in
+    arrays of their own, None where there are none.
     """
 
     def __init__(self, shape: PageShape, num_pages: int) -> None:
@@ -139,8 +142,8 @@ def require_formats(key: PageFormat, value: PageFormat) -> None:
     """Raise BackendError unless there are kernels for these formats of keys and values."""
     if key.name not in _FORMATS or value.name not in _FORMATS:
         raise BackendError(
-            f"the native backend stores keys and values in {', '.join(_FORMATS)}, and cannot "
-            f"store k={key.name},v={value.name}; choose among those, or backend 'reference'"
+            f"the native backend stores {', '.join(_FORMATS)}, and cannot store "
+            f"k={key.name},v={value.name} yet; choose among those"
         )
 
 
