@@ -55,6 +55,30 @@ class NativePool:
         self.key[list(target)] = self.key[list(source)]
         self.value[list(target)] = self.value[list(source)]
 
+    def gather_tokens(self, source: Array, target: Array) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        shape, bits = self.shape, f"u{self.shape.key_format.dtype.itemsize}"
+        size, heads = shape.page_size, np.arange(shape.num_kv_heads)
+        key, value = (
+            array.view(bits).reshape(-1, len(heads), array.shape[1] // len(heads))
+            for array in (self.key, self.value)
+        )
+        (page, slot), (to_page, to_slot) = (
+            np.divmod(source.T, size),
+            np.divmod(target[:, None], size),
+        )
+        if self.handle.interleaved:
+            key = key.reshape(-1, len(heads), shape.key_dim // 2, size, 2)
+            key[to_page, heads, :, to_slot] = key[page, heads, :, slot]
+            value = value.reshape(-1, len(heads), size // 2, shape.value_dim, 2)
+            moved = value[page, heads, slot // 2, :, slot % 2]
+            value[to_page, heads, to_slot // 2, :, to_slot % 2] = moved
+        else:
+            key = key.reshape(-1, len(heads), shape.key_dim, size)
+            key[to_page, heads, :, to_slot] = key[page, heads, :, slot]
+            value = value.reshape(-1, len(heads), size, shape.value_dim)
+            value[to_page, heads, to_slot] = value[page, heads, slot]
+
     def discard(self) -> None:
         """See :class:`quire.pages.PagePool`."""
         if hasattr(mmap, "MADV_DONTNEED"):
