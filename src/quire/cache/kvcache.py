@@ -175,8 +175,8 @@ class KVCache:
             )
         if state.dropped and length < state.length:
             raise CacheError(
-                f"cannot truncate sequence {sequence}: it dropped {state.dropped} tokens, and heads "
-                "keep different ones; release it and compute it anew instead"
+                f"cannot truncate sequence {sequence}: it dropped {state.dropped} tokens, and "
+                "heads keep different ones; release it and compute it anew instead"
             )
         shortest = self._shortest(state)
         if length < shortest:

@@ -59,10 +59,8 @@ class NativePool:
         """See :class:`quire.pages.PagePool`."""
         shape, bits = self.shape, f"u{self.shape.key_format.dtype.itemsize}"
         size, heads = shape.page_size, np.arange(shape.num_kv_heads)
-        key, value = (
-            array.view(bits).reshape(-1, len(heads), array.shape[1] // len(heads))
-            for array in (self.key, self.value)
-        )
+        key: Array = self.key.view(bits)
+        value: Array = self.value.view(bits)
         (page, slot), (to_page, to_slot) = (
             np.divmod(source.T, size),
             np.divmod(target[:, None], size),
