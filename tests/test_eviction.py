@@ -126,7 +126,7 @@ def test_a_request_that_fits_only_with_eviction_is_admitted(llama: Path) -> None
     prompt, params = random_prompt(60), partial(quire.SamplingParams, max_new_tokens=10)
     with pytest.raises(RequestError, match="need 18 pages of 4 tokens"):
         engine.submit(prompt, params())
-    with pytest.raises(RequestError, match="eviction keeps 28 at a time.* need 7 pages"):
+    with pytest.raises(RequestError, match=r"eviction keeps 28 at a time.* need 7 pages"):
         engine.submit(prompt, params(evict="window:budget=24"))
     [done] = engine.generate([prompt], params(evict="window:budget=20", ignore_eos=True))
     assert done.new_tokens == 10
@@ -169,6 +169,11 @@ def test_pages_that_others_hold_are_left_to_them_until_they_are_free(llama: Path
     assert lossy.completions[0].new_tokens == 40
 
 
+def run(engine: quire.Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
 def test_an_interrupted_compaction_is_computed_again(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,11 +190,9 @@ def test_an_interrupted_compaction_is_computed_again(
     monkeypatch.setattr(pool, "gather_tokens", gather)
     request = engine.submit(random_prompt(50), quire.SamplingParams(max_new_tokens=5))
     with pytest.raises(KeyboardInterrupt):
-        while True:
-            engine.step()
+        run(engine)
     engine.cache.check()
-    while not request.finished:
-        engine.step()
+    run(engine)
     [done] = request.completions
     [alone] = open_engine(llama, "window:budget=12").generate([random_prompt(50)], request.params)
     assert done.token_ids == alone.token_ids
@@ -232,7 +235,7 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(llama: Path, tmp_pat
     request = engine.submit(random_prompt(40), params())
     while not request.finished:
         engine.step()
-    with pytest.raises(SessionError, match="eviction dropped 3. tokens of this request"):
+    with pytest.raises(SessionError, match=r"eviction dropped 3. tokens of this request"):
         engine.save_session(request, tmp_path / "session")
 
 
@@ -270,3 +273,33 @@ def test_what_a_text_means() -> None:
     assert [choice.recent_of(budget) for budget in (2, 25)] == [1, 13]
     with pytest.raises(ConfigError, match="must be text such as"):
         parse_eviction(None)
+
+
+def test_what_a_pin_holds_is_left_as_it_is(llama: Path) -> None:
+    engine = open_engine(llama)
+    prompt = random_prompt(40)
+    exact = quire.SamplingParams(max_new_tokens=6, ignore_eos=True)
+    [first] = engine.generate([prompt], exact)
+    assert engine.pin(prompt, 1000) == 40
+    engine.generate([prompt], quire.SamplingParams(max_new_tokens=30, evict="knorm:budget=12"))
+    [again] = engine.generate([prompt], exact)
+    assert (again.token_ids, again.cached_tokens) == (first.token_ids, 39)
+    engine.cache.check()
+
+
+def test_a_tier_brings_no_more_than_the_budget_and_nothing_is_streamed(llama: Path) -> None:
+    engine = open_engine(llama, host_cache="4MiB", num_pages=16)
+    prompt, params = random_prompt(60), partial(quire.SamplingParams, max_new_tokens=30)
+    with pytest.raises(RequestError, match="of which eviction keeps 74 at a time"):
+        engine.submit(prompt, params(evict="window:budget=70"))
+    engine.generate([random_prompt(50)], params(max_new_tokens=4))
+    engine.generate([random_prompt(50, seed=1)], params(max_new_tokens=4))
+    for policy in POLICIES:
+        [done] = engine.generate([prompt], params(evict=policy, ignore_eos=True))
+        assert done.cached_tokens <= BUDGET
+        assert done.streamed is None
+        assert done.kv_bytes_peak <= pages_for(BUDGET + CHUNK, PAGE) * (
+            engine.cache.layout.page_bytes(0)
+        )
+        engine.cache.check()
+    engine.close()

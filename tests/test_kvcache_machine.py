@@ -2,8 +2,8 @@
 
 The model keeps a list of tokens for every sequence and, in each layer group, a tag for every page
 that it should hold; equal tags are one shared page. From those it predicts what each call costs and
-whether it is refused. The tokens are written where the batch says, as a model's append would. Where tokens
-can be dropped, each layer and head keeps its own.
+whether it is refused. The tokens are written where the batch says, as a model's append would. Where
+tokens can be dropped, each layer and head keeps its own.
 """
 
 from dataclasses import dataclass, field

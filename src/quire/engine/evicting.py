@@ -213,7 +213,7 @@ class Evictor:
             return -key_norms(key)
         query = budget.queries[layer]
         places = np.arange(length - len(query), length)
-        votes = attention_weights(query, key, places).sum(axis=1)
+        votes: Array = attention_weights(query, key, places).sum(axis=1)
         votes[:, : length - choice.window] = spread_votes(
             votes[:, : length - choice.window], choice.kernel
         )

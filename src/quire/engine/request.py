@@ -130,7 +130,7 @@ class SamplingParams:
             try:
                 parse_eviction(self.evict)
             except ConfigError as error:
-                raise RequestError(str(error)) from None
+                raise RequestError(f"evict: {error}") from None
         if self.beam_width > 1:
             self._require_plain_search()
 
