@@ -355,3 +355,19 @@ def test_help_imports_no_engine() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert b"generate" in done.stdout
+
+
+def test_tokens_above_a_budget_are_dropped_and_counted() -> None:
+    prompt = "import os\n" * 60
+    done = run("generate", prompt, "--evict", "window:budget=40", "-n", "8", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["evicted_tokens"] > 40
+    refused = run("generate", prompt, "--evict", "windows:budget=40")
+    assert refused.returncode != 0
+    assert b"did you mean 'window'?" in refused.stderr
+
+
+def test_a_chat_that_is_saved_keeps_every_token(tmp_path: Path) -> None:
+    done = run("chat", "--session", str(tmp_path / "s"), "--evict", "h2o:budget=50%")
+    assert done.returncode == 2
+    assert b"a session keeps every token" in done.stderr

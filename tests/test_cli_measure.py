@@ -82,7 +82,7 @@ def test_a_refused_candidate_is_shown_beside_the_others() -> None:
     ]
     assert found[1]["perplexity"] is None
     assert found[1].keys() == found[0].keys()
-    assert b"fp16 + h2o: eviction policy 'h2o' is not there" in done.stderr
+    assert b"fp16 + h2o: eviction 'h2o' has no budget" in done.stderr
     assert b"int9: unknown page format 'int9'" in done.stderr
 
 

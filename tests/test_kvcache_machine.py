@@ -2,13 +2,16 @@
 
 The model keeps a list of tokens for every sequence and, in each layer group, a tag for every page
 that it should hold; equal tags are one shared page. From those it predicts what each call costs and
-whether it is refused. The tokens are written where the batch says, as a model's append would.
+whether it is refused. The tokens are written where the batch says, as a model's append would. Where
+tokens can be dropped, each layer and head keeps its own.
 """
 
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -20,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from caches import Windows, assert_holds, cache_of, ceil_div, write
+from caches import HEADS, Windows, cache_of, ceil_div, stored, write
 from quire.cache import Reservation
 from quire.errors import CacheError, CacheFull
 
@@ -57,10 +60,14 @@ SETUPS = [
 
 @dataclass
 class Modelled:
-    """One sequence as it should be; ``pages[g]`` maps page numbers to tags."""
+    """One sequence as it should be; ``pages[g]`` maps page numbers to tags.
 
-    tokens: list[int]
+    ``tokens[place]`` is int64 [layers, heads]: who is kept there. Of ``dropped`` nothing is left.
+    """
+
+    tokens: list[npt.NDArray[np.int64]]
     pages: list[dict[int, int]]
+    dropped: int = 0
 
 
 @dataclass(eq=False)
@@ -68,7 +75,7 @@ class Pending:
     """An open reservation; ``grown[i][g]`` are the pages that sequence i has after a commit."""
 
     reservation: Reservation
-    chunks: list[tuple[int, list[int]]]
+    chunks: list[tuple[int, list[npt.NDArray[np.int64]]]]
     grown: list[list[dict[int, int]]]
     taken: list[int] = field(default_factory=list)
 
@@ -122,8 +129,9 @@ class CacheMachine(RuleBasedStateMachine):
         handles = [h for h in self.model if not (idle and h in reserved)]
         return handles[number % len(handles)] if handles else None
 
-    def tokens(self, number: int) -> list[int]:
-        return [next(self.next_token) for _ in range(number)]
+    def tokens(self, number: int) -> list[npt.NDArray[np.int64]]:
+        layers = len(self.setup.windows)
+        return [np.full((layers, HEADS), next(self.next_token)) for _ in range(number)]
 
     def try_reserve(self, wanted: list[tuple[int, int]]) -> Pending | None:
         """Reserve and write, or see that the cache refuses what the model says cannot fit."""
@@ -139,7 +147,14 @@ class CacheMachine(RuleBasedStateMachine):
             return None
         made = self.cache.reserve(wanted)
         chunks = [(handle, self.tokens(new)) for handle, new in wanted]
-        write(self.cache, made.batch, [token for _, tokens in chunks for token in tokens])
+        new = [int(token[0, 0]) for _, tokens in chunks for token in tokens]
+        write(self.cache, made.batch, new)
+        at = [(self.model[h], i) for h, tokens in chunks for i in range(len(tokens))]
+        places = [len(seq.tokens) + i for seq, i in at]
+        assert made.batch.places.tolist() == places
+        assert made.batch.positions.tolist() == [
+            place + seq.dropped for place, (seq, _) in zip(places, at, strict=True)
+        ]
         self.pending.append(Pending(made, chunks, grown, need))
         return self.pending[-1]
 
@@ -221,7 +236,8 @@ class CacheMachine(RuleBasedStateMachine):
             source = self.model[handle]
             forked = self.cache.fork(handle)
             assert forked not in self.model
-            self.model[forked] = Modelled(list(source.tokens), [dict(p) for p in source.pages])
+            pages = [dict(p) for p in source.pages]
+            self.model[forked] = Modelled(list(source.tokens), pages, source.dropped)
 
     @precondition(lambda self: self.model)
     @rule(which=PICK, back=st.integers(0, 11))
@@ -230,6 +246,10 @@ class CacheMachine(RuleBasedStateMachine):
             return
         seq, size = self.model[handle], self.setup.page_size
         length = max(0, len(seq.tokens) - back)
+        if seq.dropped and length < len(seq.tokens):
+            with pytest.raises(CacheError, match="heads keep different ones"):
+                self.cache.truncate(handle, length)
+            return
         given_back = [
             {n for n in range(ceil_div(len(seq.tokens), size)) if n not in seq.pages[g]}
             for g in self.all
@@ -241,6 +261,42 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.truncate(handle, length)
         del seq.tokens[length:]
         seq.pages = [{n: t for n, t in pages.items() if n * size < length} for pages in seq.pages]
+
+    @precondition(lambda self: self.model)
+    @rule(which=PICK, share=st.floats(0, 1), seed=st.integers(0, 9))
+    def evict(self, which: int, share: float, seed: int) -> None:
+        """Each layer and head keeps tokens of its own; the first few are often kept by all."""
+        if (handle := self.pick(which)) is None or not self.model[handle].tokens:
+            return
+        seq, random = self.model[handle], np.random.default_rng(seed)
+        length, size = len(seq.tokens), self.setup.page_size
+        kept = max(1, round(share * length))
+        common = min(kept, 2 * seed)
+        keep = [np.empty((HEADS, kept), np.int64) for _ in self.setup.windows]
+        for places in keep:
+            for row in places:
+                rest = random.choice(np.arange(common, length), kept - common, replace=False)
+                row[:] = [*range(common), *sorted(rest)]
+        if any(self.groups):
+            with pytest.raises(CacheError, match="cannot be dropped where layers keep a sliding"):
+                self.cache.evict(handle, keep)
+            return
+        same = [n for n in range(kept) if all((places[:, n] == n).all() for places in keep)]
+        first = next((n for n in range(kept) if n not in same), kept) // size
+        pages = {n: t for n, t in seq.pages[0].items() if n < ceil_div(kept, size)}
+        shared = [n for n, t in pages.items() if n >= first and self.holders(0, t) > 1]
+        if kept < length and len(shared) > self.free()[0]:
+            with pytest.raises(CacheFull, match="dropping tokens writes"):
+                self.cache.evict(handle, keep)
+            return
+        self.cache.evict(handle, keep)
+        if kept < length:
+            old, seq.dropped = seq.tokens, seq.dropped + length - kept
+            seq.pages = [pages | {n: next(self.next_tag) for n in shared}]
+            seq.tokens = [
+                np.array([[old[p[h, n]][at, h] for h in range(HEADS)] for at, p in enumerate(keep)])
+                for n in range(kept)
+            ]
 
     @precondition(lambda self: self.model)
     @rule(which=PICK)
@@ -275,7 +331,17 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def every_sequence_holds_its_own_tokens(self) -> None:
         for handle, seq in self.model.items():
-            assert_holds(self.cache, handle, seq.tokens)
+            assert self.cache.length(handle) == len(seq.tokens)
+            assert self.cache.dropped(handle) == seq.dropped
+            shape = len(seq.tokens), len(self.setup.windows), HEADS
+            held = np.array(seq.tokens).reshape(shape)
+            for layer, kv in enumerate(self.cache.to_arrays(handle, "BSHD").layers):
+                wanted = [
+                    stored(layer, held[kv.start :, layer, head]) for head in range(HEADS)
+                ]  # of each head, K and V of all heads
+                for head, (key, value) in enumerate(wanted):
+                    np.testing.assert_array_equal(kv.key[0, :, head], key[:, head])
+                    np.testing.assert_array_equal(kv.value[0, :, head], value[:, head])
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)

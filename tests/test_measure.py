@@ -212,13 +212,13 @@ def test_windows_are_held_to_what_they_hold(tmp_path: Path) -> None:
 
 
 def test_what_the_engine_refuses_is_the_candidates_error(tiny: quire.Engine) -> None:
-    settings = [Setting("int9"), Setting("fp16", "h2o:25%"), Setting("fp16")]
+    settings = [Setting("int9"), Setting("fp16", "h20:budget=25%"), Setting("fp16")]
     report = measure(tiny, TEXTS, settings, PLAN)
     reasons = [found for _, found in report.candidates]
     assert "unknown page format 'int9'" in str(reasons[0])
-    assert reasons[1] == "eviction policy 'h2o:25%' is not there; this version has only 'none'"
+    assert "unknown eviction policy 'h20'; did you mean 'h2o'?" in str(reasons[1])
     assert measured(report, 2).setting == Setting("fp16")
-    with pytest.raises(ConfigError, match="eviction policy"):
+    with pytest.raises(ConfigError, match="has no budget"):
         with_candidate(base_config(), "bf16", "h2o")
 
 
@@ -353,3 +353,16 @@ def test_a_text_shorter_than_a_passage_has_no_recall(quill: quire.Engine) -> Non
     plan = Plan(context=256, tokens=5, speed=False)
     report = measure(quill, {"short": "import os\n" * 20}, [Setting("fp16")], plan)
     assert "the text has" in (report.recall_missing or "")
+
+
+def test_eviction_is_measured_by_the_tokens_that_were_read(tmp_path: Path) -> None:
+    """Half the tokens of a passage are kept: half the bytes for each that was read, and a loss."""
+    directory = write_llama(tmp_path, tokenizer=True)
+    config = base_config(backend="reference", page_size=4)
+    model = quire.Engine(directory, backend="reference", cache=config.cache)
+    settings = [Setting("fp32", evict) for evict in ("window:budget=90", "knorm:budget=16")]
+    report = measure(model, TEXTS, settings, PLAN)
+    large, small = measured(report, 0), measured(report, 1)
+    assert large.summary.kl_mean == 0
+    assert small.summary.kl_mean > 0
+    assert small.compression > large.compression == 1

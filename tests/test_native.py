@@ -379,6 +379,7 @@ def test_append_refuses_slots_outside_the_pool(kernels: "extension.Native", slot
 
 def tables(**changes: object) -> "extension.Tables":
     arrays = {
+        "places": [20],
         "positions": [20],
         "query_indptr": [0, 1],
         "indptr": [0, 2],
@@ -397,7 +398,7 @@ def tables(**changes: object) -> "extension.Tables":
     ("changes", "message"),
     [
         ({"indices": [3, -1]}, "page id -1 is negative"),
-        ({"positions": [21]}, "position 21 sees tokens outside 0..21"),
+        ({"places": [21]}, "place 21 sees tokens outside 0..21"),
         ({"first_page": [1]}, "sees tokens outside 16..37"),
         ({"first_page": [-1]}, "first_page is negative"),
         ({"last_page_len": [17]}, "last_page_len 17 is not in 1..16"),
@@ -408,7 +409,8 @@ def tables(**changes: object) -> "extension.Tables":
         ({"query_indptr": [0]}, "disagree in length"),
         ({"page_size": 0}, "page_size must be positive"),
         ({"window": -1}, "window not negative"),
-        ({"positions": [20, 20], "query_indptr": [0, 2]}, "positions must ascend"),
+        ({"places": [20, 20], "positions": [20, 20], "query_indptr": [0, 2]}, "must ascend"),
+        ({"positions": [20, 21]}, "indptr must run from 0"),
     ],
 )
 def test_tables_that_would_read_elsewhere_are_refused(
@@ -465,7 +467,7 @@ def test_half_a_layer_refuses_what_does_not_fit(kernels: "extension.Native") -> 
         (4, new_pool(3).handle, "page id 3 is outside the pool of 3 pages"),
         (5, np.array([64], np.int64), "slot 64 is outside the pool"),
         (5, np.array([1, 2], np.int64), "one slot a row"),
-        (6, tables(positions=[19, 20], query_indptr=[0, 2]), "one slot a token"),
+        (6, tables(places=[19, 20], positions=[19, 20], query_indptr=[0, 2]), "one slot a token"),
     ]:
         bad = list(good)
         bad[at] = wrong

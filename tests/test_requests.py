@@ -26,6 +26,7 @@ REFUSED: dict[str, list[Any]] = {
     "n": [0, -3, 1.0, True, "2", None],
     "seed": [-1, 2**64, 0.5, True, "7", NAN],
     "logprobs": [-1, 0.5, True, "5", NAN],
+    "evict": ["", "h2p", "window", "window:budget=0", 5, True],
     "stop": ["", ["a", ""], [1], ["a", None], [b"a"]],
     "stop_token_ids": [[-1], [1.0], ["a"], [True], [3, None]],
 }

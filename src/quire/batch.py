@@ -5,7 +5,7 @@ behind the other with no padding, and any of them may have no new tokens. Page t
 form with FlashInfer's names (Ye et al., 2025, arXiv:2501.01005).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,12 @@ import numpy.typing as npt
 __all__ = ["GroupBatch", "PagedBatch"]
 
 IntArray = npt.NDArray[np.int64]
+
+_AS_POSITIONS: IntArray = np.empty(0, np.int64)
+
+
+def _as_positions() -> IntArray:
+    return _AS_POSITIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,9 +28,9 @@ class GroupBatch:
     window         tokens that a query sees, itself included; None for all
     slots          int64 [T]: where each new token is stored, ``page_id * page_size + offset``
     indptr         int64 [S + 1]: sequence s owns ``indices[indptr[s]:indptr[s + 1]]``
-    indices        int64 [pages]: page ids in order of position
+    indices        int64 [pages]: page ids in order of place
     last_page_len  int64 [S]: tokens in a sequence's last page, new ones included; 0 if it has none
-    first_page     int64 [S]: how many pages, counted from position 0, were given back in front
+    first_page     int64 [S]: how many pages, counted from place 0, were given back in front
     """
 
     page_size: int
@@ -36,7 +42,7 @@ class GroupBatch:
     first_page: IntArray
 
     def span(self, sequence: int) -> tuple[int, int]:
-        """Positions ``[start, end)`` that the pages of ``sequence`` hold, new tokens included."""
+        """Places ``[start, end)`` that the pages of ``sequence`` hold, new tokens included."""
         first = int(self.first_page[sequence])
         pages = int(self.indptr[sequence + 1] - self.indptr[sequence])
         if pages == 0:
@@ -45,9 +51,9 @@ class GroupBatch:
         return first * self.page_size, end
 
     def slots_of(self, sequence: int, start: int, end: int) -> IntArray:
-        """Slots of the stored positions ``[start, end)`` of ``sequence``, int64."""
-        positions = np.arange(start, end, dtype=np.int64)
-        page, offset = np.divmod(positions, self.page_size)
+        """Slots of the stored places ``[start, end)`` of ``sequence``, int64."""
+        places = np.arange(start, end, dtype=np.int64)
+        page, offset = np.divmod(places, self.page_size)
         at = self.indptr[sequence] + page - self.first_page[sequence]
         return self.indices[at] * self.page_size + offset
 
@@ -68,16 +74,23 @@ class GroupBatch:
 class PagedBatch:
     """The new tokens of one step and where their keys and values go.
 
-    positions        int64 [T]: each new token's position in its sequence
+    positions        int64 [T]: each new token's position in its sequence, by which it is rotated
     query_indptr     int64 [S + 1]: s has the tokens ``query_indptr[s]:query_indptr[s + 1]``
     groups           one :class:`GroupBatch` a layer group
     group_of_layer   for each layer, the index of its group
+    places           int64 [T]: each new token's index among those that its sequence keeps, which
+                     decides its page and what it sees; the positions if nothing was dropped
     """
 
     positions: IntArray
     query_indptr: IntArray
     groups: tuple[GroupBatch, ...]
     group_of_layer: tuple[int, ...]
+    places: IntArray = field(default_factory=_as_positions)
+
+    def __post_init__(self) -> None:
+        if self.places is _AS_POSITIONS:
+            object.__setattr__(self, "places", self.positions)
 
     @property
     def num_sequences(self) -> int:
@@ -93,7 +106,8 @@ class PagedBatch:
         """The batch of tokens ``rows`` (int64 [R], ascending) alone, over the same pages."""
         groups = tuple(replace(group, slots=group.slots[rows]) for group in self.groups)
         indptr = np.searchsorted(rows, self.query_indptr)
-        return PagedBatch(self.positions[rows], indptr, groups, self.group_of_layer)
+        places = self.places[rows]
+        return PagedBatch(self.positions[rows], indptr, groups, self.group_of_layer, places)
 
     def next_tokens(self) -> "PagedBatch":
         """Of a batch with one token of each sequence: that of their next ones, on the same pages.
@@ -101,4 +115,6 @@ class PagedBatch:
         The last page of each must have room. Arrays that do not change are shared, and stay.
         """
         groups = tuple([group.next_tokens() for group in self.groups])
-        return PagedBatch(self.positions + 1, self.query_indptr, groups, self.group_of_layer)
+        after = self.positions + 1
+        places = after if self.places is self.positions else self.places + 1
+        return PagedBatch(after, self.query_indptr, groups, self.group_of_layer, places)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 from quire.errors import ConfigError, did_you_mean
+from quire.evict_choice import NO_EVICTION, parse_eviction
 from quire.format_choice import parse_formats
 from quire.formats import GROUP
 
@@ -220,6 +221,9 @@ class CacheConfig:
     host_cache  bytes of host memory for pages that the pool gives up; None has no such tier.
     cache_dir   directory where whole pages are kept for later processes; None has no such tier.
     disk_cache  most bytes of the files in ``cache_dir``, at any moment; 20 GiB if not given.
+    evict       what requests drop when they outgrow a budget of tokens, unless they say otherwise:
+                ``"none"``, or a policy such as ``"window:budget=512,sink=4"`` (see
+                :mod:`quire.evict_choice`).
     """
 
     page_size: int | Literal["whole", "auto"] = "auto"
@@ -230,6 +234,7 @@ class CacheConfig:
     host_cache: int | str | None = None
     cache_dir: str | Path | None = None
     disk_cache: int | str | None = None
+    evict: str = NO_EVICTION
 
     def __post_init__(self) -> None:
         if self.num_pages is not None:
@@ -242,6 +247,7 @@ class CacheConfig:
             raise ConfigError(f"CacheConfig: kv_format must be text, not {self.kv_format!r}")
         self._check_page_size(parse_formats(self.kv_format).by_page)
         object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
+        parse_eviction(self.evict)
         self._check_tiers()
 
     def _check_page_size(self, by_page: bool) -> None:

@@ -114,6 +114,15 @@ class PagePool(Protocol):
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole pages, ``source[i]`` to ``target[i]``; no page is in both lists."""
 
+    def gather_tokens(self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> None:
+        """Move the stored bytes of single tokens, all read before any is written.
+
+        source   int64 ``[num_kv_heads, n]``: for each KV head, the slot of each token
+        target   int64 ``[n]``: the slot that it goes to, the same for all heads; each once
+
+        BackendError for a format that does not store each token on its own.
+        """
+
     def discard(self) -> None:
         """Forget what all pages hold, and give their memory back to the system if it can be."""
 

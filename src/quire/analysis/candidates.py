@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from quire.config import CacheConfig, EngineConfig
 from quire.engine import Engine
 from quire.engine.forced import ForcedText
-from quire.errors import ConfigError, QuireError
+from quire.errors import QuireError
+from quire.evict_choice import NO_EVICTION
 from quire.layout import pages_for
 
 __all__ = ["NO_EVICTION", "Setting", "Track", "base_config", "open_tracks", "with_candidate"]
 
-NO_EVICTION = "none"
 PAGE_SIZE = 32  # what formats that quantise whole pages need; the others do not depend on it
 
 
@@ -31,13 +31,9 @@ class Setting:
 def with_candidate(config: EngineConfig, kv_format: str, evict: str) -> EngineConfig:
     """``config`` with a candidate's page format and eviction policy.
 
-    Raises ConfigError for a policy that this version does not have.
+    Raises ConfigError for a format or a policy that there is not.
     """
-    if evict != NO_EVICTION:
-        raise ConfigError(
-            f"eviction policy {evict!r} is not there; this version has only {NO_EVICTION!r}"
-        )
-    return replace(config, cache=replace(config.cache, kv_format=kv_format))
+    return replace(config, cache=replace(config.cache, kv_format=kv_format, evict=evict))
 
 
 def base_config(
@@ -52,7 +48,7 @@ class Track:
     """One setting's engine, what it has held so far, and why it was stopped if it was.
 
     used_bytes, allocated_bytes   of every passage at its end, summed
-    tokens                        of those passages
+    tokens                        of those passages, dropped ones included
     stored_bytes, stored_tokens   pages of one passage as the pool gave them out, and its tokens
     """
 
@@ -77,9 +73,9 @@ class Track:
         usage = text.usage
         self.used_bytes += usage.used_bytes
         self.allocated_bytes += usage.allocated_bytes
-        self.tokens += usage.tokens
-        if usage.tokens > self.stored_tokens:
-            self.stored_tokens, self.stored_bytes = usage.tokens, _stored(text)
+        self.tokens += text.tokens
+        if text.tokens > self.stored_tokens:
+            self.stored_tokens, self.stored_bytes = text.tokens, _stored(text)
 
     @property
     def bytes_per_token(self) -> float:
@@ -106,7 +102,8 @@ def open_tracks(
     reason as its error. Raises QuireError if there is no room for the exact cache.
     """
     size = model.cache.layout.page_size
-    cache = replace(model.config.cache, kv_format="auto", num_pages=lanes * pages_for(tokens, size))
+    pages = lanes * pages_for(tokens, size)
+    cache = replace(model.config.cache, kv_format="auto", num_pages=pages, evict=NO_EVICTION)
     base = replace(model.config, cache=cache)
     exact = model.twin(base)
     format = exact.cache.layout.shapes[0].key_format.name

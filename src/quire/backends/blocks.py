@@ -4,7 +4,7 @@ A backend that can do a half in one call saves passes over memory and calls from
 compositions say what it must give.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,12 +103,15 @@ def _mix(
     pool: PagePool,
     *,
     group: int,
+    see: Callable[[Array], None] | None = None,
 ) -> Array:
     """What attention gives for the tokens of ``batch``, normed [T, hidden] -> [T, hidden]."""
     query = backend.heads(_linear(backend, normed, params.q), params.num_heads)
     if params.q_norm is not None:
         query = backend.rms_norm(query, params.q_norm, params.norm_eps)
     query = backend.rope(query, batch.positions, params.inv_freq)
+    if see is not None:
+        see(query)
     return _linear(backend, backend.attend(query, pool, batch, group), params.o)
 
 
@@ -120,11 +123,15 @@ def attention_block(
     pool: PagePool,
     *,
     group: int,
+    see: Callable[[Array], None] | None = None,
 ) -> Array:
-    """x [T, hidden] -> x + attention(norm(x)); the new keys and values go into the pool."""
+    """x [T, hidden] -> x + attention(norm(x)); the new keys and values go into the pool.
+
+    ``see`` is shown the queries [T, H, D] when the keys are there.
+    """
     normed = backend.rms_norm(x, params.norm, params.norm_eps)
     _keep(backend, normed, params, batch, pool, group=group)
-    return backend.add(x, _mix(backend, normed, params, batch, pool, group=group))
+    return backend.add(x, _mix(backend, normed, params, batch, pool, group=group, see=see))
 
 
 def attention_rows(

@@ -74,6 +74,13 @@ class ReferencePool:
         for array in (*self.key, *self.value):
             array[list(target)] = array[list(source)]
 
+    def gather_tokens(self, source: Array, target: Array) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        heads = np.arange(self.shape.num_kv_heads)
+        for array in (*self.key, *self.value):
+            tokens = array.reshape(-1, *array.shape[2:])
+            tokens[target] = tokens[source.T, heads]
+
     def discard(self) -> None:
         """See :class:`quire.pages.PagePool`."""
         shape = self.shape
@@ -211,7 +218,7 @@ class ReferenceBackend:
         for s in range(batch.num_sequences):
             rows = slice(int(batch.query_indptr[s]), int(batch.query_indptr[s + 1]))
             if rows.start < rows.stop:
-                out[rows] = _attend_one(query[rows], batch.positions[rows], pool, tables, s)
+                out[rows] = _attend_one(query[rows], batch.places[rows], pool, tables, s)
         return out.reshape(len(query), query.shape[1] * pool.shape.value_dim)
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
@@ -265,11 +272,11 @@ class ReferenceBackend:
 
 
 def _attend_one(
-    query: Array, positions: Array, pool: ReferencePool, tables: GroupBatch, sequence: int
+    query: Array, places: Array, pool: ReferencePool, tables: GroupBatch, sequence: int
 ) -> Array:
     """Online softmax (Milakov & Gimelshein, 2018, arXiv:1805.02867) over blocks of keys.
 
-    query [n, H, D] at positions int64 [n], ascending -> [n, H, value_dim]. No matrix of scores
+    query [n, H, D] at places int64 [n], ascending -> [n, H, value_dim]. No matrix of scores
     wider than ``BLOCK`` keys is ever made. Blocks that a tile of queries cannot see are skipped,
     which changes no bit: they would add exact zeros.
     """
@@ -277,17 +284,17 @@ def _attend_one(
     share = num_heads // num_kv_heads
     by_kv_head = query.reshape(n, num_kv_heads, share, dim).transpose(1, 0, 2, 3)
     tiles = _tiles(by_kv_head.reshape(num_kv_heads, n * share, dim))  # [G, tiles, ROWS, D]
-    at = np.full(tiles.shape[1] * ROWS, positions[-1])
-    at[: n * share] = np.repeat(positions, share)
+    at = np.full(tiles.shape[1] * ROWS, places[-1])
+    at[: n * share] = np.repeat(places, share)
     at = at.reshape(-1, ROWS, 1)
 
-    window = tables.window or int(positions[-1]) + 1
+    window = tables.window or int(places[-1]) + 1
     best = np.full((*tiles.shape[:3], 1), np.finfo(np.float32).min, np.float32)
     total = np.zeros_like(best)
     mixed = np.zeros((*tiles.shape[:3], pool.shape.value_dim), np.float32)
     start, end = tables.span(sequence)
-    first = max(start, int(positions[0]) - window + 1) // BLOCK * BLOCK
-    for block in range(first, min(end, int(positions[-1]) + 1), BLOCK):
+    first = max(start, int(places[0]) - window + 1) // BLOCK * BLOCK
+    for block in range(first, min(end, int(places[-1]) + 1), BLOCK):
         sees = (at[:, -1, 0] >= block) & (at[:, 0, 0] - window + 1 < block + BLOCK)
         low, high = np.flatnonzero(sees)[[0, -1]]
         part = slice(low, high + 1)

@@ -38,12 +38,12 @@ class BatchBuilder:
         query_indptr = np.array([0, *accumulate(counts)], dtype=np.int64)
         if max(counts, default=0) <= 1:  # a step that only decodes
             busy = [i for i, count in enumerate(counts) if count]
-            positions = np.array([ends[i] - 1 for i in busy], dtype=np.int64)
+            places = np.array([ends[i] - 1 for i in busy], dtype=np.int64)
             owner = np.array(busy, dtype=np.int64)
         else:
             owner = np.repeat(np.arange(len(states)), counts)
             starts = np.array(ends) - np.array(counts) - query_indptr[:-1]
-            positions = np.arange(query_indptr[-1]) + starts[owner]
+            places = np.arange(query_indptr[-1]) + starts[owner]
         groups = tuple(
             flatten(
                 [
@@ -51,12 +51,14 @@ class BatchBuilder:
                     for state, growths in zip(states, growth, strict=True)
                 ],
                 ends,
-                (positions, owner),
+                (places, owner),
                 (self._layout.page_size, group.window),
             )
             for g, group in enumerate(self._layout.groups)
         )
-        return PagedBatch(positions, query_indptr, groups, self._group_of_layer)
+        dropped = [state.dropped for state in states]
+        positions = places + np.array(dropped)[owner] if any(dropped) else places
+        return PagedBatch(positions, query_indptr, groups, self._group_of_layer, places)
 
     def committed(self, reservation: Reservation, counts: Sequence[int]) -> None:
         """``reservation`` was committed, ``counts`` tokens of each sequence; no table was cut."""

@@ -13,6 +13,10 @@ def check_sequence(layout: CacheLayout, handle: int, state: SequenceState) -> No
     _check_tables(layout, handle, state)
     if state.chain is not None:
         _check_chain(layout, handle, state)
+    if state.dropped < 0 or (state.dropped and state.chain is not None):
+        raise CacheInvariantError(
+            f"sequence {handle} dropped {state.dropped} tokens, and the prefix index offers it"
+        )
 
 
 def _check_tables(layout: CacheLayout, handle: int, state: SequenceState) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from quire.cache.allocator import PageAllocator
 from quire.cache.batches import BatchBuilder
 from quire.cache.books import check_sequence
+from quire.cache.compaction import Compactor, Keep, require_compactable, require_keep
 from quire.cache.export import KVArrays, LayerKV, arrange, require_layout
 from quire.cache.prefix import PrefixIndex, PrefixMatch, PrefixQuery
 from quire.cache.raw import RawPages
@@ -73,6 +74,8 @@ class KVCache:
         if identity is not None:
             self.prefix = PrefixIndex(layout, self._allocators, identity)
             self._sharing = PrefixSharing(layout, self._allocators, self.prefix)
+        # Layers that all keep every token are one group, and only theirs are ever compacted.
+        self._compactor = Compactor(layout, self.pools, self._allocators[0], self.prefix)
         self._sequences: dict[int, SequenceState] = {}
         self._reservations: list[Reservation] = []
         self._batches = BatchBuilder(layout)
@@ -155,18 +158,25 @@ class KVCache:
         if chain is not None and self._sharing is not None:
             chain = self._sharing.fork(chain)
         tables = [table.copy() for table in source.tables]
-        return self._add(SequenceState(tables, source.length, chain=chain))
+        forked = SequenceState(tables, source.length, chain=chain, dropped=source.dropped)
+        return self._add(forked)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the tokens from position ``length`` on (rollback).
 
         CacheError, with nothing changed, if ``length`` is negative or beyond the end, or if a
-        sliding window gave back pages that a token at position ``length`` would see.
+        sliding window gave back pages that a token at position ``length`` would see, or if tokens
+        were dropped: what is left may lie behind ``length`` for some heads and not for others.
         """
         state = self._idle(sequence)
         if not 0 <= length <= state.length:
             raise CacheError(
                 f"cannot truncate sequence {sequence} to {length} tokens: it has {state.length}"
+            )
+        if state.dropped and length < state.length:
+            raise CacheError(
+                f"cannot truncate sequence {sequence}: it dropped {state.dropped} tokens, and "
+                "heads keep different ones; release it and compute it anew instead"
             )
         shortest = self._shortest(state)
         if length < shortest:
@@ -183,6 +193,30 @@ class KVCache:
         if state.chain is not None and self.prefix is not None:
             state.chain.back_to(self.prefix, length)
 
+    def evict(self, sequence: int, keep: Keep) -> None:
+        """Drop all tokens of a sequence but those at the places ``keep``, which move together.
+
+        keep   for each layer, int64 [num_kv_heads, kept]: places, ascending in each row. Each head
+               may keep its own tokens; the number is the same everywhere
+
+        Moves stored bytes, so that nothing is quantised again; a page that another sequence or the
+        prefix index holds is left as it is. Later tokens have places behind the kept ones, and
+        their own positions still (:meth:`dropped`). The sequence leaves the prefix index for good.
+        Raises CacheError, with nothing changed, for places that are not the sequence's, and where
+        tokens cannot be dropped one by one; CacheFull, with nothing changed, if pages that others
+        hold would have to be replaced and none is free.
+        """
+        state = self._idle(sequence)
+        require_compactable(self.layout)
+        require_keep(self.layout, state.length, keep)
+        if keep[0].shape[1] < state.length:
+            self._batches.forget()
+            self._compactor.compact(state, keep)
+
+    def dropped(self, sequence: int) -> int:
+        """Tokens that :meth:`evict` took from a sequence: its next position is length + dropped."""
+        return self._get(sequence).dropped
+
     def release(self, sequence: int) -> None:
         """Forget a sequence and drop its references; its handle is invalid from then on.
 
@@ -196,7 +230,7 @@ class KVCache:
         del self._sequences[sequence]
 
     def length(self, sequence: int) -> int:
-        """Committed tokens of a sequence."""
+        """Committed tokens that a sequence keeps."""
         return self._get(sequence).length
 
     @property

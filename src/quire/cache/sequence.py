@@ -95,10 +95,12 @@ class PrefixChain:
 class SequenceState:
     """A sequence: a table in each group, committed tokens, an open reservation, its prefix.
 
-    ``chain`` is None for a sequence whose token ids are not known.
+    ``chain`` is None for a sequence whose token ids are not known. ``length`` counts the tokens
+    that it keeps, ``dropped`` those that it kept before: a token's position is its place + dropped.
     """
 
     tables: list[PageTable]
     length: int = 0
     growth: Growths | None = None
     chain: PrefixChain | None = None
+    dropped: int = 0

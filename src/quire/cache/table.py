@@ -1,4 +1,4 @@
-"""One sequence's pages in one layer group, in order of position."""
+"""One sequence's pages in one layer group, in order of place."""
 
 from array import array
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ FEW_TOKENS = 16  # for so many a loop is faster than a dozen calls of NumPy
 
 @dataclass
 class PageTable:
-    """Page ids of a sequence; ``pages[0]`` is page number ``first_page`` counted from position 0.
+    """Page ids of a sequence; ``pages[0]`` is page number ``first_page`` counted from place 0.
 
     Pages in front of ``first_page`` left the sliding window and were given back.
     """
@@ -65,7 +65,7 @@ def flatten(
     """The tables of a batch's sequences in CSR form.
 
     ends      [S]: length of each sequence, new tokens included
-    tokens    (position, index of its sequence) of each new token, int64 [T] each
+    tokens    (place, index of its sequence) of each new token, int64 [T] each
     geometry  (page_size, window)
     """
     page_size, window = geometry
@@ -96,14 +96,14 @@ def _slots(
     indptr: _IntArray,
     indices: _IntArray,
 ) -> _IntArray:
-    position, owner = tokens
-    if len(position) <= FEW_TOKENS:
+    place, owner = tokens
+    if len(place) <= FEW_TOKENS:
         slots = []
-        for at, who in zip(position.tolist(), owner.tolist(), strict=True):
+        for at, who in zip(place.tolist(), owner.tolist(), strict=True):
             page, offset = divmod(at, page_size)
             table = tables[who]
             slots.append(table.pages[page - table.first_page] * page_size + offset)
         return np.array(slots, dtype=np.int64)
     first = np.array([table.first_page for table in tables], dtype=np.int64)
-    page, offset = np.divmod(position, page_size)
+    page, offset = np.divmod(place, page_size)
     return np.asarray(indices[indptr[owner] + page - first[owner]] * page_size + offset)

@@ -11,6 +11,7 @@ from quire.cli.generate import report, run_request
 from quire.cli.options import engine_options, make_engine, sampling_options, sampling_params
 from quire.cli.reading import decode_utf8
 from quire.errors import CacheFull, RequestError, SessionError
+from quire.evict_choice import NO_EVICTION
 
 if TYPE_CHECKING:
     from quire.engine import Engine, Request, SamplingParams, StepOutput
@@ -41,6 +42,7 @@ def chat(system: str | None, path: Path | None, **options: Any) -> None:
     if saved and system is not None:
         raise click.UsageError(f"{path} begins with its own messages; leave --system away")
     params = sampling_params(options)
+    _require_kept(path, params)
     engine = make_engine(options)
     if engine.codec is None:
         raise RequestError(f"{engine.directory} has no tokenizer, so it cannot chat")
@@ -69,6 +71,14 @@ def chat(system: str | None, path: Path | None, **options: Any) -> None:
     finally:
         if path is not None and changed:
             _save(engine, path, last, messages)
+
+
+def _require_kept(path: Path | None, params: "SamplingParams") -> None:
+    """Refuse to save a conversation of which tokens are dropped."""
+    if path is not None and params.evict not in (None, NO_EVICTION):
+        raise click.UsageError(
+            "a session keeps every token, and --evict drops some; leave one of them away"
+        )
 
 
 def _save(

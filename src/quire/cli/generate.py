@@ -102,6 +102,8 @@ def report(completion: "Completion") -> str:
     if completion.decode_tokens_per_s is not None:
         parts.append(f"then {completion.decode_tokens_per_s:.1f} tokens/s")
     parts.append(f"KV peak {format_bytes(completion.kv_bytes_peak)}")
+    if completion.evicted_tokens:
+        parts.append(f"{completion.evicted_tokens} tokens dropped")
     if completion.streamed is not None:
         parts.append(completion.streamed)
     reason = completion.finish_reason
@@ -125,6 +127,6 @@ def _as_dict(completion: "Completion") -> dict[str, Any]:
         *("text", "token_ids", "finish_reason", "stop_reason", "prompt_tokens", "cached_tokens"),
         "cached_tokens_by_tier",
         *("new_tokens", "ttft_s", "decode_tokens_per_s", "kv_bytes_peak", "seed", "preemptions"),
-        *("error", "score", "tier_decision", "streamed"),
+        *("error", "score", "tier_decision", "streamed", "evicted_tokens"),
     )
     return {name: getattr(completion, name) for name in names}

@@ -65,7 +65,8 @@ def _tokens(ctx: click.Context, option: click.Parameter, text: str) -> int | Non
     "evictions",
     multiple=True,
     metavar="SPEC",
-    help="An eviction policy to measure with every format; may be repeated.  [default: none]",
+    help="An eviction policy to measure with every format, such as window:budget=512; may be "
+    "repeated.  [default: none]",
 )
 @click.option(
     "--budget",

@@ -138,6 +138,12 @@ _SAMPLING = (
         "--seed", type=int, metavar="S", help="Same seed, same text, whatever runs beside it."
     ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; may be repeated."),
+    click.option(
+        "--evict",
+        metavar="SPEC",
+        help="Drop what is above a budget of tokens, at a loss: window:budget=512,sink=4, "
+        "knorm:budget=512, snapkv:budget=25% or h2o:budget=512.  [default: none]",
+    ),
 )
 
 
@@ -230,7 +236,7 @@ def sampling_params(options: dict[str, Any], **fixed: Any) -> "SamplingParams":
     names = (
         *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"),
         *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-        *("beam_width", "length_penalty"),
+        *("beam_width", "length_penalty", "evict"),
     )
     return SamplingParams(**{name: options.pop(name) for name in names}, **fixed)
 

@@ -39,4 +39,5 @@ def completion_of(
         score=sample.score,
         tier_decision=sample.tier_decision,
         streamed=sample.streamed,
+        evicted_tokens=sample.evicted_tokens,
     )

@@ -22,6 +22,7 @@ from quire.config import CacheConfig, EngineConfig, refuse_unknown
 from quire.engine.beam import BeamSearch
 from quire.engine.beams import BeamGroup
 from quire.engine.completion import completion_of
+from quire.engine.evicting import Evictor, Part, Watch, require_evictable
 from quire.engine.explain import PrefixExplanation, explain
 from quire.engine.forced import ForcedText
 from quire.engine.identity import describe, identity_bytes
@@ -55,6 +56,7 @@ from quire.engine.storage import (
 from quire.engine.streamed import StreamedRun, StreamPlan, plan_stream
 from quire.engine.tiering import PrefixTiers, compute_pace
 from quire.errors import CacheFull, ConfigError, QuireError, RequestError, SessionError
+from quire.evict_choice import EvictChoice, parse_eviction
 from quire.machine import this_machine
 from quire.models import Progress, load_model, resolve_model
 from quire.pages import page_format
@@ -126,9 +128,13 @@ class Engine:
         """Everything but the weights: cache, tiers, queues."""
         self.config = config
         self._layout = layout_of(self.config, self._loaded)
+        self._eviction = parse_eviction(config.cache.evict)
+        if self._eviction is not None:
+            require_evictable(self._layout, config.cache)
         keyed = self.config.cache.cache_dir is not None  # pages that outlive the process
         identity = identity_bytes(self.identity) if keyed else b""
         self.cache = make_cache(self.config, self._layout, self.backend, identity)
+        self._evictor = Evictor(self.cache)
         self._pins = Pins(self.cache)
         self._prompts = PromptReader(self.directory, self.model_config, self.codec, self.cache)
         self._tiers = self._open_tiers()
@@ -136,6 +142,7 @@ class Engine:
         self._loads = Loads(self._queues, self.cache, self._tiers, config.max_sequences)
         self._shadow = self._make_shadow()
         self._streamed: StreamedRun | None = None
+        self._watch: Watch | None = None
         self._undecided: list[Sample] = []
         self._searches: dict[Request, BeamGroup] = {}
         self._texts: dict[Sample, TextStream] = {}
@@ -170,10 +177,18 @@ class Engine:
         tokens = tuple(self._prompts.tokens(prompt))
         self._prompts.require_servable(tokens, params)
         require_salt(salt)
-        stream = self._plan_stream(tokens, params)
+        eviction = self._eviction_of(params)
+        if eviction is None:
+            stream = self._plan_stream(tokens, params)
+        else:
+            stream, kept = None, eviction.tokens(len(tokens)) + self._layout.page_size
+            self._prompts.require_kept_fit(tokens, params, kept)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         request = Request(self._arrivals, tokens, params, seed, time.perf_counter(), salt=salt)
         request.stop_tokens = self._stop_tokens(params)
+        if eviction is not None:
+            request.eviction, request.budget = eviction, eviction.tokens(len(tokens))
+            request.most_kept = request.budget + self._layout.page_size
         longest = len(tokens) + params.max_new_tokens
         request.most_tokens = min(longest, self.model_config.max_position)
         search = self._search(request) if params.beam_width > 1 else None
@@ -338,7 +353,8 @@ class Engine:
         """
         self._require_pool("teacher forcing")
         shape = (self.config.max_batch_tokens, self.model_config.vocab_size)
-        return ForcedText(self.cache, self._forward, self._affordable, shape)
+        forward = self._forward if self._eviction is None else self._forward_and_evict
+        return ForcedText(self.cache, forward, self._affordable, shape, self._begin_forced)
 
     def explain_prefix(self, prompt: Prompt, *, salt: str = "") -> PrefixExplanation:
         """What of a prompt is cached now and why the rest is not; changes nothing."""
@@ -366,6 +382,11 @@ class Engine:
         """
         self._require_pool("saving a session")
         tokens = request.samples[0].tokens[:-1]
+        if request.samples[0].evicted_tokens:
+            raise SessionError(
+                f"eviction dropped {request.samples[0].evicted_tokens} tokens of this request, and "
+                "a session keeps all of them; use evict='none' for what is to be saved"
+            )
         if request.samples[0].stream is not None:
             self.save_notes(path, extra or {})
             return 0
@@ -413,7 +434,7 @@ class Engine:
             pins=self._pins.count,
             pins_dropped=self._pins.dropped,
             tiers=() if self._tiers is None else self._tiers.usage(),
-            lossy=lossy_layers(self._layout),
+            lossy=(*lossy_layers(self._layout), *self._lossy_eviction()),
             shadow=None if self._shadow is None else self._shadow.usage,
         )
 
@@ -454,6 +475,7 @@ class Engine:
     def _plan(self) -> StepPlan:
         """The next step. Preemptions that free too little for anybody are applied on the way."""
         while True:
+            self._evictor.catch_up()
             plan = plan_step(self._queues.running, self._before_stream(), self._limits, self.cache)
             if plan.chunks or not plan.preempt:
                 return plan
@@ -523,8 +545,10 @@ class Engine:
             parts.append((sample.sequence, chunk, (count - 1,) if ends else ()))
             if ends:
                 deciding.append(sample)
-        started = time.perf_counter()
-        logits = self._forward(parts, [sample for sample, _ in plan.chunks])
+        started, samples = time.perf_counter(), [sample for sample, _ in plan.chunks]
+        for sample in samples:
+            self._follow(sample)
+        logits = self._forward(parts, samples)
         if self._tiers is not None and any(count > 1 for _, count in plan.chunks):
             tokens = sum(count for _, count in plan.chunks)
             self._tiers.compute_pace.add(time.perf_counter() - started, tokens)
@@ -532,6 +556,7 @@ class Engine:
             sample.computed += count
         outputs: list[StepOutput] = []
         self._undecided = list(deciding)
+        self._evict(parts, samples)
         for sample, row in zip(deciding, logits, strict=True):
             if sample.request in self._searches:
                 outputs += self._search_on(sample, row)
@@ -633,12 +658,68 @@ class Engine:
             for _, chunk, wanted in parts:
                 rows += [len(tokens) + row for row in wanted]
                 tokens += chunk
-            logits = self._loaded.model.forward(tokens, reservation.batch, self.cache.pools, rows)
+            model, batch, pools = self._loaded.model, reservation.batch, self.cache.pools
+            self._watch = self._evictor.watch(parts, batch)
+            if self._watch is None:
+                logits = model.forward(tokens, batch, pools, rows)
+            else:
+                logits = model.forward_watched(tokens, batch, pools, rows, self._watch)
         except BaseException:
             self.cache.rollback(reservation)
             raise
         self.cache.commit(reservation, [chunk for _, chunk, _ in parts])
         return logits
+
+    # -- inside: eviction --------------------------------------------------------------------
+
+    def _eviction_of(self, params: SamplingParams) -> EvictChoice | None:
+        """The policy of a request; RequestError if it cannot be used with what else it asks."""
+        eviction = self._eviction if params.evict is None else parse_eviction(params.evict)
+        if eviction is None:
+            return None
+        try:
+            require_evictable(self._layout, self.config.cache)
+        except ConfigError as error:
+            raise RequestError(str(error)) from None
+        if params.n > 1 or params.beam_width > 1:
+            raise RequestError(
+                f"eviction {str(eviction)!r} follows one sample, but n is {params.n} and "
+                f"beam_width {params.beam_width}; submit samples one by one, or use evict='none'"
+            )
+        return eviction
+
+    def _lossy_eviction(self) -> tuple[str, ...]:
+        return () if self._eviction is None else (f"all layers: evict {self._eviction}",)
+
+    def _follow(self, sample: Sample) -> None:
+        request = sample.request
+        if request.eviction is not None and request.budget is not None:
+            assert sample.sequence is not None
+            self._evictor.follow(sample.sequence, request.eviction, request.budget)
+
+    def _begin_forced(self, sequence: int, tokens: int) -> None:
+        if self._eviction is not None:
+            self._evictor.follow(sequence, self._eviction, self._eviction.tokens(tokens))
+
+    def _forward_and_evict(self, parts: Sequence[Part]) -> npt.NDArray[np.float32]:
+        logits = self._forward(parts)
+        self._evictor.settle(parts, self._watch)
+        return logits
+
+    def _evict(self, parts: Sequence[Part], samples: Sequence[Sample]) -> None:
+        """Drop what is above the budgets of ``samples``, whose ``parts`` were committed."""
+        evicting = [sample for sample in samples if sample.request.eviction is not None]
+        if not evicting:
+            return
+        try:
+            self._evictor.settle(parts, self._watch)
+        except BaseException:  # their numbers may be halfway from one place to another
+            for sample in evicting:
+                self._queues.preempt(sample, "a step was interrupted while tokens were dropped")
+            raise
+        for sample in evicting:
+            assert sample.sequence is not None
+            sample.evicted_tokens = self.cache.dropped(sample.sequence)
 
     def _count_bytes(self, sample: Sample) -> None:
         assert sample.sequence is not None

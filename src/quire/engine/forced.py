@@ -21,6 +21,7 @@ class ForcedText:
     Token ids are the caller's to check. Close it to give its pages back.
 
     shape   the most tokens of a step, and the size of the vocabulary
+    begin   called with the sequence and the number of tokens that are read first, its prompt
     """
 
     def __init__(
@@ -29,9 +30,11 @@ class ForcedText:
         forward: Forward,
         affordable: Callable[[int, int], int],
         shape: tuple[int, int],
+        begin: Callable[[int, int], None],
     ) -> None:
         self.cache, self.forward, self._affordable = cache, forward, affordable
         self._most, self.vocab_size = shape
+        self._begin: Callable[[int, int], None] | None = begin
         self.sequence = cache.create()
 
     def __enter__(self) -> "ForcedText":
@@ -48,6 +51,17 @@ class ForcedText:
     def usage(self) -> CacheUsage:
         """What the sequence takes in the cache."""
         return self.cache.usage(self.sequence)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has read; eviction may have dropped some of them since."""
+        return self.cache.length(self.sequence) + self.cache.dropped(self.sequence)
+
+    def begin(self, tokens: int) -> None:
+        """It is about to read so many tokens; shares of a prompt are of the first that it reads."""
+        if self._begin is not None:
+            self._begin(self.sequence, tokens)
+            self._begin = None
 
     def read(self, tokens: Sequence[int], step: int | None = None) -> None:
         """Append ``tokens``, ``step`` at a time (the engine's ``max_batch_tokens`` if None).
@@ -68,6 +82,7 @@ class ForcedText:
     def _steps(
         self, tokens: Sequence[int], step: int | None, out: npt.NDArray[np.float32] | None
     ) -> None:
+        self.begin(len(tokens))
         start, most = 0, self._most if step is None else min(step, self._most)
         while start < len(tokens):
             size = self._affordable(self.sequence, min(most, len(tokens) - start))
@@ -85,5 +100,7 @@ def score_together(texts: Sequence[ForcedText], tokens: Sequence[int]) -> npt.ND
     Logits after each, float32 [texts, vocab]. Raises CacheFull, with nothing changed, if running
     requests leave too few pages.
     """
+    for text in texts[: len(tokens)]:
+        text.begin(1)
     parts = [(text.sequence, [token], [0]) for text, token in zip(texts, tokens, strict=True)]
     return texts[0].forward(parts)

@@ -69,7 +69,10 @@ class Loads:
 
     def _plan(self, sample: Sample, tiers: PrefixTiers) -> LoadPlan | None:
         """What to load for ``sample`` now; None if nothing, or if others bring it anyway."""
-        query, limit = sample.prefix_query, len(sample.tokens) - 1
+        query, limit = sample.prefix_query, sample.match_limit
+        if limit == 0:
+            sample.asked_tiers = True
+            return None
         computing = [(s, s.computed) for s in self._queues.running if s.uncomputed > 1]
         if awaits(sample, self._cache.match(query, limit).tokens, computing, self._cache):
             return None
@@ -83,7 +86,7 @@ class Loads:
 
     def _has_room(self, sample: Sample, plan: LoadPlan) -> bool:
         """As the scheduler admits: all tokens, and a spare page for each that is running."""
-        growth = self._cache.growth(plan.match, len(sample.tokens) - plan.match.tokens)
+        growth = self._cache.growth(plan.match, sample.most_kept - plan.match.tokens)
         running = len(self._queues.running)
         room = zip(growth, self._cache.free_pages, strict=True)
         return all(need + running <= free for need, free in room)

@@ -89,6 +89,18 @@ class PromptReader:
         """Tokens that the longest reply leaves in the cache; the last one is never fed back."""
         return min(len(tokens) + params.max_new_tokens, self.config.max_position) - 1
 
+    def require_kept_fit(self, tokens: Sequence[int], params: SamplingParams, kept: int) -> None:
+        """Raise RequestError if the ``kept`` tokens that eviction leaves do not fit the pool."""
+        size, most = self.cache.layout.page_size, min(self.most_tokens(tokens, params), kept)
+        [pages] = self.cache.num_pages
+        if pages_for(most, size) > pages:
+            raise RequestError(
+                f"{len(tokens)} prompt tokens and up to {params.max_new_tokens} new ones, of which "
+                f"eviction keeps {most} at a time, a page above the budget included, need "
+                f"{pages_for(most, size)} pages of {size} tokens, but the pool has {pages}; lower "
+                "the budget or raise kv_memory"
+            )
+
     def require_fit(self, tokens: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError, with the numbers, for a request that does not fit the pool."""
         most = self.most_tokens(tokens, params)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from quire.cache import PrefixQuery
 from quire.config import settings
 from quire.engine.tiering import Load
-from quire.errors import RequestError
+from quire.errors import ConfigError, RequestError
+from quire.evict_choice import EvictChoice, parse_eviction
 
 if TYPE_CHECKING:
     from quire.engine.streamed import StreamPlan
@@ -77,6 +78,8 @@ class SamplingParams:
     ignore_eos          go on after the checkpoint's EOS
     logprobs            None, or how many alternatives to report with each token's logprob, which
                         are of the model's own distribution, before anything above
+    evict               what is dropped of the cache when the request outgrows a budget of tokens,
+                        such as ``"window:budget=512"``, or ``"none"``; None is the engine's
     """
 
     max_new_tokens: int = 128
@@ -95,6 +98,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    evict: str | None = None
 
     def __post_init__(self) -> None:
         _integer("max_new_tokens", self.max_new_tokens, 1)
@@ -122,6 +126,11 @@ class SamplingParams:
         for token in stop_tokens:
             _integer("a stop token id", token, 0)
         object.__setattr__(self, "stop_token_ids", stop_tokens)
+        if self.evict is not None:
+            try:
+                parse_eviction(self.evict)
+            except ConfigError as error:
+                raise RequestError(f"evict: {error}") from None
         if self.beam_width > 1:
             self._require_plain_search()
 
@@ -173,6 +182,8 @@ class Completion:
     error                with finish_reason ``error``: what went wrong
     streamed             of a context larger than the pool: what was read from where, how fast
     score                of a beam: summed log-probability over length ** length_penalty
+    evicted_tokens       how many tokens its eviction policy dropped from the cache (of each KV
+                         head; heads drop different ones)
     """
 
     text: str
@@ -194,6 +205,7 @@ class Completion:
     score: float | None = None
     tier_decision: str | None = None
     streamed: str | None = None
+    evicted_tokens: int = 0
 
 
 class Status(Enum):
@@ -218,6 +230,7 @@ class Sample:
     counted   what it held in the last step is in ``kv_bytes_peak``
     parked    a beam whose logits are there, and not yet those of all its siblings
     asked_tiers   tiers had nothing to load since it began to wait
+    evicted_tokens   dropped from the cache since it last began to run
     """
 
     request: "Request"
@@ -241,6 +254,7 @@ class Sample:
     tier_decision: str | None = None
     stream: "StreamPlan | None" = None
     streamed: str | None = None
+    evicted_tokens: int = 0
     _query: PrefixQuery | None = None
 
     @property
@@ -249,6 +263,23 @@ class Sample:
         if self._query is None or self._query.num_tokens != len(self.tokens):
             self._query = PrefixQuery(self.tokens, self.request.salt)
         return self._query
+
+    @property
+    def match_limit(self) -> int:
+        """How many leading tokens may be taken from the cache instead of being computed.
+
+        With eviction no more than the budget, and none if every query has to be seen.
+        """
+        choice, budget, most = self.request.eviction, self.request.budget, len(self.tokens) - 1
+        if choice is None or budget is None:
+            return most
+        return 0 if choice.watches_all else min(most, budget)
+
+    @property
+    def most_kept(self) -> int:
+        """The most of its tokens that have to be in the cache at a time."""
+        most = self.request.most_kept
+        return len(self.tokens) if most is None else min(len(self.tokens), most)
 
     @property
     def pending(self) -> int:
@@ -274,6 +305,9 @@ class Request:
 
     stop_tokens   ids that end a sample, the checkpoint's own included
     most_tokens   a sample ends when it has so many, the prompt's included
+    eviction      which tokens are dropped when it outgrows its budget; None for none
+    budget        tokens that it keeps then
+    most_kept     the most tokens that it must be able to keep for that, at a time
     """
 
     arrival: int
@@ -285,6 +319,9 @@ class Request:
     salt: str = ""
     stop_tokens: frozenset[int] = frozenset()
     most_tokens: int = 0
+    eviction: EvictChoice | None = None
+    budget: int | None = None
+    most_kept: int | None = None
 
     @property
     def finished(self) -> bool:

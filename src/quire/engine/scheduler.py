@@ -6,9 +6,10 @@ Policy: first come, first served. Samples are served in order of arrival; those 
 their one token before prefills share what is left of the budget. A sample that finds no free pages
 takes those of the youngest sample behind it, which is computed again later; if none is behind it,
 it waits in place. So the oldest always makes progress. A waiting sample is admitted when there is
-budget left, so that every running one got all it asked for, and when all its tokens fit beside one
-spare page for each running sample. It starts behind the part of its tokens that is cached; while
-a running sample computes more of that part, it waits, so that nothing is computed twice.
+budget left, so that every running one got all it asked for, and when all its tokens (with eviction,
+all that it keeps) fit beside one spare page for each running sample. It starts behind the part of
+its tokens that is cached; while a running sample computes more of that part, it waits, so that
+nothing is computed twice.
 """
 
 import operator
@@ -147,7 +148,7 @@ class _Planner:
                 break
             if sample.parked:
                 continue
-            match = self.cache.match(sample.prefix_query, len(sample.tokens) - 1)
+            match = self.cache.match(sample.prefix_query, sample.match_limit)
             if awaits(sample, _cached(match), computing, self.cache):
                 continue
             choices: tuple[PrefixMatch | None, ...] = (None,) if match is None else match.choices()
@@ -165,8 +166,8 @@ class _Planner:
         return admitted
 
     def _has_room(self, sample: Sample, match: PrefixMatch | None, running: int) -> bool:
-        """True if all of a sample's tokens fit beside a spare page for each running sample."""
-        growth = self.cache.growth(match, len(sample.tokens) - _cached(match))
+        """True if all that a sample keeps fits beside a spare page for each running sample."""
+        growth = self.cache.growth(match, sample.most_kept - _cached(match))
         spare = tuple(running for _ in self.free)
         return _within(_add(growth, spare), self.free) and self._fitting(match, 1)[0] == 1
 
@@ -224,7 +225,9 @@ def awaits(
     for other, computed in computing:
         if other.request.salt == sample.request.salt:
             common = common_tokens(other.prefix_query.data, sample.prefix_query.data)
-            if cache.shareable(min(common, len(sample.tokens) - 1)) > max(cached, computed):
+            if other.request.eviction is not None:  # what it changes is not shared
+                common = min(common, other.match_limit)
+            if cache.shareable(min(common, sample.match_limit)) > max(cached, computed):
                 return True
     return False
 

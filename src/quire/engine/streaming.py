@@ -154,9 +154,9 @@ class LayerStream(Sequence[PagePool]):
         for group in batch.groups:
             touched = np.unique(group.slots // size).tolist()
             held = group.indices.tolist()
-            before = int(batch.positions[0]) // size if len(batch.positions) else 0
+            before = int(batch.places[0]) // size if len(batch.places) else 0
             # Pages that hold tokens of earlier passes: those up to the first new token's.
-            earlier = before - int(group.first_page[0]) + (int(batch.positions[0]) % size > 0)
+            earlier = before - int(group.first_page[0]) + (int(batch.places[0]) % size > 0)
             self._held.append(held[: max(0, earlier)])
             self._touched.append(touched)
 

@@ -1,6 +1,6 @@
 """Models, written once against the backend protocol, and how they are loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -53,6 +53,20 @@ class CausalLM(Protocol):
         rows: Sequence[int],
     ) -> npt.NDArray[np.float32]:
         """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows."""
+
+    def forward_watched(
+        self,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        rows: Sequence[int],
+        watch: Callable[[int, npt.NDArray[np.float32]], None],
+    ) -> npt.NDArray[np.float32]:
+        """The same bits as :meth:`forward`, op by op.
+
+        ``watch`` is called with each layer's number and queries, float32 [T, H, D], rotated, when
+        that layer's keys are in its pool.
+        """
 
 
 @dataclass(frozen=True)

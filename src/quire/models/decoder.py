@@ -4,13 +4,15 @@ Llama: arXiv:2302.13971, arXiv:2407.21783; Mistral: arXiv:2310.06825; Qwen2: arX
 Qwen3: arXiv:2505.09388.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from quire.backends import AttentionParams, Backend, MlpParams, Projection
+from quire.backends.blocks import attention_block
 from quire.backends.rope import inverse_frequencies
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
@@ -27,8 +29,9 @@ class Decoder:
         self.config, self.params, self.backend = config, params, backend
         self._inv_freq = inverse_frequencies(config.rope, config.head_dim)
         layers = range(config.num_layers)
+        self._attention = [self._attention_params(layer) for layer in layers]
         self._blocks = [
-            (backend.block(self._attention_params(layer)), backend.block(self._mlp_params(layer)))
+            (backend.block(self._attention[layer]), backend.block(self._mlp_params(layer)))
             for layer in layers
         ]
 
@@ -49,6 +52,33 @@ class Decoder:
             x = backend.layers(x, self._blocks, batch, pools)
         else:
             x = self._layer_by_layer(x, batch, pools, rows)
+        return self._logits(x)
+
+    def forward_watched(
+        self,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        rows: Sequence[int],
+        watch: Callable[[int, npt.NDArray[np.float32]], None],
+    ) -> npt.NDArray[np.float32]:
+        """See :class:`quire.models.CausalLM`."""
+        backend = self.backend
+        x = backend.embed(self.params["embed"], tokens)
+        for layer, pool in enumerate(pools):
+            see = partial(self._show, watch, layer)
+            params, group = self._attention[layer], batch.group_of_layer[layer]
+            x = attention_block(backend, x, params, batch, pool, group=group, see=see)
+            x = backend.mlp_block(x, self._blocks[layer][1])
+        return self._logits(backend.rows(x, rows))
+
+    def _show(
+        self, watch: Callable[[int, npt.NDArray[np.float32]], None], layer: int, query: Any
+    ) -> None:
+        watch(layer, self.backend.to_host(query))
+
+    def _logits(self, x: Any) -> npt.NDArray[np.float32]:
+        backend, params = self.backend, self.params
         x = backend.rms_norm(x, params["norm"], self.config.norm_eps)
         return backend.to_host(backend.linear(x, params.get("head", params["embed"])))
 

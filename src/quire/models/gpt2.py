@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al., 2019): learned positions, LayerNorm, plain MLP, biases everywhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,17 @@ class GPT2:
 
         ``rows`` ascend.
         """
+        return self.forward_watched(tokens, batch, pools, rows, lambda layer, query: None)
+
+    def forward_watched(
+        self,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        rows: Sequence[int],
+        watch: Callable[[int, npt.NDArray[np.float32]], None],
+    ) -> npt.NDArray[np.float32]:
+        """See :class:`quire.models.CausalLM`."""
         backend, params = self.backend, self.params
         positions = batch.positions.tolist()
         x = backend.add(
@@ -38,7 +49,10 @@ class GPT2:
         )
         for layer, pool in enumerate(pools):
             at = f"layers.{layer}."
-            x = backend.add(x, self._attention(layer, self._norm(at + "attn_norm", x), batch, pool))
+            query = self._place(layer, self._norm(at + "attn_norm", x), batch, pool)
+            watch(layer, backend.to_host(query))
+            mixed = backend.attend(query, pool, batch, batch.group_of_layer[layer])
+            x = backend.add(x, self._linear(at + "o", mixed))
             x = backend.add(x, self._mlp(at, self._norm(at + "mlp_norm", x)))
         x = self._norm("norm", backend.rows(x, rows))
         return backend.to_host(backend.linear(x, params.get("head", params["embed"])))
@@ -50,12 +64,13 @@ class GPT2:
     def _linear(self, key: str, x: Any) -> Any:
         return self.backend.linear(x, self.params[key], self.params[f"{key}_bias"])
 
-    def _attention(self, layer: int, x: Any, batch: PagedBatch, pool: PagePool) -> Any:
+    def _place(self, layer: int, x: Any, batch: PagedBatch, pool: PagePool) -> Any:
+        """Put keys and values of x [T, hidden] into the pool; its queries [T, H, D]."""
         backend, heads, at = self.backend, self.config.num_heads, f"layers.{layer}."
         query, key, value = (backend.heads(self._linear(at + name, x), heads) for name in "qkv")
         group = batch.group_of_layer[layer]
         backend.append(pool, batch.groups[group].slots, key, value)
-        return self._linear(at + "o", backend.attend(query, pool, batch, group))
+        return query
 
     def _mlp(self, at: str, x: Any) -> Any:
         hidden = self.backend.activate(self._linear(at + "up", x), self.config.activation)

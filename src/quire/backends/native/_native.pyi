@@ -48,6 +48,7 @@ class Pool:
 class Tables:
     def __init__(
         self,
+        places: _Ints,
         positions: _Ints,
         query_indptr: _Ints,
         indptr: _Ints,

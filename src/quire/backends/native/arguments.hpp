@@ -88,20 +88,22 @@ struct PoolArrays {
     Pool pool;
 };
 
-// The page tables of one layer group for a step, checked once and used by every layer.
+// The page tables of one layer group for a step, checked once and used by every layer. A token's
+// place among those that its sequence keeps decides what it sees, its position how it is rotated.
 struct Tables {
-    Tables(Ints positions, Ints query_indptr, Ints indptr, Ints indices, Ints last_page_len,
-           Ints first_page, int64_t page_size, int64_t window)
-        : positions(positions), query_indptr(query_indptr), indptr(indptr), indices(indices),
-          last_page_len(last_page_len), first_page(first_page), page_size(page_size),
-          window(window) {
+    Tables(Ints places, Ints positions, Ints query_indptr, Ints indptr, Ints indices,
+           Ints last_page_len, Ints first_page, int64_t page_size, int64_t window)
+        : places(places), positions(positions), query_indptr(query_indptr), indptr(indptr),
+          indices(indices), last_page_len(last_page_len), first_page(first_page),
+          page_size(page_size), window(window) {
         size_t sequences = last_page_len.size();
         REQUIRE(page_size > 0 && window >= 0, "page_size must be positive, window not negative");
         REQUIRE(query_indptr.size() == sequences + 1 && indptr.size() == sequences + 1 &&
                     first_page.size() == sequences,
                 "tables of " + std::to_string(sequences) + " sequences disagree in length");
         REQUIRE(query_indptr(0) == 0 && indptr(0) == 0 &&
-                    size_t(query_indptr(sequences)) == positions.size() &&
+                    size_t(query_indptr(sequences)) == places.size() &&
+                    places.size() == positions.size() &&
                     size_t(indptr(sequences)) == indices.size(),
                 "indptr must run from 0 to the number of tokens (pages)");
         for (size_t i = 0; i < indices.size(); ++i) {
@@ -123,15 +125,15 @@ struct Tables {
                 who() + "last_page_len " + std::to_string(last_page_len(s)) + " is not in 1.." +
                     std::to_string(page_size));
         for (int64_t t = query_indptr(s); t < query_indptr(s + 1); ++t) {
-            int64_t at = positions(t), low = window && at >= window ? at - window + 1 : 0;
+            int64_t at = places(t), low = window && at >= window ? at - window + 1 : 0;
             REQUIRE(at < end && low >= start,
-                    who() + "position " + std::to_string(at) + " sees tokens outside " +
+                    who() + "place " + std::to_string(at) + " sees tokens outside " +
                         std::to_string(start) + ".." + std::to_string(end));
-            REQUIRE(t == query_indptr(s) || at > positions(t - 1), who() + "positions must ascend");
+            REQUIRE(t == query_indptr(s) || at > places(t - 1), who() + "places must ascend");
         }
     }
 
-    Ints positions, query_indptr, indptr, indices, last_page_len, first_page;
+    Ints places, positions, query_indptr, indptr, indices, last_page_len, first_page;
     int64_t page_size, window, most = -1;
 };
 

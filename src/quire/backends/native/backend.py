@@ -246,6 +246,7 @@ class NativeBackend:
         if self._last is None or self._last[0] is not batch:
             tables = [
                 _native.Tables(
+                    batch.places,
                     batch.positions,
                     batch.query_indptr,
                     group.indptr,

@@ -44,10 +44,10 @@ NB_MODULE(_native, m) {
         .def_prop_ro("key_beside", [](const PoolArrays& p) { return p.pool.key.beside; })
         .def_prop_ro("value_beside", [](const PoolArrays& p) { return p.pool.value.beside; });
     nb::class_<Tables>(m, "Tables")
-        .def(nb::init<Ints, Ints, Ints, Ints, Ints, Ints, int64_t, int64_t>(),
-             "positions"_a.noconvert(), "query_indptr"_a.noconvert(), "indptr"_a.noconvert(),
-             "indices"_a.noconvert(), "last_page_len"_a.noconvert(), "first_page"_a.noconvert(),
-             "page_size"_a, "window"_a);
+        .def(nb::init<Ints, Ints, Ints, Ints, Ints, Ints, Ints, int64_t, int64_t>(),
+             "places"_a.noconvert(), "positions"_a.noconvert(), "query_indptr"_a.noconvert(),
+             "indptr"_a.noconvert(), "indices"_a.noconvert(), "last_page_len"_a.noconvert(),
+             "first_page"_a.noconvert(), "page_size"_a, "window"_a);
     nb::class_<Layers>(m, "Layers")
         .def(nb::init<>())
         .def("add", &Layers::add, "attention"_a, "mlp"_a, "pool"_a, "group"_a);

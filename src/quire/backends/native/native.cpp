@@ -232,7 +232,7 @@ Attention Native::attention(const float* query, int64_t heads, const Pool& pool,
     return {pool,
             query,
             out,
-            tables.positions.data(),
+            tables.places.data(),
             tables.query_indptr.data(),
             tables.indptr.data(),
             tables.indices.data(),
@@ -245,7 +245,7 @@ Attention Native::attention(const float* query, int64_t heads, const Pool& pool,
 
 void Native::attend(Floats query, PoolArrays& arrays, const Tables& tables, Output out) {
     const Pool& pool = arrays.pool;
-    size_t tokens = tables.positions.size();
+    size_t tokens = tables.places.size();
     REQUIRE(query.ndim() == 3 && query.shape(0) == tokens && int64_t(query.shape(2)) == pool.key.dim,
             "attend: query must be [" + std::to_string(tokens) + ", heads, " +
                 std::to_string(pool.key.dim) + "]");
@@ -395,13 +395,14 @@ void Native::embed(const Weight& table, Ints ids, Output y) {
 
 // Norms and rotation of queries and keys of some tokens, then keys and values into the pool.
 void Native::place_rows(const AttentionWeights& w, const Attention& a, const Floats& cos,
-                        const Floats& sin, const int64_t* slots, int64_t row, int64_t row_end) {
+                        const Floats& sin, const int64_t* positions, const int64_t* slots,
+                        int64_t row, int64_t row_end) {
     int64_t dim = a.pool.key.dim, half = dim / 2;
     for (int64_t t = row; t < row_end; ++t) {
         auto turn = [&](float* x, int64_t heads, const std::optional<Floats>& norm) {
             for (int64_t h = 0; h < heads; ++h, x += dim) {
                 if (norm) kernels_->rms_norm(x, norm->data(), w.eps, dim, x);
-                const int64_t angle = a.positions[t] * half;
+                const int64_t angle = positions[t] * half;
                 kernels_->rope(x, cos.data() + angle, sin.data() + angle, half, x);
             }
         };
@@ -432,7 +433,7 @@ Attention Native::check_attention(const AttentionWeights& w, const Floats& cos, 
 
 // y = x + attention(norm(x)) of the tokens that `a` names; scratch memory is this thread's.
 void Native::attention_half(const float* x, const AttentionWeights& w, const Floats& cos,
-                            const Floats& sin, Attention a, const Ints& slots, int64_t sequences,
+                            const Floats& sin, Attention a, const Ints& slots, const Tables& tables,
                             float* y) {
     int64_t m = int64_t(slots.size()), hidden = int64_t(w.norm.size());
     float* q = room(q_, m * w.q.weight.n);
@@ -444,8 +445,10 @@ void Native::attention_half(const float* x, const AttentionWeights& w, const Flo
              {&w.k.weight, w.k.bias_data(), room(k_, m * w.k.weight.n)},
              {&w.v.weight, w.v.bias_data(), room(v_, m * w.v.weight.n)}});
     spread(m, w.q.weight.n * 4,
-           [&](int64_t t) { place_rows(w, a, cos, sin, slots.data(), t, t + 1); });
-    run_attention(a, sequences);
+           [&](int64_t t) {
+               place_rows(w, a, cos, sin, tables.positions.data(), slots.data(), t, t + 1);
+           });
+    run_attention(a, int64_t(tables.last_page_len.size()));
     project_together(a.out, m, {{&w.o.weight, w.o.bias_data(), y, Join::add, x}},
                      residual(x, y, hidden));
 }
@@ -458,7 +461,7 @@ void Native::attention_block(Floats x, const AttentionWeights& w, Floats cos, Fl
     if (m == 0) return;
     nb::gil_scoped_release released;
     std::lock_guard<std::mutex> one(mutex_);
-    attention_half(x.data(), w, cos, sin, a, slots, int64_t(tables.last_page_len.size()), y.data());
+    attention_half(x.data(), w, cos, sin, a, slots, tables, y.data());
 }
 
 Native::Then Native::residual(const float* from, float* to, int64_t n) const {
@@ -520,8 +523,7 @@ void Native::layers(Floats x, const Layers& stack, Floats cos, Floats sin, std::
     for (size_t i = 0; i < all.size(); ++i, from = y.data()) {
         const DecoderLayer& layer = stack.layers[i];
         size_t g = size_t(layer.group);
-        attention_half(from, layer.attention, cos, sin, all[i], slots[g],
-                       int64_t(tables[g]->last_page_len.size()), middle);
+        attention_half(from, layer.attention, cos, sin, all[i], slots[g], *tables[g], middle);
         mlp_half(middle, m, layer.mlp, y.data());
     }
 }

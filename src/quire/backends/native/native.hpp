@@ -64,13 +64,14 @@ private:
     void to_words(const float* x, Linear& a);
     Then residual(const float* x, float* y, int64_t n) const;  // y += x
     void attention_half(const float* x, const AttentionWeights& w, const Floats& cos,
-                        const Floats& sin, Attention a, const Ints& slots, int64_t sequences,
+                        const Floats& sin, Attention a, const Ints& slots, const Tables& tables,
                         float* y);
     void mlp_half(const float* x, int64_t m, const MlpWeights& w, float* y);
     void run_attention(const Attention& a, int64_t sequences);
     void norm_rows(const float* x, const Floats& weight, float eps, int64_t rows, float* y);
     void place_rows(const AttentionWeights& w, const Attention& a, const Floats& cos,
-                    const Floats& sin, const int64_t* slots, int64_t row, int64_t row_end);
+                    const Floats& sin, const int64_t* positions, const int64_t* slots,
+                    int64_t row, int64_t row_end);
 
     void check_rope(const Floats& cos, const Floats& sin, const Ints& positions, int64_t half) const;
     void check_slots(const Pool& pool, const Ints& slots) const;

@@ -59,6 +59,21 @@ class NativePool:
         for array in self._arrays:
             array[list(target)] = array[list(source)]
 
+    def gather_tokens(self, source: Array, target: Array) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        size, n = self.shape.page_size, self.handle.value_beside
+        heads = np.arange(self.shape.num_kv_heads)
+        page, slot = np.divmod(source.T, size)
+        to_page, to_slot = np.divmod(target[:, None], size)
+        keys, values = self._keys(self.key), self._values(self.value)
+        keys[to_page, to_slot, heads] = keys[page, slot, heads]
+        moved = values[page, slot // n, slot % n, heads]
+        values[to_page, to_slot // n, to_slot % n, heads] = moved
+        for array in (self.key_scale, self.value_scale):
+            if array is not None:
+                scales = self._scales(array)
+                scales[to_page, to_slot, heads] = scales[page, slot, heads]
+
     def discard(self) -> None:
         """See :class:`quire.pages.PagePool`."""
         if hasattr(mmap, "MADV_DONTNEED"):
