@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import quire
+from checkpoints import tiny_config, write_checkpoint
 from naive_eviction import NaiveLlama, heavy_hitters, low_norms, snap, streaming_llm
 from quire.errors import ConfigError, RequestError, SessionError
 from quire.evict_choice import parse_eviction
@@ -303,3 +304,20 @@ def test_a_tier_brings_no_more_than_the_budget_and_nothing_is_streamed(llama: Pa
         )
         engine.cache.check()
     engine.close()
+
+
+@each_backend
+@pytest.mark.parametrize("model", ["gpt2", "qwen3"])
+def test_other_models_are_watched_without_changing_a_bit(
+    model: str, backend: str, tmp_path: Path
+) -> None:
+    """Learned positions and normed queries; h2o sees every query whatever the budget."""
+    directory = write_checkpoint(tmp_path, tiny_config(model))
+    engine = open_engine(directory, backend=backend)
+    prompt = (random_prompt(30) * 2)[: engine.model_config.max_position - 8]
+    watched = open_engine(directory, "h2o:budget=500", backend=backend)
+    np.testing.assert_array_equal(engine.logits(prompt), watched.logits(prompt))
+    for policy in POLICIES:
+        params = quire.SamplingParams(max_new_tokens=8, ignore_eos=True, evict=policy)
+        [done] = engine.generate([prompt], params)
+        assert done.evicted_tokens >= len(prompt) - BUDGET
