@@ -13,9 +13,10 @@ from quire.config import RopeConfig
 from quire.errors import CacheError, CacheFull
 from quire.pages import PAGE_FORMATS, PageShape
 
+FORMATS = ("fp32", "bf16", "fp16", "int8", "fp8")
 POOLS = [
-    *(("reference", name, 4) for name in ("fp32", "bf16", "fp16", "int8", "fp8")),
-    *(("native", name, size) for name in ("fp32", "bf16", "fp16", "int8", "fp8") for size in (4, 16)),
+    *(("reference", name, 4) for name in FORMATS),
+    *(("native", name, size) for name in FORMATS for size in (4, 16)),
 ]
 
 
