@@ -20,7 +20,7 @@ import numpy as np
 import quire
 
 def peak_bytes():
-    # Of this program alone: what getrusage tells begins with the peak of the process that forked it.
+    # Of this program alone: getrusage begins with the peak of the process that forked it.
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
