@@ -83,3 +83,40 @@ def test_native_pools_refuse_what_they_have_no_kernels_for(key: str, value: str)
     shape = PageShape(32, 1, 4, 4, page_format(key), page_format(value))
     with pytest.raises(BackendError, match="cannot store "):
         native.NativeBackend().pool(shape, 1)
+
+
+@pooled
+@pytest.mark.parametrize(("page_size", "dim"), [(5, 6), (16, 6), (16, 16)])
+def test_native_pools_move_and_blank_scales_with_their_numbers(
+    key: str, value: str, page_size: int, dim: int
+) -> None:
+    backend = pytest.importorskip("quire.backends.native").NativeBackend(threads=1)
+    shape = PageShape(page_size, 2, dim, dim, page_format(key), page_format(value))
+    numbers = np.random.default_rng(0).standard_normal((3 * page_size, 2, dim)).astype(np.float32)
+    numbers[1, 1, 2] = np.nan
+    pool, other = backend.pool(shape, 5), backend.pool(shape, 5)
+    backend.append(pool, np.arange(3 * page_size), numbers, -numbers)
+    before = pool.read_pages([0, 1])
+    pool.copy_pages([0, 1], [4, 3])
+    data = pool.export_pages([4, 3])
+    assert data.shape == (2, shape.bytes_per_page)
+    other.import_pages([2, 0], data)
+    for one, two in zip(other.read_pages([2, 0]), before, strict=True):
+        assert one.tobytes() == two.tobytes()
+    pool.blank_slots(data, 3)
+    fresh = backend.pool(shape, 5)
+    backend.append(fresh, np.arange(3), numbers[:3], -numbers[:3])
+    backend.append(
+        fresh,
+        page_size + np.arange(3),
+        numbers[page_size : page_size + 3],
+        -numbers[page_size : page_size + 3],
+    )
+    blank = fresh.export_pages([0, 1])
+    filled = backend.pool(shape, 2)
+    filled.import_pages([0, 1], blank)
+    filled.import_pages([0, 1], data)
+    for one, two in zip(filled.read_pages([0, 1]), fresh.read_pages([0, 1]), strict=True):
+        assert one[:, :3].tobytes() == two[:, :3].tobytes()
+    backend.pool(shape, 1).blank_slots(data, 0)
+    assert not data.any()

@@ -152,7 +152,7 @@ void prefill(const Attention& a, const PrefillItem& item) {
         for (int64_t t = 0; t < tiles; ++t) {
             const Tile& now = tile[size_t(t)];
             if (now.low[0] >= (split + 1) * SPLIT || now.high[now.rows - 1] <= split * SPLIT) continue;
-            float best2[TILE], total2[TILE];
+            float best2[16], total2[16];  // merging loads whole vectors
             attend_split(a, now, split, {blocks.keys, blocks.values, blocks.scales}, best2, total2,
                          mixed2.data());
             int64_t row = t * TILE;
