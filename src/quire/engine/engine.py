@@ -245,9 +245,11 @@ class Engine:
         plan = self._plan()
         if not plan.chunks and self._loads.wait():
             return []
-        while not plan.chunks and self._is_serving and self._pins.drop_one():
+        while not (plan.chunks or plan.preempt) and self._is_serving and self._pins.drop_one():
             plan = self._plan()
         self._start(plan)
+        if plan.preempt and not plan.chunks:
+            return []  # there is room now
         if not plan.chunks:
             if self._is_serving:
                 raise QuireError(

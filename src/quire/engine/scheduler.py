@@ -108,6 +108,7 @@ def plan_step(
         planner.serve(active, at, min(want, planner.budget))
         at += 1
     admitted = planner.admit(active, waiting, limits.max_sequences)
+    planner.give_way(active, waiting)
     samples, matches = tuple([s for s, _ in admitted]), tuple([m for _, m in admitted])
     return StepPlan(tuple(planner.chunks), samples, matches, tuple(planner.preempted))
 
@@ -164,6 +165,21 @@ class _Planner:
             if match is not None and match.takes:
                 break  # another match may have counted on the page that it takes
         return admitted
+
+    def give_way(self, active: Sequence[Sample], waiting: Sequence[Sample]) -> None:
+        """If nothing can run, the youngest makes room for an older one that waits.
+
+        A search waits for a beam of its own that was preempted: its other beams hold pages, and
+        none of those behind them may find any.
+        """
+        older = next((sample for sample in waiting if not sample.parked), None)
+        if self.chunks or self.preempted or older is None:
+            return
+        age = older.request.arrival, older.index
+        for sample in reversed(active):
+            if sample.load is None and (sample.request.arrival, sample.index) > age:
+                self._preempt(sample, older)
+                break
 
     def _has_room(self, sample: Sample, match: PrefixMatch | None, running: int) -> bool:
         """True if all that a sample keeps fits beside a spare page for each running sample."""
