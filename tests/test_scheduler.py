@@ -295,6 +295,18 @@ def test_the_youngest_waits_in_place_when_there_is_no_page() -> None:
     assert plan.preempt == ()
 
 
+def test_the_youngest_gives_way_to_an_older_one_that_waits_when_nothing_can_run() -> None:
+    cache = FakeCache(4, (0,), lengths={1: 8, 4: 8})
+    # A beam that waits for its sibling, which was preempted, and a younger one without a page.
+    held, young = sample_of(1, 8, 8, 1), sample_of(4, 9, 8, 4)
+    waiting = [sample_of(1, 9), sample_of(6, 2)]
+    plan = plan_step([held, young], waiting, Limits(64, 8), cache)
+    assert (plan.chunks, plan.admit) == ((), ())
+    assert [preemption.sample for preemption in plan.preempt] == [young]
+    # Nobody gives way to a younger one.
+    assert plan_step([held, young], waiting[1:], Limits(64, 8), cache).preempt == ()
+
+
 def test_a_prefill_takes_the_part_that_fits() -> None:
     cache = FakeCache(4, (2,), lengths={0: 3})
     sample = sample_of(0, 40, 3, 0)
