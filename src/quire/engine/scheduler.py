@@ -5,7 +5,8 @@ A pure function of the queues, the limits and a view of the cache; it changes no
 Policy: first come, first served. Samples are served in order of arrival; those that decode get
 their one token before prefills share what is left of the budget. A sample that finds no free pages
 takes those of the youngest sample behind it, which is computed again later; if none is behind it,
-it waits in place. So the oldest always makes progress. A waiting sample is admitted when there is
+it waits in place. If then nobody can run, the youngest gives way to an older
+one that waits. So the oldest always makes progress. A waiting sample is admitted when there is
 budget left, so that every running one got all it asked for, and when all its tokens (with eviction,
 all that it keeps) fit beside one spare page for each running sample. It starts behind the part of
 its tokens that is cached; while a running sample computes more of that part, it waits, so that
