@@ -273,6 +273,8 @@ def environment(engine: Engine, threads: int, cache_bytes: int, python: Path) ->
     given = dict(os.environ)
     given |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     given |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    # Compiled Python is kept, as where packages were installed, not imported from their source.
+    given.pop("PYTHONDONTWRITEBYTECODE", None)
     if engine.name == "vllm":
         given |= {
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, math.ceil(cache_bytes / (1 << 30)))),
@@ -821,6 +823,7 @@ def contestants(
             continue
         room = load["tokens"] * kv_bytes(SHAPES[model])
         env = environment(engine, options.threads, room, python)
+        env["PYTHONPYCACHEPREFIX"] = str(options.cache.absolute() / "pycache")
         chunk = sets.pop("chunk", engine.chunk)
         found.append(Contestant(engine, python, path, {**load, "chunk": chunk, "set": sets}, env))
     return found, absent
