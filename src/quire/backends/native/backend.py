@@ -22,6 +22,7 @@ __all__ = ["NativeBackend"]
 Array = npt.NDArray[Any]
 
 MOST_THREADS = 1024
+ANGLE_ROWS = 1024  # positions whose angles are computed at a time
 
 _ACTIVATIONS = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
 
@@ -262,16 +263,23 @@ class NativeBackend:
         return self._last[1:]
 
     def _table(self, inv_freq: Array, last: int) -> tuple[Array, Array]:
-        """cos and sin float32 [beyond position ``last``, D/2]; grows by doubling."""
+        """cos and sin float32 [beyond position ``last``, D/2]; grows by a quarter more."""
+        known = None
         if self._angles is not None and self._angles[0] is inv_freq:
-            _, cos, sin = self._angles
-            if last < len(cos):
-                return cos, sin
-        length = last + 1
-        angles = (np.arange(max(1024, 2 * length), dtype=np.float32)[:, None] * inv_freq).astype(
-            np.float64
-        )
-        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+            known = self._angles[1:]
+            if last < len(known[0]):
+                return known
+        rows = -(-max(1024, last + 1 + last // 4) // ANGLE_ROWS) * ANGLE_ROWS
+        cos, sin = np.empty((2, rows, len(inv_freq)), np.float32)
+        done = 0 if known is None else len(known[0])
+        if known is not None:
+            cos[:done], sin[:done] = known
+        for first in range(done, rows, ANGLE_ROWS):  # in float64, which never takes much room
+            part = slice(first, first + ANGLE_ROWS)
+            positions = np.arange(part.start, part.stop, dtype=np.float32)
+            angles = (positions[:, None] * inv_freq).astype(np.float64)
+            np.cos(angles, out=cos[part], casting="same_kind")
+            np.sin(angles, out=sin[part], casting="same_kind")
         self._angles = inv_freq, cos, sin
         return cos, sin
 
