@@ -2,7 +2,8 @@
 //
 // A line is sixteen lanes of n = BESIDE numbers (tokens of one word of keys, dimensions of values). It
 // is loaded in PARTS, each of which is multiplied with one word of a row: a float, a pair of bf16 or a
-// pair of integers of 16 bits.
+// pair of integers of 16 bits. Lines of wide forms are such parts: numbers 0 and 2 of four that lay side
+// by side, then numbers 1 and 3.
 
 namespace quire {
 namespace {
@@ -31,19 +32,20 @@ inline auto by_read_form(Form form, Work work) {
 }
 
 template <Form F>
-constexpr bool SCALED =
-    F == Form::int8 || F == Form::fp8 || F == Form::wide_int8 || F == Form::wide_fp8;
+constexpr bool BYTES = F == Form::int8 || F == Form::fp8;
+template <Form F>
+constexpr bool SCALED = BYTES<F> || F == Form::wide_int8 || F == Form::wide_fp8;
 template <Form F>
 constexpr bool INTEGER = F == Form::int8 || F == Form::wide_int8;
 template <Form F>
 using Number =
     std::conditional_t<F == Form::floats, float,
-                       std::conditional_t<F == Form::int8 || F == Form::fp8, uint8_t, uint16_t>>;
+                       std::conditional_t<BYTES<F>, uint8_t, uint16_t>>;
 // Numbers that are multiplied by one word, or by one word for each part.
 template <Form F>
-constexpr int BESIDE = SCALED<F> ? 4 : F == Form::pairs ? 2 : 1;
+constexpr int BESIDE = BYTES<F> ? 4 : F == Form::pairs || SCALED<F> ? 2 : 1;
 template <Form F>
-constexpr int PARTS = SCALED<F> ? 2 : 1;
+constexpr int PARTS = BYTES<F> ? 2 : 1;
 template <Form F>
 constexpr int64_t LANE = BESIDE<F> * int64_t(sizeof(Number<F>));  // bytes
 template <Form F>
@@ -62,9 +64,11 @@ struct Values {
     const uint16_t* scale;
 };
 
-// Lanes of a query, and of a line of values.
+// Lines of a block's keys, and lanes of one token's values.
 template <Form F>
-constexpr int64_t key_words(int64_t dim) { return ceil_div(dim, BESIDE<F>); }
+constexpr int64_t key_words(int64_t dim) {
+    return SCALED<F> ? ceil_div(dim, 4) * (4 / BESIDE<F>) : ceil_div(dim, BESIDE<F>);
+}
 template <Form F>
 constexpr int64_t value_words(int64_t dim) { return SCALED<F> ? ceil_div(dim, 16) * 16 : dim; }
 
@@ -74,11 +78,10 @@ inline auto load_part(const char* line, [[maybe_unused]] int part) {
     const auto* from = reinterpret_cast<const Number<F>*>(line);
     if constexpr (F == Form::floats) return F16::load(from);
     else if constexpr (F == Form::halves) return F16::load_fp16(from);
-    else if constexpr (F == Form::pairs) return Pairs::load(from);
     else if constexpr (F == Form::int8) return Half::load(from, part);
     else if constexpr (F == Form::fp8) return load_fp8(from, part);
-    else if constexpr (F == Form::wide_int8) return Half::load_wide(from + 32 * part);
-    else return Pairs::load(from + 32 * part);
+    else if constexpr (F == Form::wide_int8) return Half::load_wide(from);
+    else return Pairs::load(from);
 }
 
 // Its first n lanes, of the forms whose lines of values may end within a vector.

@@ -15,7 +15,7 @@ constexpr float NOTHING = -INFINITY;
 constexpr int blocks_at_a_time(int rows) { return rows * MOST_BLOCKS <= 2 * TILE ? MOST_BLOCKS : 2; }
 
 // What a tile of up to TILE rows needs to know: queries, and the positions that each row sees.
-// Queries are words of a key's form, [words][rows], or [words][rows][2] of 16 bits a number for bytes:
+// Queries are words of a key's form, [words][rows], or [words][2][rows] of 16 bits a number for bytes:
 // bf16 for fp8 keys, and for int8 keys integers that a row's `unit` makes what they were; `start` takes
 // away what the 128 that were added to int8 keys add to their sum.
 struct Tile {
@@ -43,7 +43,8 @@ inline void lay_integers(const float* x, int64_t dim, int r, Tile& tile, uint32_
         uint32_t words[8];
         store_integers(v, words);
         for (int64_t i = 0; i < 4 && d + 4 * i < dim; ++i)
-            std::memcpy(query + ((d / 4 + i) * tile.rows + r) * 2, words + 2 * i, 8);
+            for (int64_t part = 0; part < 2; ++part)
+                query[((d / 4 + i) * 2 + part) * tile.rows + r] = words[2 * i + part];
     }
     tile.start[r] = int32_t(-128.0f * sum(sums));
 }
@@ -58,8 +59,8 @@ inline void lay_query(const float* x, int64_t dim, int r, Tile& tile, uint32_t* 
     } else if constexpr (F == Form::fp8) {
         row_words(x, Dtype::bf16, dim, 2 * count, words);
         for (int64_t d = 0; d < count; ++d) {
-            uint32_t a = words[2 * d], b = words[2 * d + 1], *to = query + (d * tile.rows + r) * 2;
-            to[0] = (a & 0xffff) | b << 16, to[1] = a >> 16 | (b & 0xffff0000u);
+            uint32_t a = words[2 * d], b = words[2 * d + 1], *to = query + 2 * d * tile.rows + r;
+            to[0] = (a & 0xffff) | b << 16, to[tile.rows] = a >> 16 | (b & 0xffff0000u);
         }
     } else {
         row_words(x, F == Form::pairs ? Dtype::bf16 : Dtype::f32, dim, count, words);
@@ -69,7 +70,7 @@ inline void lay_query(const float* x, int64_t dim, int r, Tile& tile, uint32_t* 
 
 // Scores of R rows against B blocks of one stride: scores[r][16 b ..] = query[r] . key
 template <Form F, int R, int B, class Ask>
-inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scores, Ask& ask) {
+__attribute__((noinline)) void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scores, Ask& ask) {
     const uint32_t* query = tile.query;
     Sum<F> acc[R][B];
 #pragma GCC unroll 16
@@ -93,7 +94,7 @@ inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scor
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                 for (int b = 0; b < B; ++b)
-                    add_product(acc[r][b], parts[b], query[PARTS<F> * r + part]);
+                    add_product(acc[r][b], parts[b], query[part * R + r]);
         }
         query += PARTS<F> * R;
     }

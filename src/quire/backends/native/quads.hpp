@@ -184,8 +184,11 @@ struct Sums {
     // `word`: the first of a quad for numbers 0 and 2 of a quad, else the second.
     void add(Half x, uint32_t word) {
         __m512i y = _mm512_set1_epi32(int(word));
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && defined(__clang__)
         all = _mm512_dpwssd_epi32(all, x.v, y);
+#elif defined(__AVX512VNNI__)
+        // GCC 12 copies the sum for its intrinsic, and spills half of 24 sums.
+        __asm__("vpdpwssd %2, %1, %0" : "+v"(all) : "v"(x.v), "v"(y));
 #else
         all = _mm512_add_epi32(all, _mm512_madd_epi16(x.v, y));
 #endif

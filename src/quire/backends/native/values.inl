@@ -37,9 +37,10 @@ inline const ByteWeights& byte_weights(const float* row) {
 }
 
 // mixed[r][0..16 W) (+)= weights[r] . value over some blocks, for R rows; of int8 values sums stay
-// integers until the last block.
+// integers until the last block. A function of its own, like `score`: where it was inlined its sums were
+// spilled.
 template <Form F, int R, int W, class Ask>
-inline void mix(const Mix& m, int row, int64_t column, Ask& ask) {
+__attribute__((noinline)) void mix(const Mix& m, int row, int64_t column, Ask& ask) {
     const float* rows = m.weights + row * SPLIT;
     float* mixed = m.mixed + row * m.dim + column;
     Sum<F> acc[R][W];

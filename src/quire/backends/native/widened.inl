@@ -20,38 +20,47 @@ inline Form wide_of(Form form) {
     return by_form(form, [](auto f) { return WIDE<f()>; });
 }
 
+// A line as lines of its wide form, `apart` bytes from one to the next.
 template <Form F>
-inline void widen_line(const char* line, char* to) {
+inline void widen_line(const char* line, char* to, int64_t apart) {
 #pragma GCC unroll 2
     for (int part = 0; part < PARTS<F>; ++part)
-        load_part<F>(line, part).store(reinterpret_cast<Number<WIDE<F>>*>(to + 64 * part));
+        load_part<F>(line, part).store(reinterpret_cast<Number<WIDE<F>>*>(to + part * apart));
 }
 
 template <Form F>
 inline Keys widen(const Keys& block, int64_t dim, char* to) {
+    constexpr int64_t line = LINE<WIDE<F>>;
     for (int64_t i = 0; i < key_words<F>(dim); ++i)
-        widen_line<F>(block.data + i * block.stride, to + i * LINE<WIDE<F>>);
-    return {to, LINE<WIDE<F>>, block.scale};
+        widen_line<F>(block.data + i * block.stride, to + i * PARTS<F> * line, line);
+    return {to, line, block.scale};
 }
 
 template <Form F>
 inline Values widen(const Values& block, int64_t dim, char* to) {
-    int64_t lines = BLOCK / BESIDE<F> * value_words<F>(dim) / LANES;
-    for (int64_t i = 0; i < lines; ++i)
-        widen_line<F>(block.data + i * LINE<F>, to + i * LINE<WIDE<F>>);
-    return {to, block.scale};
+    // Lanes of all tokens lie in one piece, of which 16 tokens fill whole lines.
+    const int64_t row = PARTS<F> == 1 ? BLOCK * dim : value_words<F>(dim);
+    const char* from = block.data;
+    Values wide{to, block.scale};
+    for (int64_t end = BLOCK / BESIDE<F> * value_words<F>(dim); end > 0; end -= row) {
+        for (int64_t lane = 0; lane < row; lane += LANES)
+            widen_line<F>(from + lane * LANE<F>, to + lane * LANE<WIDE<F>>, row * LANE<WIDE<F>>);
+        from += row * LANE<F>, to += row * PARTS<F> * LANE<WIDE<F>>;
+    }
+    return wide;
 }
 
 // Bytes that a block takes once it is widened; 0 where it is read as it is stored.
 inline int64_t widened_keys(const Store& store) {
     return by_form(store.form, [&](auto f) {
-        return WIDE<f()> == f() ? int64_t(0) : key_words<f()>(store.dim) * LINE<WIDE<f()>>;
+        return WIDE<f()> == f() ? int64_t(0) : key_words<WIDE<f()>>(store.dim) * LINE<WIDE<f()>>;
     });
 }
 inline int64_t widened_values(const Store& store) {
     return by_form(store.form, [&](auto f) {
-        return WIDE<f()> == f() ? int64_t(0)
-                                : BLOCK / BESIDE<f()> * value_words<f()>(store.dim) * LANE<WIDE<f()>>;
+        constexpr Form wide = WIDE<f()>;
+        return wide == f() ? int64_t(0)
+                           : BLOCK / BESIDE<wide> * value_words<wide>(store.dim) * LANE<wide>;
     });
 }
 
