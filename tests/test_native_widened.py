@@ -1,5 +1,7 @@
 """Blocks that prefill takes apart once for many rows give the bits of blocks read as stored."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -14,9 +16,7 @@ NativeBackend = native.NativeBackend
 TOKENS, HEADS, KV_HEADS = 290, 4, 2
 
 
-def attend(
-    backend: "native.NativeBackend", pool: PagePool, size: int, query: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+def attend(backend: Any, pool: PagePool, size: int, query: npt.NDArray[np.float32]) -> Any:
     """[n, HEADS, dim], queries of the last n tokens as one chunk -> [n, HEADS * dim]."""
     pages = -(-TOKENS // size)
     ends = np.array([0, pages], np.int64)
