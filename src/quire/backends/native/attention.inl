@@ -49,11 +49,13 @@ inline Span blocks_seen(int64_t low, int64_t high, int64_t split) {
     return {first, last > first ? last - first : 0};
 }
 
-// Keys and values of a span of one split and head, and the scales of all those values.
+// Keys and values of a span of one split and head, the forms in which they are read, and the scales of
+// all those values.
 struct Blocks {
     const Keys* keys;
     const Values* values;
     const uint16_t* scales;
+    Form key_form, value_form;
 };
 
 // One tile over one split: per row best[r], total[r], mixed[r].
@@ -63,12 +65,12 @@ void attend_split(const Attention& a, const Tile& tile, int64_t split, Blocks bl
     Span span = blocks_seen(tile.low[0], tile.high[tile.rows - 1], split);
     int64_t at = split * SPLIT + span.first * BLOCK, dim = a.pool.value.dim;
     NoLines ask;
-    score_tile(a.pool.key.form, tile, blocks.keys + span.first, span.count, at, a.pool.key.dim,
+    score_tile(blocks.key_form, tile, blocks.keys + span.first, span.count, at, a.pool.key.dim,
                scores, ask);
     soften_rows(a.pool.value.form, {tile, scores, span.count, at, a.scale,
                                     blocks.scales + span.first * BLOCK, best, total}, 0, ask);
     Mix m{blocks.values + span.first, 0, span.count, scores, dim, false, true, mixed};
-    by_form(a.pool.value.form, [&](auto form) {
+    by_read_form(blocks.value_form, [&](auto form) {
         for (int64_t b = 0; b < span.count; ++b)
             if (is_wild<form()>(tile, m.blocks[b], at + b * BLOCK, dim))
                 return mix_apart<form()>(tile, m, at);
@@ -117,7 +119,10 @@ struct HeadBlocks {
     Values values[SPLIT / BLOCK];
     uint16_t scales[SPLIT];
     std::vector<Spare> spare{2 * SPLIT / BLOCK};  // blocks outside whole pages are copied
+    Form key_form, value_form;                    // in which they are read
+    Scratch wide;
 
+    // The blocks as they are stored.
     void find(const Pages& pages, int64_t head, int64_t split, Span span) {
         for (int64_t b = span.first; b < span.first + span.count; ++b) {
             int64_t at = split * SPLIT + b * BLOCK;
@@ -125,6 +130,24 @@ struct HeadBlocks {
             values[b] = values_at(pages, head, at, spare[size_t(2 * b + 1)]);
             if (values[b].scale) std::memcpy(scales + b * BLOCK, values[b].scale, 2 * BLOCK);
         }
+        key_form = pages.pool.key.form, value_form = pages.pool.value.form;
+    }
+    // The blocks that were found, taken apart for many rows.
+    void widen_found(const Pool& pool, Span span) {
+        const int64_t key_size = widened_keys(pool.key), value_size = widened_values(pool.value);
+        char* to = wide.of((key_size + value_size) * (SPLIT / BLOCK));
+        for (int64_t b = span.first; b < span.first + span.count; ++b) {
+            if (key_size)
+                by_form(pool.key.form, [&](auto form) {
+                    keys[b] = widen<form()>(keys[b], pool.key.dim, to + b * key_size);
+                });
+            if (value_size)
+                by_form(pool.value.form, [&](auto form) {
+                    values[b] = widen<form()>(values[b], pool.value.dim,
+                                              to + key_size * (SPLIT / BLOCK) + b * value_size);
+                });
+        }
+        key_form = wide_of(pool.key.form), value_form = wide_of(pool.value.form);
     }
 };
 
@@ -148,13 +171,16 @@ void prefill(const Attention& a, const PrefillItem& item) {
     const Tile &front = tile.front(), &back = tile.back();
     int64_t low = front.low[0], high = back.high[back.rows - 1];
     for (int64_t split = low / SPLIT; split * SPLIT < high; ++split) {
-        blocks.find(pages, item.head, split, blocks_seen(low, high, split));
+        Span span = blocks_seen(low, high, split);
+        blocks.find(pages, item.head, split, span);
+        if (tiles > 1) blocks.widen_found(pool, span);
         for (int64_t t = 0; t < tiles; ++t) {
             const Tile& now = tile[size_t(t)];
             if (now.low[0] >= (split + 1) * SPLIT || now.high[now.rows - 1] <= split * SPLIT) continue;
             float best2[16], total2[16];  // merging loads whole vectors
-            attend_split(a, now, split, {blocks.keys, blocks.values, blocks.scales}, best2, total2,
-                         mixed2.data());
+            attend_split(a, now, split,
+                         {blocks.keys, blocks.values, blocks.scales, blocks.key_form, blocks.value_form},
+                         best2, total2, mixed2.data());
             int64_t row = t * TILE;
             merge_rows(now.rows, best + row, total + row, mixed + row * dim, best2, total2,
                        mixed2.data(), dim);
