@@ -7,7 +7,10 @@ company, chunk, page or page size. That BLAS computes all rows of such a tile al
 by NumPy; ``tests/test_exactness.py`` checks it on the bits.
 """
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,8 @@ from quire.backends.blocks import (
     attention_rows,
     mlp_block,
 )
-from quire.batch import GroupBatch, PagedBatch
+from quire.backends.selecting import score_bounds, score_signatures
+from quire.batch import ChosenPages, GroupBatch, PagedBatch
 from quire.errors import BackendError
 from quire.formats import Coding, PageFormat, Part, Stored
 from quire.machine import this_machine
@@ -111,6 +115,14 @@ class ReferencePool:
             page, slot = array[0].nbytes, array[0, 0].nbytes
             data[:, start + first * slot : start + page] = 0
             start += page
+
+    def one_head(self, head: int) -> "ReferencePool":
+        """The same memory as a pool of one KV head."""
+        alone = copy.copy(self)
+        alone.shape = replace(self.shape, num_kv_heads=1)
+        alone.key = tuple(array[:, :, head : head + 1] for array in self.key)
+        alone.value = tuple(array[:, :, head : head + 1] for array in self.value)
+        return alone
 
     def block(self, slots: Array, offset: int) -> tuple[Array, Array]:
         """K and V of one block as float32 ``[num_kv_heads, BLOCK, dim]``.
@@ -221,6 +233,37 @@ class ReferenceBackend:
                 out[rows] = _attend_one(query[rows], batch.places[rows], pool, tables, s)
         return out.reshape(len(query), query.shape[1] * pool.shape.value_dim)
 
+    def attend_pages(self, query: Array, pool: PagePool, chosen: ChosenPages) -> Array:
+        """[S, H, D] -> [S, H * D]; one KV head of one sequence at a time."""
+        assert isinstance(pool, ReferencePool)
+        heads = pool.shape.num_kv_heads
+        by_head = query.reshape(len(query), heads, -1, query.shape[2])
+        out = np.empty((*by_head.shape[:3], pool.shape.value_dim), np.float32)
+        for g in range(heads):
+            alone = pool.one_head(g)
+            for s, last in enumerate(chosen.last_page_len):
+                at = s * heads + g
+                pages = chosen.indices[chosen.indptr[at] : chosen.indptr[at + 1]]
+                tables = _one_sequence(pages, int(last), chosen.page_size)
+                place = np.array([tables.span(0)[1] - 1])
+                out[s, g] = _attend_one(by_head[s, g][None], place, alone, tables, 0)[0]
+        return out.reshape(len(query), -1)
+
+    def score_bounds(self, query: Array, bounds: Array, pages: Array) -> Array:
+        """[H, D], [P, G, 2, D], [n] -> [G, n]."""
+        return score_bounds(query, bounds, pages)
+
+    def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
+        """[H, W], [P, G, page_size, W], [n] -> [G, n]."""
+        return score_signatures(query, signs, pages)
+
+    def join_rows(self, parts: Sequence[tuple[Array, Array]]) -> Array:
+        """Of rows [R] and x [R, n] each -> [T, n]."""
+        out = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), np.float32)
+        for rows, x in parts:
+            out[rows] = x
+        return out
+
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""
         return x[np.asarray(indices, dtype=np.int64)]
@@ -269,6 +312,13 @@ class ReferenceBackend:
     def to_host(self, x: Array) -> npt.NDArray[np.float32]:
         """The array itself."""
         return x
+
+
+def _one_sequence(pages: Array, last: int, page_size: int) -> GroupBatch:
+    """Page tables of a sequence of these pages."""
+    of_one, none = partial(np.array, dtype=np.int64), np.empty(0, np.int64)
+    held = of_one([0, len(pages)])
+    return GroupBatch(page_size, None, none, held, pages, of_one([last]), of_one([0]))
 
 
 def _attend_one(

@@ -255,6 +255,10 @@ class KVCache:
         """All pages of each group."""
         return tuple(allocator.num_pages for allocator in self._allocators)
 
+    def generations(self, group: int) -> npt.NDArray[np.int64]:
+        """For each page of ``group`` a count that grows before it is written to; a live view."""
+        return np.frombuffer(self._allocators[group].generations, np.int64)
+
     def cost(self, sequence: int | PrefixMatch | None, new_tokens: int) -> tuple[int, ...]:
         """Pages of each group that reserving ``new_tokens`` more tokens would take.
 
@@ -318,22 +322,29 @@ class KVCache:
         except BaseException:
             self._give_back(growth)
             raise
-        for state, growths in zip(states, growth, strict=True):
+        for state, growths, count in zip(states, growth, counts, strict=True):
             state.growth = growths
+            if count and state.length % self.layout.page_size:  # an unfinished page is written to
+                for allocator, table in zip(self._allocators, state.tables, strict=True):
+                    allocator.rewrite(table.pages[-1])
         self._reservations.append(made)
         return made
 
     def commit(
-        self, reservation: Reservation, tokens: Sequence[Sequence[int]] | None = None
+        self, reservation: Reservation, tokens: Sequence[Sequence[int] | None] | None = None
     ) -> None:
         """Make the reserved tokens part of their sequences and give back pages behind windows.
 
-        ``tokens`` are the ids of each chunk, for the prefix index; sequences of unknown tokens
-        leave it. Of a chunk with fewer ids than were reserved only so many are committed.
-        CacheError, with nothing changed, if there are more ids than reserved.
+        ``tokens`` are the ids of each chunk, for the prefix index; None for all or one of them for
+        tokens that are unknown or not exact: their sequence leaves the index for good, and what of
+        it is in there stays. Of a chunk with fewer ids than were reserved only so many are
+        committed. CacheError, with nothing changed, if there are more ids than reserved.
         """
         reserved = [count for _, count in reservation.chunks]
-        counts = reserved if tokens is None else [len(part) for part in tokens]
+        told = [None] * len(reserved) if tokens is None else tokens
+        counts = [
+            count if part is None else len(part) for count, part in zip(reserved, told, strict=True)
+        ]
         if len(counts) != len(reserved) or any(map(operator.gt, counts, reserved)):
             raise CacheError(f"ids of {counts} tokens are more than the {reserved} reserved")
         self._close(reservation)
@@ -353,7 +364,7 @@ class KVCache:
                 if growth.copy_to is not None or growth.new_pages:
                     state.tables[index] = grown(table, growth)
             if count and self._sharing is not None:
-                self._sharing.extend(state, None if tokens is None else tokens[at])
+                self._sharing.extend(state, told[at])
             for index, group in self._windowed:
                 moved = self._leave_window(state, index, group) or moved
         if not moved:
