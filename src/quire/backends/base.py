@@ -109,8 +109,8 @@ class Backend(Protocol):
     def score_signatures(self, query: HostArray, signs: HostArray, pages: HostArray) -> HostArray:
         """Matches of signatures: see :func:`quire.backends.selecting.score_signatures`."""
 
-    def join_rows(self, parts: Sequence[tuple[HostArray, Array]]) -> Array:
-        """One array of all rows: x[i] of each (rows int64 [R], x [R, n]) is row ``rows[i]``."""
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
+        """One array of all rows: x[i] of each (rows [R], x [R, n]) is row ``rows[i]``."""
 
     def block(self, params: Any) -> Any:
         """Take half a decoder layer's weights: AttentionParams or MlpParams, see ``blocks.py``."""

@@ -257,11 +257,11 @@ class ReferenceBackend:
         """[H, W], [P, G, page_size, W], [n] -> [G, n]."""
         return score_signatures(query, signs, pages)
 
-    def join_rows(self, parts: Sequence[tuple[Array, Array]]) -> Array:
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
         """Of rows [R] and x [R, n] each -> [T, n]."""
         out = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), np.float32)
         for rows, x in parts:
-            out[rows] = x
+            out[list(rows)] = x
         return out
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:

@@ -4,9 +4,9 @@
 dimension over the keys of a page. No key's product with a query is above the sum over dimensions of
 ``max(q * least, q * greatest)``.
 
-*Signatures* (SimHash, Charikar, 2002, doi:10.1145/509907.509965): on which side of some random planes
-through the origin a key lies. The share of planes that two vectors lie on different sides of is, in
-expectation, the angle between them over pi.
+*Signatures* (SimHash, Charikar, 2002, doi:10.1145/509907.509965): on which side of some random
+planes through the origin a key lies. The share of planes that two vectors lie on different sides of
+is, in expectation, the angle between them over pi.
 
 n pages, P in a pool, G KV heads, H query heads, D head_dim, W words of 64 bits.
 """

@@ -132,4 +132,3 @@ class Policies:
                     before = samples[at].reading
                     samples[at].reading = usage if before is None else before + usage
             self.reader.settle(self._sparse)
-

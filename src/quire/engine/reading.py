@@ -154,7 +154,7 @@ class SparseStep:
             layer: [token for token in tokens if layer in token.summaries.layers]
             for layer in sorted({layer for token in tokens for layer in token.summaries.layers})
         }
-        self._others: dict[tuple[int, ...], tuple[Array, PagedBatch]] = {}
+        self._others: dict[tuple[int, ...], tuple[list[int], PagedBatch]] = {}
         for token in tokens:
             token.summaries.bring(token.pages[1:-1])
 
@@ -164,11 +164,11 @@ class SparseStep:
         group, tokens = self._batch.group_of_layer[layer], self._choosing.get(layer)
         if not tokens:
             return backend.attend(query, pool, self._batch, group)
-        rows = np.array([token.row for token in tokens])
+        rows = tuple(token.row for token in tokens)
         chosen = self._choose(layer, query, tokens)
         parts = [(rows, backend.attend_pages(backend.rows(query, rows), pool, chosen))]
-        others, batch = self._rest(tuple(rows.tolist()))
-        if len(others):
+        others, batch = self._rest(rows)
+        if others:
             parts.append((others, backend.attend(backend.rows(query, others), pool, batch, group)))
         return backend.join_rows(parts)
 
@@ -193,11 +193,11 @@ class SparseStep:
             np.array([token.last for token in tokens]),
         )
 
-    def _rest(self, rows: tuple[int, ...]) -> tuple[Array, PagedBatch]:
+    def _rest(self, rows: tuple[int, ...]) -> tuple[list[int], PagedBatch]:
         """Tokens of the batch that are not among ``rows``, and the batch of them alone."""
         if rows not in self._others:
             others = np.setdiff1d(np.arange(self._batch.num_tokens), rows)
-            self._others[rows] = others, self._batch.select(others)
+            self._others[rows] = others.tolist(), self._batch.select(others)
         return self._others[rows]
 
     def _usage_of(self, token: _Token) -> ReadUsage:

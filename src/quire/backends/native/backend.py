@@ -195,13 +195,13 @@ class NativeBackend:
         """[H, W], [P, G, page_size, W], [n] -> [G, n]."""
         return score_signatures(query, signs, pages)
 
-    def join_rows(self, parts: Sequence[tuple[Array, Array]]) -> Array:
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
         """Of rows [R] and x [R, n] each -> [T, n]."""
         if len(parts) == 1:
             return parts[0][1]
         out = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), np.float32)
         for rows, x in parts:
-            out[rows] = x
+            out[list(rows)] = x
         return out
 
     def block(self, params: AttentionParams | MlpParams) -> Any:
