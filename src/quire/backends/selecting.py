@@ -2,7 +2,8 @@
 
 *Bounds* (Quest, Tang et al., 2024, arXiv:2406.10774): the least and the greatest number of each
 dimension over the keys of a page. No key's product with a query is above the sum over dimensions of
-``max(q * least, q * greatest)``.
+``max(q * least, q * greatest)``. They are kept as bf16, rounded outwards, so that they stay bounds;
+of bf16 keys they are exact.
 
 *Signatures* (SimHash, Charikar, 2002, doi:10.1145/509907.509965): on which side of some random
 planes through the origin a key lies. The share of planes that two vectors lie on different sides of
@@ -13,6 +14,7 @@ n pages, P in a pool, G KV heads, H query heads, D head_dim, W words of 64 bits.
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -32,9 +34,19 @@ WORD = 64
 
 
 def key_bounds(key: Array) -> Array:
-    """Keys [n, page_size, G, D] -> float32 [n, G, 2, D], least and greatest; NaN if one is NaN."""
+    """Keys [n, page_size, G, D] -> bf16 [n, G, 2, D], least and greatest; NaN if one is NaN."""
     wide = key.astype(np.float32)
-    return np.stack([wide.min(axis=1), wide.max(axis=1)], axis=2)
+    return np.stack([_away(wide.min(axis=1), -1), _away(wide.max(axis=1), 1)], axis=2)
+
+
+def _away(x: Array, sign: int) -> Array:
+    """Float32 to bf16, up where ``sign`` is 1, down where it is -1."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    cut = (bits & 0xFFFF != 0) & ~np.isnan(x)  # cutting is towards zero
+    grows = cut & (np.signbit(x) == (sign < 0))
+    high = ((bits >> 16) + grows).astype(np.uint16)
+    high[np.isnan(x)] = 0x7FC0
+    return high.view(ml_dtypes.bfloat16)
 
 
 def split_query(query: Array, num_kv_heads: int) -> Array:
@@ -51,14 +63,14 @@ def score_bounds(query: Array, bounds: Array, pages: Array) -> Array:
     """Upper bounds of the scores of keys in pages, float32 [G, n].
 
     query    [H, D]; those that share a KV head are summed
-    bounds   float32 [P, G, 2, D], least and greatest
+    bounds   bf16 [P, G, 2, D], least and greatest
     pages    int64 [n]
 
     A page of which nothing can be said, since it has infinite or NaN keys, has the bound infinity.
     """
     parts = split_query(query, bounds.shape[1])
     with np.errstate(invalid="ignore", over="ignore"):
-        found: Array = np.einsum("gpd,ngpd->gn", parts, bounds[pages])
+        found: Array = np.einsum("gpd,ngpd->gn", parts, bounds[pages].astype(np.float32))
     found[np.isnan(found)] = np.inf
     return found
 

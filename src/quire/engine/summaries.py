@@ -7,6 +7,7 @@ that come back from a tier or a session need nothing else.
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -27,7 +28,7 @@ PAGES_AT_ONCE = 256  # that are decoded at a time
 def summary_bytes(choice: EvictChoice, shape: PageShape) -> int:
     """Bytes that what ``choice`` remembers of a page takes in one layer."""
     if choice.policy == "quest":
-        return 2 * 4 * shape.key_dim * shape.num_kv_heads
+        return 2 * 2 * shape.key_dim * shape.num_kv_heads
     return choice.bits // 8 * shape.page_size * shape.num_kv_heads
 
 
@@ -87,7 +88,7 @@ class Summaries:
     def _zeros(self, shape: PageShape, pages: int) -> Array:
         heads, words = shape.num_kv_heads, self._choice.bits // WORD
         if self._choice.policy == "quest":
-            return np.zeros((pages, heads, 2, shape.key_dim), np.float32)
+            return np.zeros((pages, heads, 2, shape.key_dim), ml_dtypes.bfloat16)
         return np.zeros((pages, heads, shape.page_size, words), np.uint64)
 
     def _summary(self, key: Array) -> Array:

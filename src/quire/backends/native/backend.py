@@ -12,7 +12,7 @@ import numpy.typing as npt
 from quire.backends.blocks import AttentionParams, MlpParams, Projection, attention_rows
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool, require_formats
-from quire.backends.selecting import score_bounds, score_signatures
+from quire.backends.selecting import split_query
 from quire.batch import ChosenPages, PagedBatch
 from quire.errors import BackendError
 from quire.machine import this_machine
@@ -189,11 +189,16 @@ class NativeBackend:
 
     def score_bounds(self, query: Array, bounds: Array, pages: Array) -> Array:
         """[H, D], [P, G, 2, D], [n] -> [G, n]."""
-        return score_bounds(query, bounds, pages)
+        out = np.empty((bounds.shape[1], len(pages)), np.float32)
+        parts = split_query(query, bounds.shape[1])
+        self._native.score_bounds(parts, bounds.view(np.uint16), pages, out)
+        return out
 
     def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
         """[H, W], [P, G, page_size, W], [n] -> [G, n]."""
-        return score_signatures(query, signs, pages)
+        out = np.empty((signs.shape[1], len(pages)), np.float32)
+        self._native.score_signatures(query, signs, pages, out)
+        return out
 
     def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
         """Of rows [R] and x [R, n] each -> [T, n]."""
