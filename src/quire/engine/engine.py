@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends import create_backend
+from quire.batch import PagedBatch
 from quire.cache import PrefixQuery
 from quire.cache.session import SessionFile, write_session
 from quire.config import CacheConfig, EngineConfig, refuse_unknown
@@ -30,7 +31,7 @@ from quire.engine.loads import Loads
 from quire.engine.output import TextStream
 from quire.engine.pieces import Pieces
 from quire.engine.pins import Pins
-from quire.engine.policies import Policies, require_usable
+from quire.engine.policies import Attend, Policies, require_usable
 from quire.engine.prompts import Prompt, PromptReader, as_prompts, require_salt
 from quire.engine.queues import Queues
 from quire.engine.request import (
@@ -182,8 +183,8 @@ class Engine:
         elif policy.drops:
             kept = policy.tokens(len(tokens)) + self._layout.page_size
             self._prompts.require_kept_fit(tokens, params, kept)
-        else:  # all of it is kept, and nothing of it can be streamed
-            self._prompts.require_fit(tokens, params)
+        else:
+            self._prompts.require_unstreamed(tokens, params, policy.policy)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         request = Request(self._arrivals, tokens, params, seed, time.perf_counter(), salt=salt)
         request.stop_tokens = self._stop_tokens(params)
@@ -356,6 +357,10 @@ class Engine:
         shape = (self.config.max_batch_tokens, self.model_config.vocab_size)
         begin = self._policies.follow_forced
         return ForcedText(self.cache, self._forward_forced, self._affordable, shape, begin)
+
+    def attention(self, parts: Sequence[Part], batch: PagedBatch) -> Attend:
+        """How a step of (sequence, new tokens, wanted rows) attends, layer by layer."""
+        return self._policies.attention(parts, batch) or self._policies.plain(batch)
 
     def explain_prefix(self, prompt: Prompt, *, salt: str = "") -> PrefixExplanation:
         """What of a prompt is cached now and why the rest is not; changes nothing."""

@@ -14,7 +14,7 @@ from quire.errors import ConfigError, RequestError
 from quire.evict_choice import EvictChoice, parse_eviction
 from quire.layout import CacheLayout
 
-__all__ = ["Policies", "require_usable"]
+__all__ = ["Attend", "Policies", "require_usable"]
 
 Attend = Callable[[int, Any], Any]
 
@@ -104,16 +104,20 @@ class Policies:
         self._sparse = self.reader.step(parts, batch)
         if self._watch is None and self._sparse is None:
             return None
-        watch, sparse, backend, pools = self._watch, self._sparse, self._backend, self._cache.pools
+        watch, backend = self._watch, self._backend
+        inner = self.plain(batch) if self._sparse is None else self._sparse.attend
 
         def attend(layer: int, query: Any) -> Any:
             if watch is not None:
                 watch(layer, backend.to_host(query))
-            if sparse is not None:
-                return sparse.attend(layer, query)
-            return backend.attend(query, pools[layer], batch, batch.group_of_layer[layer])
+            return inner(layer, query)
 
         return attend
+
+    def plain(self, batch: PagedBatch) -> Attend:
+        """Attention over all pages."""
+        pools, groups = self._cache.pools, batch.group_of_layer
+        return lambda layer, query: self._backend.attend(query, pools[layer], batch, groups[layer])
 
     def exact_tokens(self, parts: Sequence[Part]) -> list[Sequence[int] | None]:
         """For the prefix index, the tokens of each part; None where keys are not the exact ones."""
