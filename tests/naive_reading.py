@@ -57,7 +57,7 @@ def choose(scores: list[float], count: int) -> list[int]:
 
 
 class SparseLlama(NaiveLlama):
-    """Reads ``pages`` pages of ``size`` tokens from place ``prompt`` on, but in ``dense`` layers."""
+    """Reads ``pages`` pages of ``size`` tokens behind ``prompt`` tokens and ``dense`` layers."""
 
     def __init__(self, directory: Any, score: Any, plan: dict[str, int]) -> None:
         super().__init__(directory)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def test_pages_that_are_not_chosen_are_not_read(
     def poisoned(query: Any, pool: Any, chosen: Any) -> Any:
         heads = pool.shape.num_kv_heads
         kept = pool.export_pages(range(pool.num_pages))
-        lists = [set(chosen.indices[a:b]) for a, b in zip(chosen.indptr, chosen.indptr[1:])]
+        lists = [set(chosen.indices[a:b]) for a, b in pairwise(chosen.indptr)]
         for g in range(heads):
             read = set.union(*lists[g::heads])
             for page in set(range(pool.num_pages)) - (set() if poison_chosen[0] else read):
@@ -316,7 +317,7 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(llama: Path) -> None
         open_engine(llama, QUEST, page_size="whole")
     with pytest.raises(ConfigError, match="3 pages of 4 tokens; give a budget of at least 12"):
         open_engine(llama, "quest:budget=11")
-    with pytest.raises(ConfigError, match="layers from 3 on .* none of the 3 layers"):
+    with pytest.raises(ConfigError, match=r"layers from 3 on .* none of the 3 layers"):
         open_engine(llama, "lsh:budget=20,dense=3")
     engine = open_engine(llama, num_pages=16, host_cache="4MiB")
     with pytest.raises(RequestError, match="at least 12"):

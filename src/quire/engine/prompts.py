@@ -107,9 +107,9 @@ class PromptReader:
         """Raise RequestError for a request that could only be streamed, which ``policy`` cannot."""
         if not self.fits_pool(tokens, params):
             raise RequestError(
-                f"{len(tokens)} prompt tokens and up to {params.max_new_tokens} new ones do not fit "
-                f"the pool, and {policy} chooses among pages in the pool: what is streamed reads "
-                "all of them; raise kv_memory, lower max_new_tokens or use evict='none'"
+                f"{len(tokens)} prompt tokens and up to {params.max_new_tokens} new ones do not "
+                f"fit the pool, and {policy} chooses among pages in the pool: what is streamed "
+                "reads all of them; raise kv_memory, lower max_new_tokens or use evict='none'"
             )
 
     def require_fit(self, tokens: Sequence[int], params: SamplingParams) -> None:

@@ -166,7 +166,8 @@ class SparseStep:
             return backend.attend(query, pool, self._batch, group)
         rows = tuple(token.row for token in tokens)
         chosen = self._choose(layer, query, tokens)
-        parts = [(rows, backend.attend_pages(backend.rows(query, rows), pool, chosen))]
+        sparse = backend.attend_pages(backend.rows(query, rows), pool, chosen)
+        parts: list[tuple[Sequence[int], Any]] = [(rows, sparse)]
         others, batch = self._rest(rows)
         if others:
             parts.append((others, backend.attend(backend.rows(query, others), pool, batch, group)))
