@@ -19,9 +19,11 @@ def best_pages(scores: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
     heads, scored = scores.shape
     wanted = count - 2
     least = np.partition(scores, scored - wanted, axis=1)[:, scored - wanted, None]
-    above, equal = scores > least, scores == least
-    room = wanted - above.sum(axis=1, keepdims=True)
-    chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
+    chosen = scores >= least
+    if np.count_nonzero(chosen) > heads * wanted:  # some are equal to the last that is chosen
+        above, equal = scores > least, scores == least
+        room = wanted - above.sum(axis=1, keepdims=True)
+        chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
     out = np.empty((heads, count), np.int64)
     out[:, 0], out[:, -1] = 0, scored + 1
     out[:, 1:-1] = np.nonzero(chosen)[1].reshape(heads, wanted) + 1
