@@ -332,3 +332,26 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(llama: Path) -> None
     ]:
         with pytest.raises(ConfigError, match=message):
             quire.CacheConfig(evict=text)
+
+
+def test_generations_grow_before_anything_is_written(llama: Path) -> None:
+    """Of the page that a token is appended to, of new ones, and of those that tokens move to."""
+    cache = open_engine(llama).cache
+    sequence = cache.create()
+
+    def written(act: Callable[[], Any]) -> list[int]:
+        before = cache.generations(0).copy()
+        act()
+        return np.flatnonzero(cache.generations(0) != before).tolist()
+
+    def append(count: int) -> None:
+        cache.commit(cache.reserve([(sequence, count)]))
+
+    grown = written(lambda: append(10))
+    pages = cache.page_tables(sequence)[0][1]
+    assert grown == sorted(pages)
+    assert written(lambda: append(1)) == [pages[2]]
+    assert written(lambda: cache.truncate(sequence, 6)) == []
+    assert written(lambda: append(1)) == [pages[1]]
+    keep = [np.tile(np.array([0, 2, 3, 5, 6]), (2, 1))] * LAYERS
+    assert written(lambda: cache.evict(sequence, keep)) == sorted(pages[:2])
