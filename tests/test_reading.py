@@ -13,6 +13,7 @@ import quire
 from checkpoints import tiny_config, write_checkpoint
 from naive_reading import SparseLlama, choose, lsh_score, quest_score
 from quire.backends.selecting import planes
+from quire.batch import ChosenPages
 from quire.engine.reading import ReadUsage, SparseStep
 from quire.errors import ConfigError, RequestError
 from tiny import random_prompt, write_llama, write_mixed, write_sliding
@@ -355,3 +356,25 @@ def test_generations_grow_before_anything_is_written(llama: Path) -> None:
     assert written(lambda: append(1)) == [pages[1]]
     keep = [np.tile(np.array([0, 2, 3, 5, 6]), (2, 1))] * LAYERS
     assert written(lambda: cache.evict(sequence, keep)) == sorted(pages[:2])
+
+
+@each_backend
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8"])
+def test_lists_of_all_pages_give_the_bits_of_attention(
+    format: str, backend: str, llama: Path
+) -> None:
+    engine = open_engine(llama, backend=backend, kv_format=format)
+    with engine.forced() as text:
+        text.read(random_prompt(50))
+        reservation = engine.cache.reserve([(text.sequence, 1)])
+        [tables], pool = reservation.batch.groups, engine.cache.pools[0]
+        query = np.random.default_rng(0).standard_normal((1, 6, DIM)).astype(np.float32)
+        pages = tables.indices
+        everything = ChosenPages(
+            PAGE, np.array([0, 1, 2]) * len(pages), np.tile(pages, 2), tables.last_page_len
+        )
+        np.testing.assert_array_equal(
+            engine.backend.attend_pages(query, pool, everything),
+            engine.backend.attend(query, pool, reservation.batch, 0),
+        )
+        engine.cache.rollback(reservation)
