@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NO_OPEN_PAGES", "GroupBatch", "OpenPages", "PagedBatch"]
+__all__ = ["NO_OPEN_PAGES", "ChosenPages", "GroupBatch", "OpenPages", "PagedBatch"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -162,3 +162,19 @@ class PagedBatch:
         after = self.positions + 1
         places = after if self.places is self.positions else self.places + 1
         return PagedBatch(after, self.query_indptr, groups, self.group_of_layer, places)
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenPages:
+    """Pages that one token of each of S sequences reads, each of G KV heads its own.
+
+    indptr         int64 [S * G + 1]: head g of sequence s reads the pages
+                   ``indices[indptr[s * G + g]:indptr[s * G + g + 1]]``
+    indices        int64 [pages]: page ids in order of place, the last with the newest token
+    last_page_len  int64 [S]: tokens in that last page; all others are full
+    """
+
+    page_size: int
+    indptr: IntArray
+    indices: IntArray
+    last_page_len: IntArray

@@ -221,9 +221,9 @@ class CacheConfig:
     host_cache  bytes of host memory for pages that the pool gives up; None has no such tier.
     cache_dir   directory where whole pages are kept for later processes; None has no such tier.
     disk_cache  most bytes of the files in ``cache_dir``, at any moment; 20 GiB if not given.
-    evict       what requests drop when they outgrow a budget of tokens, unless they say otherwise:
-                ``"none"``, or a policy such as ``"window:budget=512,sink=4"`` (see
-                :mod:`quire.evict_choice`).
+    evict       what requests drop, or do not read, when they outgrow a budget of tokens, unless
+                they say otherwise: ``"none"``, or a policy such as ``"window:budget=512,sink=4"``
+                or ``"quest:budget=1024"`` (see :mod:`quire.evict_choice`).
     """
 
     page_size: int | Literal["whole", "auto"] = "auto"

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from quire.batch import PagedBatch
+from quire.batch import ChosenPages, PagedBatch
 from quire.pages import PageFormat, PagePool, PageShape
 
 __all__ = ["Array", "Backend", "HostArray"]
@@ -103,6 +103,22 @@ class Backend(Protocol):
         own page from its open page (:class:`quire.batch.OpenPages`), the others from
         ``batch.groups[group].indices``. So what a query sees depends on its place alone.
         """
+
+    def attend_pages(self, query: Array, pool: PagePool, chosen: ChosenPages) -> Array:
+        """Attention of one token of each of S sequences, [S, H, D] -> [S, H * D].
+
+        As :meth:`attend`, but each KV head reads the pages that ``chosen`` lists for it and no
+        other byte of keys and values. Over all pages of a sequence it gives the same bits.
+        """
+
+    def score_bounds(self, query: Array, bounds: HostArray, pages: HostArray) -> HostArray:
+        """Upper bounds of scores of pages: see :func:`quire.backends.selecting.score_bounds`."""
+
+    def score_signatures(self, query: HostArray, signs: HostArray, pages: HostArray) -> HostArray:
+        """Matches of signatures: see :func:`quire.backends.selecting.score_signatures`."""
+
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
+        """One array of all rows: x[i] of each (rows [R], x [R, n]) is row ``rows[i]``."""
 
     def block(self, params: Any) -> Any:
         """Take half a decoder layer's weights: AttentionParams or MlpParams, see ``blocks.py``."""

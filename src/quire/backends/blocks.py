@@ -111,16 +111,15 @@ def _mix(
     pool: PagePool,
     *,
     group: int,
-    see: Callable[[Array], None] | None = None,
+    attend: Callable[[Array], Array] | None = None,
 ) -> Array:
     """What attention gives for the tokens of ``batch``, normed [T, hidden] -> [T, hidden]."""
     query = backend.heads(_linear(backend, normed, params.q), params.num_heads)
     if params.q_norm is not None:
         query = backend.rms_norm(query, params.q_norm, params.norm_eps)
     query = backend.rope(query, batch.positions, params.inv_freq)
-    if see is not None:
-        see(query)
-    return _linear(backend, backend.attend(query, pool, batch, group), params.o)
+    mixed = backend.attend(query, pool, batch, group) if attend is None else attend(query)
+    return _linear(backend, mixed, params.o)
 
 
 def attention_block(
@@ -131,15 +130,16 @@ def attention_block(
     pool: PagePool,
     *,
     group: int,
-    see: Callable[[Array], None] | None = None,
+    attend: Callable[[Array], Array] | None = None,
 ) -> Array:
     """x [T, hidden] -> x + attention(norm(x)); the new keys and values go into the pool.
 
-    ``see`` is shown the queries [T, H, D] when the keys are there.
+    ``attend`` takes the place of the backend's: queries [T, H, D] -> [T, H * D], when the keys are
+    there.
     """
     normed = backend.rms_norm(x, params.norm, params.norm_eps)
     _keep(backend, normed, params, batch, pool, group=group)
-    return backend.add(x, _mix(backend, normed, params, batch, pool, group=group, see=see))
+    return backend.add(x, _mix(backend, normed, params, batch, pool, group=group, attend=attend))
 
 
 def attention_rows(

@@ -8,6 +8,7 @@ by NumPy; ``tests/test_exactness.py`` checks it on the bits.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from quire.backends.blocks import (
     mlp_block,
 )
 from quire.backends.reference_pool import ReferencePool
-from quire.batch import GroupBatch, PagedBatch
+from quire.backends.selecting import score_bounds, score_signatures
+from quire.batch import ChosenPages, GroupBatch, PagedBatch
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
 
@@ -123,6 +125,37 @@ class ReferenceBackend:
                 out[part] = _attend_one(query[part], batch.places[part], pool, tables, s)
         return out.reshape(len(query), query.shape[1] * pool.shape.value_dim)
 
+    def attend_pages(self, query: Array, pool: PagePool, chosen: ChosenPages) -> Array:
+        """[S, H, D] -> [S, H * D]; one KV head of one sequence at a time."""
+        assert isinstance(pool, ReferencePool)
+        heads = pool.shape.num_kv_heads
+        by_head = query.reshape(len(query), heads, -1, query.shape[2])
+        out = np.empty((*by_head.shape[:3], pool.shape.value_dim), np.float32)
+        for g in range(heads):
+            alone = pool.one_head(g)
+            for s, last in enumerate(chosen.last_page_len):
+                at = s * heads + g
+                pages = chosen.indices[chosen.indptr[at] : chosen.indptr[at + 1]]
+                tables = _one_sequence(pages, int(last), chosen.page_size)
+                place = np.array([tables.span(0)[1] - 1])
+                out[s, g] = _attend_one(by_head[s, g][None], place, alone, tables, 0)[0]
+        return out.reshape(len(query), -1)
+
+    def score_bounds(self, query: Array, bounds: Array, pages: Array) -> Array:
+        """[H, D], [P, G, 2, D], [n] -> [G, n]."""
+        return score_bounds(query, bounds, pages)
+
+    def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
+        """[H, W], [P, G, page_size, W], [n] -> [G, n]."""
+        return score_signatures(query, signs, pages)
+
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
+        """Of rows [R] and x [R, n] each -> [T, n]."""
+        out = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), np.float32)
+        for rows, x in parts:
+            out[list(rows)] = x
+        return out
+
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""
         return x[np.asarray(indices, dtype=np.int64)]
@@ -181,6 +214,13 @@ def _alike(places: Array, rows: slice, tables: GroupBatch) -> list[slice]:
     cuts = [*np.flatnonzero(np.diff(page)) + 1, len(page)]
     starts = [0, *cuts]
     return [slice(rows.start + a, rows.start + b) for a, b in zip(starts, cuts, strict=False)]
+
+
+def _one_sequence(pages: Array, last: int, page_size: int) -> GroupBatch:
+    """Page tables of a sequence of these pages."""
+    of_one, none = partial(np.array, dtype=np.int64), np.empty(0, np.int64)
+    held = of_one([0, len(pages)])
+    return GroupBatch(page_size, None, none, held, pages, of_one([last]), of_one([0]))
 
 
 def _attend_one(

@@ -1,7 +1,8 @@
 """Storage of one layer's pages as their formats define them, in NumPy arrays."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,17 @@ class ReferencePool:
                 page = int(np.prod(dims)) * dtype.itemsize
                 data[:, start + first * (page // size) : start + page] = 0
                 start += page
+
+    def one_head(self, head: int) -> "ReferencePool":
+        """The same memory as a pool of one KV head."""
+        alone, of_head = copy(self), slice(head, head + 1)
+        alone.shape = replace(self.shape, num_kv_heads=1)
+        alone._open_shape = alone.shape.open_shape
+        alone.key, alone.value, alone.open_key, alone.open_value = (
+            tuple(array[:, :, of_head] for array in held)
+            for held in (self.key, self.value, self.open_key, self.open_value)
+        )
+        return alone
 
     def block(self, slots: Array, offset: int, length: int) -> tuple[Array, Array]:
         """K and V of one block as float32 ``[num_kv_heads, length, dim]``.

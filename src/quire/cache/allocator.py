@@ -3,6 +3,7 @@
 Ints only; knows nothing of sequences or of what a page holds.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
@@ -39,6 +40,9 @@ class PageAllocator:
     nobody) or free. Cached pages are given up when free ones are not enough: least recently
     released first, and of those released together the last first, so that a prefix loses its tail
     before its head. ``on_evict`` is told of each before it is taken.
+
+    generations   of each page a count that grows before anything is written to it: who remembers
+                  something of a page's numbers remembers its generation, too
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class PageAllocator:
         self._on_evict = on_evict
         self._references = [0] * self.num_pages
         self._kept = bytearray(self.num_pages)
+        self.generations = array("q", bytes(8 * self.num_pages))
 
     @property
     def num_free(self) -> int:
@@ -109,7 +114,12 @@ class PageAllocator:
         del free[len(free) - count :]
         for page in pages:
             self._references[page] = 1
+            self.generations[page] += 1
         return pages
+
+    def rewrite(self, page: int) -> None:
+        """A held page is about to be written to."""
+        self.generations[page] += 1
 
     def retain(self, pages: Iterable[int]) -> None:
         """Add a reference to each page; all must be held or cached."""

@@ -266,6 +266,10 @@ class KVCache:
         """All pages of each area: of each group, and of open ones where pages are packed."""
         return tuple(area.num_pages for area in self._areas)
 
+    def generations(self, group: int) -> npt.NDArray[np.int64]:
+        """For each page of ``group`` a count that grows before it is written to; a live view."""
+        return np.frombuffer(self._allocators[group].generations, np.int64)
+
     def cost(self, sequence: int | PrefixMatch | None, new_tokens: int) -> tuple[int, ...]:
         """Pages of each area that reserving ``new_tokens`` more tokens would take.
 
@@ -345,6 +349,10 @@ class KVCache:
         except BaseException:
             self._grower.give_back(growth)
             raise
+        for state, count in zip(states, counts, strict=True):
+            if count and state.length % self.layout.page_size:  # an unfinished page is written to
+                for allocator, table in zip(self._allocators, state.tables, strict=True):
+                    allocator.rewrite(table.pages[-1])
         return self._opened(made)
 
     def reserve_whole(self, sequence: int, pages: int) -> Reservation:
@@ -367,16 +375,20 @@ class KVCache:
         return self._opened(made)
 
     def commit(
-        self, reservation: Reservation, tokens: Sequence[Sequence[int]] | None = None
+        self, reservation: Reservation, tokens: Sequence[Sequence[int] | None] | None = None
     ) -> None:
         """Make the reserved tokens part of their sequences and give back pages behind windows.
 
-        ``tokens`` are the ids of each chunk, for the prefix index; sequences of unknown tokens
-        leave it. Of a chunk with fewer ids than were reserved only so many are committed.
-        CacheError, with nothing changed, if there are more ids than reserved.
+        ``tokens`` are the ids of each chunk, for the prefix index; None for all or one of them for
+        tokens that are unknown or not exact: their sequence leaves the index for good, and what of
+        it is in there stays. Of a chunk with fewer ids than were reserved only so many are
+        committed. CacheError, with nothing changed, if there are more ids than reserved.
         """
         reserved = [count for _, count in reservation.chunks]
-        counts = reserved if tokens is None else [len(part) for part in tokens]
+        told = [None] * len(reserved) if tokens is None else tokens
+        counts = [
+            count if part is None else len(part) for count, part in zip(reserved, told, strict=True)
+        ]
         if len(counts) != len(reserved) or any(map(operator.gt, counts, reserved)):
             raise CacheError(f"ids of {counts} tokens are more than the {reserved} reserved")
         self._close(reservation)
@@ -392,7 +404,7 @@ class KVCache:
             if growths:
                 self._grower.settle(state, growths)
             if count and self._sharing is not None:
-                self._sharing.extend(state, None if tokens is None else tokens[at])
+                self._sharing.extend(state, told[at])
             for index, group in self._windowed:
                 moved = self._leave_window(state, index, group) or moved
         if not moved:

@@ -65,8 +65,8 @@ def _tokens(ctx: click.Context, option: click.Parameter, text: str) -> int | Non
     "evictions",
     multiple=True,
     metavar="SPEC",
-    help="An eviction policy to measure with every format, such as window:budget=512; may be "
-    "repeated.  [default: none]",
+    help="A policy to measure with every format, such as window:budget=512 or quest:budget=512; "
+    "may be repeated.  [default: none]",
 )
 @click.option(
     "--budget",
@@ -116,7 +116,7 @@ def measure(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure what page formats and eviction cost.
+    """Measure what page formats, eviction and sparse reading cost.
 
     Every --kv-format with every --evict is a candidate. The exact cache and all candidates read the
     same text, token by token after a prefilled half passage; printed are bytes a token, perplexity

@@ -142,7 +142,8 @@ _SAMPLING = (
         "--evict",
         metavar="SPEC",
         help="Drop what is above a budget of tokens, at a loss: window:budget=512,sink=4, "
-        "knorm:budget=512, snapkv:budget=25% or h2o:budget=512.  [default: none]",
+        "knorm:budget=512, snapkv:budget=25% or h2o:budget=512; or keep all and read a budget of "
+        "them: quest:budget=1024 or lsh:budget=1024.  [default: none]",
     ),
 )
 

@@ -100,6 +100,17 @@ class PromptReader:
                 "the budget or raise kv_memory"
             )
 
+    def require_unstreamed(
+        self, tokens: Sequence[int], params: SamplingParams, policy: str
+    ) -> None:
+        """Raise RequestError for a request that could only be streamed, which ``policy`` cannot."""
+        if not self.fits_pool(tokens, params):
+            raise RequestError(
+                f"{len(tokens)} prompt tokens and up to {params.max_new_tokens} new ones do not "
+                f"fit the pool, and {policy} chooses among pages in the pool: what is streamed "
+                "reads all of them; raise kv_memory, lower max_new_tokens or use evict='none'"
+            )
+
     def require_fit(self, tokens: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError, with the numbers, for a request that does not fit the pool."""
         most = self.most_tokens(tokens, params)

@@ -6,6 +6,8 @@ import numpy.typing as npt
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 _Bytes = npt.NDArray[np.uint8]
+_Shorts = npt.NDArray[np.uint16]
+_Words = npt.NDArray[np.uint64]
 
 def variants() -> list[str]: ...
 
@@ -101,6 +103,10 @@ class Native:
         slots: list[_Ints],
         tables: list[Tables],
         y: _Floats,
+    ) -> None: ...
+    def score_bounds(self, query: _Floats, bounds: _Shorts, pages: _Ints, out: _Floats) -> None: ...
+    def score_signatures(
+        self, query: _Words, signs: _Words, pages: _Ints, out: _Floats
     ) -> None: ...
     def probe_read(self, x: _Bytes) -> float: ...
     def probe_multiply(self, steps: int) -> float: ...

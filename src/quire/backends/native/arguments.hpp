@@ -20,6 +20,8 @@ using Ints = nb::ndarray<nb::numpy, const int64_t, nb::ndim<1>, nb::c_contig, nb
 using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Storage = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Scales = nb::ndarray<nb::numpy, uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Shorts = nb::ndarray<nb::numpy, const uint16_t, nb::c_contig, nb::device::cpu>;
+using Words = nb::ndarray<nb::numpy, const uint64_t, nb::c_contig, nb::device::cpu>;
 
 // Raises ValueError unless `ok`. A macro, so that the text is only made when it is needed: some checks
 // are made for every token of every layer.

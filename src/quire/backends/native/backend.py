@@ -12,7 +12,8 @@ import numpy.typing as npt
 from quire.backends.blocks import AttentionParams, MlpParams, Projection, attention_rows
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool, require_formats
-from quire.batch import PagedBatch
+from quire.backends.selecting import split_query
+from quire.batch import ChosenPages, PagedBatch
 from quire.errors import BackendError
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
@@ -157,6 +158,56 @@ class NativeBackend:
         assert isinstance(pool, NativePool)
         out = np.empty((len(query), query.shape[1] * pool.shape.value_dim), np.float32)
         self._native.attend(query, pool.handle, self._tables(batch)[0][group], out)
+        return out
+
+    def attend_pages(self, query: Array, pool: PagePool, chosen: ChosenPages) -> Array:
+        """[S, H, D] -> [S, H * D].
+
+        Heads of a page lie one behind the other, so each is a page of one head, and each KV head
+        of a sequence a sequence of its own.
+        """
+        assert isinstance(pool, NativePool)
+        sequences, heads, dim = len(query), pool.shape.num_kv_heads, query.shape[2]
+        counts = np.diff(chosen.indptr)
+        owner = np.repeat(np.tile(np.arange(heads), sequences), counts)
+        last = np.repeat(chosen.last_page_len, heads)
+        places = (counts - 1) * chosen.page_size + last - 1
+        tables = _native.Tables(
+            places,
+            places,
+            np.arange(len(counts) + 1),
+            chosen.indptr,
+            chosen.indices * heads + owner,
+            last,
+            np.zeros(len(counts), np.int64),
+            chosen.page_size,
+            0,
+        )
+        by_head = np.ascontiguousarray(query).reshape(sequences * heads, -1, dim)
+        out = np.empty((len(by_head), by_head.shape[1] * pool.shape.value_dim), np.float32)
+        self._native.attend(by_head, pool.by_head, tables, out)
+        return out.reshape(sequences, -1)
+
+    def score_bounds(self, query: Array, bounds: Array, pages: Array) -> Array:
+        """[H, D], [P, G, 2, D], [n] -> [G, n]."""
+        out = np.empty((bounds.shape[1], len(pages)), np.float32)
+        parts = split_query(query, bounds.shape[1])
+        self._native.score_bounds(parts, bounds.view(np.uint16), pages, out)
+        return out
+
+    def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
+        """[H, W], [P, G, page_size, W], [n] -> [G, n]."""
+        out = np.empty((signs.shape[1], len(pages)), np.float32)
+        self._native.score_signatures(query, signs, pages, out)
+        return out
+
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
+        """Of rows [R] and x [R, n] each -> [T, n]."""
+        if len(parts) == 1:
+            return parts[0][1]
+        out = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), np.float32)
+        for rows, x in parts:
+            out[list(rows)] = x
         return out
 
     def block(self, params: AttentionParams | MlpParams) -> Any:

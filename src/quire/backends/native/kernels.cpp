@@ -2,6 +2,7 @@
 // compiler flags choosing the instruction set.
 #include "kernels.hpp"
 
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -47,6 +48,7 @@ inline F16 store_rounded(F16 x, uint16_t* to) {
 #include "values.inl"
 #include "attention.inl"
 #include "decode.inl"
+#include "select.inl"
 
 #define QUIRE_TEXT_(x) #x
 #define QUIRE_TEXT(x) QUIRE_TEXT_(x)
@@ -58,7 +60,7 @@ const Kernels* QUIRE_JOIN(QUIRE_VARIANT, _kernels)() {
     static const Kernels kernels{
         QUIRE_TEXT(QUIRE_VARIANT), linear_few, linear_many, row_words, lane_words,
         prefill, decode, decode_merge, append, rms_norm, layer_norm, rope, activate, multiply, add,
-        widen, read, multiply_add};
+        widen, read, multiply_add, score_bounds, score_signatures};
     return &kernels;
 }
 }  // namespace quire

@@ -130,6 +130,14 @@ struct DecodeItem {
 
 inline int64_t partial_size(const Attention& a) { return a.num_heads * (a.pool.value.dim + 2); }
 
+// What is known of pages of a pool, and of one token's query (select.inl).
+struct PageScores {
+    const void *known, *query;
+    const int64_t* pages;
+    int64_t count, heads, share, size, words;  // size: numbers of bounds, or tokens of a page
+    float* out;                                // [heads, count]
+};
+
 struct Kernels {
     const char* name;
     // Both give the same bits; few: outputs [column, column + columns) of all rows. `next`: rows of
@@ -154,6 +162,9 @@ struct Kernels {
     // The machine's limits: read every byte; do `steps` rounds of multiply-adds in registers.
     float (*read)(const uint8_t* x, int64_t bytes);
     float (*multiply_add)(int64_t steps);
+    // Scores of pages [first, end) of those asked for.
+    void (*score_bounds)(const PageScores&, int64_t first, int64_t end);
+    void (*score_signatures)(const PageScores&, int64_t first, int64_t end);
 };
 
 constexpr int PROBE_CHAINS = 24;  // independent multiply-adds of a round, of 16 pairs each

@@ -77,6 +77,10 @@ NB_MODULE(_native, m) {
         .def("mlp_block", &Native::mlp_block, "x"_a.noconvert(), "weights"_a, "y"_a.noconvert())
         .def("layers", &Native::layers, "x"_a.noconvert(), "layers"_a, "cos"_a.noconvert(),
              "sin"_a.noconvert(), "slots"_a.noconvert(), "tables"_a, "y"_a.noconvert())
+        .def("score_bounds", &Native::score_bounds, "query"_a.noconvert(), "bounds"_a.noconvert(),
+             "pages"_a.noconvert(), "out"_a.noconvert())
+        .def("score_signatures", &Native::score_signatures, "query"_a.noconvert(),
+             "signs"_a.noconvert(), "pages"_a.noconvert(), "out"_a.noconvert())
         .def("probe_read", &Native::probe_read, "x"_a.noconvert())
         .def("probe_multiply", &Native::probe_multiply, "steps"_a);
 }

@@ -528,6 +528,43 @@ void Native::layers(Floats x, const Layers& stack, Floats cos, Floats sin, std::
     }
 }
 
+// ---- what is known of pages -------------------------------------------------------------------------
+
+void Native::score_pages(PageScores a, const Ints& pages, int64_t known, const Output& out,
+                         void (*kernel)(const PageScores&, int64_t, int64_t)) {
+    REQUIRE(out.ndim() == 2 && int64_t(out.shape(0)) == a.heads && out.shape(1) == pages.size(),
+            "scores must be [" + std::to_string(a.heads) + ", " + std::to_string(pages.size()) + "]");
+    for (size_t i = 0; i < pages.size(); ++i)
+        REQUIRE(pages(i) >= 0 && pages(i) < known,
+                "page " + std::to_string(pages(i)) + " is not one of " + std::to_string(known));
+    a.pages = pages.data(), a.count = int64_t(pages.size()), a.out = out.data();
+    constexpr int64_t STEP = 64;
+    nb::gil_scoped_release released;
+    threads_.run(ceil_div(a.count, STEP), [&](int64_t i) {
+        kernel(a, i * STEP, (i + 1) * STEP < a.count ? (i + 1) * STEP : a.count);
+    });
+}
+
+void Native::score_bounds(Floats query, Shorts bounds, Ints pages, Output out) {
+    REQUIRE(query.ndim() == 3 && bounds.ndim() == 4 && query.shape(1) == 2 && bounds.shape(2) == 2 &&
+                query.shape(0) == bounds.shape(1) && query.shape(2) == bounds.shape(3),
+            "score_bounds: bounds [pages, heads, 2, dim] and query [heads, 2, dim] disagree");
+    int64_t heads = int64_t(query.shape(0)), size = 2 * int64_t(query.shape(2));
+    PageScores a{bounds.data(), query.data(), nullptr, 0, heads, 1, size, 0, nullptr};
+    score_pages(a, pages, int64_t(bounds.shape(0)), out, kernels_->score_bounds);
+}
+
+void Native::score_signatures(Words query, Words signs, Ints pages, Output out) {
+    REQUIRE(query.ndim() == 2 && signs.ndim() == 4 && query.shape(1) == signs.shape(3) &&
+                signs.shape(1) > 0 && query.shape(0) % signs.shape(1) == 0,
+            "score_signatures: signatures [pages, heads, page_size, words] and query [query heads, "
+            "words] disagree");
+    int64_t heads = int64_t(signs.shape(1)), share = int64_t(query.shape(0)) / heads;
+    PageScores a{signs.data(), query.data(), nullptr, 0, heads, share, int64_t(signs.shape(2)),
+                 int64_t(signs.shape(3)), nullptr};
+    score_pages(a, pages, int64_t(signs.shape(0)), out, kernels_->score_signatures);
+}
+
 // ---- the machine's limits --------------------------------------------------------------------------
 
 // Reads every byte of x, on all threads.

@@ -40,6 +40,10 @@ public:
     void layers(Floats x, const Layers& stack, Floats cos, Floats sin, std::vector<Ints> slots,
                 const std::vector<const Tables*>& tables, Output y);
 
+    // Scores of pages from what is known of their keys: see selecting.py.
+    void score_bounds(Floats query, Shorts bounds, Ints pages, Output out);
+    void score_signatures(Words query, Words signs, Ints pages, Output out);
+
     float probe_read(Bytes x);
     double probe_multiply(int64_t steps);
 
@@ -73,6 +77,8 @@ private:
                     const Floats& sin, const int64_t* positions, const int64_t* slots,
                     int64_t row, int64_t row_end);
 
+    void score_pages(PageScores a, const Ints& pages, int64_t known, const Output& out,
+                     void (*kernel)(const PageScores&, int64_t, int64_t));
     void check_rope(const Floats& cos, const Floats& sin, const Ints& positions, int64_t half) const;
     void check_slots(const Pool& pool, const Ints& slots) const;
     Attention check_attention(const AttentionWeights& w, const Floats& cos, const Floats& sin,

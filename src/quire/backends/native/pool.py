@@ -50,11 +50,9 @@ class NativePool:
             raise BackendError(
                 f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
             ) from error
-        self.handle = _native.Pool(
-            _store(self.key, self.key_scale, shape.key_dim, _code(shape.key_format)),
-            _store(self.value, self.value_scale, shape.value_dim, _code(shape.value_format)),
-            [num_pages, shape.page_size, shape.num_kv_heads],
-        )
+        self.handle = self._handle(num_pages, shape.num_kv_heads)
+        # Page p's head g as page p * heads + g of one head.
+        self.by_head = self._handle(num_pages * shape.num_kv_heads, 1)
 
     def seal(self, source: Array, target: Array) -> None:
         """See :class:`quire.pages.PagePool`."""
@@ -130,6 +128,15 @@ class NativePool:
         """In the order in which :meth:`export_pages` has them."""
         arrays = (self.key, self.key_scale, self.value, self.value_scale)
         return [array for array in arrays if array is not None]
+
+    def _handle(self, num_pages: int, heads: int) -> _native.Pool:
+        """The pool's memory as kernels see it, as so many pages of so many heads."""
+        shape = self.shape
+        return _native.Pool(
+            _store(self.key, self.key_scale, shape.key_dim, _code(shape.key_format)),
+            _store(self.value, self.value_scale, shape.value_dim, _code(shape.value_format)),
+            [num_pages, shape.page_size, heads],
+        )
 
     def _stored(self, parts: tuple[Part, ...]) -> tuple[Array, Array | None]:
         """Zeroed numbers and scales of all pages; int8 as the bytes that kernels read."""
