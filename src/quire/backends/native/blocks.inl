@@ -12,6 +12,8 @@ inline auto by_form(Form form, Work work) {
         case Form::pairs: return work(std::integral_constant<Form, Form::pairs>());
         case Form::int8: return work(std::integral_constant<Form, Form::int8>());
         case Form::fp8: return work(std::integral_constant<Form, Form::fp8>());
+        case Form::int4: return work(std::integral_constant<Form, Form::int4>());
+        case Form::int2: return work(std::integral_constant<Form, Form::int2>());
         default: return work(std::integral_constant<Form, Form::floats>());
     }
 }
@@ -21,13 +23,18 @@ using Number = std::conditional_t<F == Form::floats, float,
                                   std::conditional_t<F == Form::pairs, uint16_t, uint8_t>>;
 // Numbers that are multiplied by one word.
 template <Form F>
-constexpr int BESIDE = F == Form::floats ? 1 : F == Form::pairs ? 2 : 4;
+constexpr bool PACKED = F == Form::int4 || F == Form::int2;
+template <Form F>
+constexpr int BITS = F == Form::int4 ? 4 : 2;  // of a packed number
+template <Form F>
+constexpr int BESIDE = F == Form::floats ? 1 : F == Form::pairs ? 2 : PACKED<F> ? 32 / BITS<F> : 4;
 template <Form F>
 constexpr bool SCALED = F == Form::int8 || F == Form::fp8;
 
 // Keys and values of 16 tokens in the form that the inner loops read, n = BESIDE numbers in a word:
 // key [dim / n][16 tokens][n], value [16 / n][dim][n]; of bytes dim is padded to whole words (keys) or
-// vectors (values). Scales are bf16 [16].
+// vectors (values). Scales are bf16 [16]; of packed numbers minimum and step in turns: of keys [2][dim],
+// of values [ceil(dim / 32)][2][16], `stride` from one row of 16 to the next.
 struct Keys {
     const char* data;
     int64_t stride;  // bytes from one word's line to the next
@@ -36,13 +43,16 @@ struct Keys {
 struct Values {
     const char* data;
     const uint16_t* scale;
+    int64_t stride = 0;
 };
 
 // Words of a query, and of a line of values.
 template <Form F>
 constexpr int64_t key_words(int64_t dim) { return ceil_div(dim, BESIDE<F>); }
 template <Form F>
-constexpr int64_t value_words(int64_t dim) { return SCALED<F> ? ceil_div(dim, 16) * 16 : dim; }
+constexpr int64_t value_words(int64_t dim) {
+    return SCALED<F> || PACKED<F> ? ceil_div(dim, 16) * 16 : dim;
+}
 
 // Copies of one block; slots without a token are zero.
 struct Spare {
@@ -57,7 +67,7 @@ struct Pages {
     int64_t start, end;  // stored positions
 
     int64_t head_of(int64_t position, int64_t head) const {  // among the heads of all pages
-        return ids[(position - start) / pool.page_size] * pool.heads + head;
+        return (ids[(position - start) / pool.page_size] - pool.first) * pool.heads + head;
     }
     int64_t offset(int64_t position) const { return (position - start) % pool.page_size; }
 
@@ -121,6 +131,8 @@ Values copy_values(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     return {reinterpret_cast<const char*>(to), spare.scale};
 }
 
+#include "packed_blocks.inl"
+
 // Bytes of a number as it is stored.
 inline int64_t width(const Store& store) {
     return store.dtype == Dtype::f32 ? 4 : store.scale ? 1 : 2;
@@ -128,6 +140,7 @@ inline int64_t width(const Store& store) {
 
 inline Keys keys_in_place(const Pages& pages, int64_t head, int64_t at) {
     const Store& store = pages.pool.key;
+    if (store.packed()) return packed_keys_in_place(pages, head, at);
     int64_t size = width(store), n = store.beside, page_size = pages.pool.page_size;
     const char* data = static_cast<const char*>(store.data) +
                        (pages.head_of(at, head) * store.dim * page_size + pages.offset(at) * n) * size;
@@ -136,6 +149,7 @@ inline Keys keys_in_place(const Pages& pages, int64_t head, int64_t at) {
 
 inline Values values_in_place(const Pages& pages, int64_t head, int64_t at) {
     const Store& store = pages.pool.value;
+    if (store.packed()) return packed_values_in_place(pages, head, at);
     int64_t first = (pages.head_of(at, head) * pages.pool.page_size + pages.offset(at)) * store.dim;
     return {static_cast<const char*>(store.data) + first * width(store),
             pages.scale(store, at, head)};
@@ -145,12 +159,18 @@ inline Values values_in_place(const Pages& pages, int64_t head, int64_t at) {
 inline Keys keys_at(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     if (pages.whole(pages.pool.key, at)) return keys_in_place(pages, head, at);
     return by_form(pages.pool.key.form,
-                   [&](auto form) { return copy_keys<form()>(pages, head, at, spare); });
+                   [&](auto form) {
+                       if constexpr (PACKED<form()>) return copy_packed_keys<form()>(pages, head, at, spare);
+                       else return copy_keys<form()>(pages, head, at, spare);
+                   });
 }
 inline Values values_at(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     if (pages.whole(pages.pool.value, at)) return values_in_place(pages, head, at);
     return by_form(pages.pool.value.form,
-                   [&](auto form) { return copy_values<form()>(pages, head, at, spare); });
+                   [&](auto form) {
+                       if constexpr (PACKED<form()>) return copy_packed_values<form()>(pages, head, at, spare);
+                       else return copy_values<form()>(pages, head, at, spare);
+                   });
 }
 
 constexpr int GROUP = 4;  // blocks of one head that are worked on before the next head's

@@ -72,17 +72,19 @@ struct SplitBlocks {
         }
     }
     int64_t size_of(const Store& store) const {
-        return store.dim * width(store) * pages->pool.page_size;
+        return store.packed() ? store.head_bytes : store.dim * width(store) * pages->pool.page_size;
     }
-    const uint16_t* scale_of(const uint16_t* first, int64_t of_head) const {
-        return first ? first + (of_head - head) * pages->pool.page_size : nullptr;
+    const uint16_t* scale_of(const Store& store, const uint16_t* first, int64_t of_head) const {
+        int64_t each = store.packed() ? store.head_bytes / 2 : pages->pool.page_size;
+        return first ? first + (of_head - head) * each : nullptr;
     }
     Keys keys_of(int64_t of_head, int64_t b) const {
         return {keys[b].data + (of_head - head) * key_size, keys[b].stride,
-                scale_of(keys[b].scale, of_head)};
+                scale_of(pages->pool.key, keys[b].scale, of_head)};
     }
     Values values_of(int64_t of_head, int64_t b) const {
-        return {values[b].data + (of_head - head) * value_size, scale_of(values[b].scale, of_head)};
+        return {values[b].data + (of_head - head) * value_size,
+                scale_of(pages->pool.value, values[b].scale, of_head), values[b].stride};
     }
     // `n` blocks of a head from block b on; copies go to `spare`.
     void get(int64_t of_head, int64_t b, int64_t n, Spare* spare, Keys* to) const {
@@ -112,6 +114,8 @@ struct SplitBlocks {
     // The keys or values of the group of blocks from block b on.
     Lines lines(int64_t of_head, int64_t b, bool of_keys) const {
         Lines lines;
+        if ((of_keys ? pages->pool.key : pages->pool.value).packed())
+            return packed_lines(of_head, b, of_keys);
         for (int64_t i = 0; i < GROUP; ++i) {
             int64_t n = b + i < count ? b + i : count - 1;
             lines.block[i] = of_keys ? keys[n].data + (of_head - head) * key_size
@@ -123,13 +127,30 @@ struct SplitBlocks {
         lines.size = lines.left * lines.stride;
         return lines;
     }
+    // Packed numbers are asked for a stretch of tokens at a time, each as its share of page and head, in
+    // which minima and steps are: in pages of one stretch these are the lines that it needs.
+    Lines packed_lines(int64_t of_head, int64_t b, bool of_keys) const {
+        const Store& store = of_keys ? pages->pool.key : pages->pool.value;
+        int64_t share = store.head_bytes * STRETCH / pages->pool.page_size, n = 0;
+        Lines lines;
+        for (int64_t i = b; i < b + GROUP && i < count; ++i) {
+            int64_t place = at + i * BLOCK;
+            if (i > b && place % STRETCH) continue;
+            lines.block[n++] = packed_head(*pages, store, of_head, place) +
+                               pages->offset(place) / STRETCH * share;
+        }
+        lines.keys = false, lines.stride = 64, lines.size = ceil_div(share, 64 * GROUP) * 64 * GROUP;
+        lines.left = n * lines.size / (64 * GROUP);
+        return lines;
+    }
     // Asks for the scales of keys and values of the group, which are needed before its values are: each
     // line of the cache once, with the first head whose scales lie in it.
     void ask_scales(int64_t of_head, int64_t b) const {
         for (int64_t i = b; i < b + GROUP && i < count; ++i)
-            for (const uint16_t* first : {keys[i].scale, values[i].scale}) {
-                if (!first) continue;
-                const uint16_t* scale = scale_of(first, of_head);
+            for (auto [store, first] : {std::pair{&pages->pool.key, keys[i].scale},
+                                        std::pair{&pages->pool.value, values[i].scale}}) {
+                if (!first || store->packed()) continue;
+                const uint16_t* scale = scale_of(*store, first, of_head);
                 if (of_head == head || reinterpret_cast<uintptr_t>(scale) % 64 == 0)
                     __builtin_prefetch(scale, 0, 2);
             }
@@ -183,9 +204,37 @@ void score_split(const Attention& a, const SplitBlocks& split, const Heads& head
     }
 }
 
+// One group of blocks of packed values and one tile.
+template <class Ask>
+void mix_packed_split(const Attention& a, const SplitBlocks& split, const Heads& heads, size_t t,
+                      int64_t b, std::vector<Spare>& spare, const Partial& partial, Ask& ask) {
+    const Tile& tile = heads.tile[t];
+    int64_t head = heads.query_head[t], dim = a.pool.value.dim;
+    int64_t each = StretchWeights::size(TILE, dim);
+    uint32_t* room = weights_room(each * int64_t(heads.tile.size())) + each * int64_t(t);
+    StretchWeights weights(room, tile.rows, dim);
+    Values blocks[SPLIT / BLOCK];
+    by_form(a.pool.value.form, [&](auto form) {
+        if constexpr (PACKED<form()>) {
+            if (b == 0) {
+                split.get(heads.kv_head[t], 0, split.count, spare.data(), blocks);
+                soften_packed_rows<form()>({tile, heads.scores_of(t), split.count, split.at, a.scale,
+                                            nullptr, partial.best + head, partial.total + head},
+                                           blocks, 0, weights, ask);
+            }
+            int64_t count = split.count - b < GROUP ? split.count - b : GROUP;
+            split.get(heads.kv_head[t], b, count, spare.data(), blocks);
+            mix_packed_rows<form()>(0, tile.rows,
+                                    {blocks, b, count, weights, dim, b > 0, partial.mixed + head * dim},
+                                    ask);
+        }
+    });
+}
+
 void mix_split(const Attention& a, const SplitBlocks& split, const Heads& heads, UnitsAhead& ahead,
                std::vector<Spare>& spare, const Partial& partial) {
     int64_t low = heads.tile[0].low[0], high = heads.tile[0].high[0], dim = a.pool.value.dim;
+    const bool packed = a.pool.value.packed();
     Values blocks[GROUP];
     alignas(64) uint16_t scales[SPLIT];
     for (int64_t b = 0; b < split.count; b += GROUP) {
@@ -195,6 +244,10 @@ void mix_split(const Attention& a, const SplitBlocks& split, const Heads& heads,
             int64_t head = heads.query_head[t];
             float* scores = heads.scores_of(t);
             Lines ask = ahead.next();
+            if (packed) {
+                mix_packed_split(a, split, heads, t, b, spare, partial, ask);
+                continue;
+            }
             if (b == 0) {  // only now: memory is busy meanwhile
                 split.get_scales(heads.kv_head[t], scales);
                 soften_rows(a.pool.value.form, {tile, scores, split.count, split.at, a.scale, scales,
@@ -202,6 +255,7 @@ void mix_split(const Attention& a, const SplitBlocks& split, const Heads& heads,
             }
             split.get(heads.kv_head[t], b, count, spare.data(), blocks);
             by_form(a.pool.value.form, [&](auto form) {
+                if constexpr (PACKED<form()>) return;
                 for (int64_t i = 0; i < count; ++i) {
                     int64_t at = split.at + (b + i) * BLOCK;
                     if (is_wild<form()>(tile, blocks[i], at, dim))
@@ -222,7 +276,7 @@ void decode(const Attention& a, const DecodeItem& item) {
     for (int64_t split = item.split; split < item.split_end; ++split)
         splits.emplace_back(pages, item, heads.tile[0], split);
     UnitsAhead ahead(heads, splits);
-    static thread_local std::vector<Spare> spare(GROUP);
+    static thread_local std::vector<Spare> spare(SPLIT / BLOCK);
     for (const SplitBlocks& split : splits) {
         score_split(a, split, heads, ahead, spare);
         mix_split(a, split, heads, ahead, spare, Partial(a, item, split.at / SPLIT));

@@ -3,6 +3,7 @@
 #include "kernels.hpp"
 
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "simd.hpp"
@@ -35,6 +36,7 @@ inline F16 store_rounded(F16 x, uint16_t* to) {
 }  // namespace
 }  // namespace quire
 
+#include "nibbles.hpp"
 #include "quads.hpp"
 #include "rows.inl"
 #include "append.inl"
@@ -42,9 +44,12 @@ inline F16 store_rounded(F16 x, uint16_t* to) {
 #include "panels.inl"
 #include "blocks.inl"
 #include "keys.inl"
+#include "packed.inl"
 #include "values.inl"
+#include "packed_mix.inl"
 #include "attention.inl"
 #include "decode.inl"
+#include "seal.inl"
 
 #define QUIRE_TEXT_(x) #x
 #define QUIRE_TEXT(x) QUIRE_TEXT_(x)
@@ -55,7 +60,7 @@ namespace quire {
 const Kernels* QUIRE_JOIN(QUIRE_VARIANT, _kernels)() {
     static const Kernels kernels{
         QUIRE_TEXT(QUIRE_VARIANT), linear_few, linear_many, row_words, lane_words,
-        prefill, decode, decode_merge, append, rms_norm, layer_norm, rope, activate, multiply, add,
+        prefill, decode, decode_merge, append, seal, rms_norm, layer_norm, rope, activate, multiply, add,
         widen, read, multiply_add};
     return &kernels;
 }
