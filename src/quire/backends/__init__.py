@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.base import Backend
-from quire.backends.blocks import AttentionParams, MlpParams, Projection
+from quire.backends.blocks import AttentionParams, MlpParams, Projection, keep
 from quire.backends.reference import ReferenceBackend
 from quire.errors import BackendError, did_you_mean
 
@@ -19,6 +19,7 @@ __all__ = [
     "Projection",
     "backend_status",
     "create_backend",
+    "keep",
     "read_memory",
 ]
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.base import Backend
-from quire.batch import PagedBatch
+from quire.batch import GroupBatch, PagedBatch
 from quire.pages import PagePool
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Projection",
     "attention_block",
     "attention_rows",
+    "keep",
     "mlp_block",
 ]
 
@@ -77,6 +78,13 @@ def _linear(backend: Backend, x: Array, projection: Projection) -> Array:
     return backend.linear(x, projection.weight, projection.bias)
 
 
+def keep(backend: Backend, pool: PagePool, tables: GroupBatch, key: Array, value: Array) -> None:
+    """Append key and value [T, G, D] of a step, and seal the pages that they complete."""
+    backend.append(pool, tables.slots, key, value)
+    if len(tables.open.seal_from):
+        pool.seal(tables.open.seal_from, tables.open.seal_to)
+
+
 def _keep(
     backend: Backend,
     normed: Array,
@@ -92,7 +100,7 @@ def _keep(
     if params.k_norm is not None:
         key = backend.rms_norm(key, params.k_norm, params.norm_eps)
     key = backend.rope(key, batch.positions, params.inv_freq)
-    backend.append(pool, batch.groups[group].slots, key, value)
+    keep(backend, pool, batch.groups[group], key, value)
 
 
 def _mix(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends import Backend
+from quire.backends import Backend, keep
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
 from quire.pages import PagePool
@@ -69,7 +69,7 @@ class GPT2:
         backend, heads, at = self.backend, self.config.num_heads, f"layers.{layer}."
         query, key, value = (backend.heads(self._linear(at + name, x), heads) for name in "qkv")
         group = batch.group_of_layer[layer]
-        backend.append(pool, batch.groups[group].slots, key, value)
+        keep(backend, pool, batch.groups[group], key, value)
         return query
 
     def _mlp(self, at: str, x: Any) -> Any:

@@ -89,9 +89,9 @@ class NativeBackend:
         """Plain formats, the same for keys and values."""
         require_formats(key, value)
 
-    def pool(self, shape: PageShape, num_pages: int) -> NativePool:
+    def pool(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> NativePool:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
-        return NativePool(shape, num_pages)
+        return NativePool(shape, num_pages, open_pages)
 
     def embed(self, table: Any, ids: Sequence[int]) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""

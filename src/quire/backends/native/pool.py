@@ -37,9 +37,11 @@ class NativePool:
     arrays of their own, None where there are none.
     """
 
-    def __init__(self, shape: PageShape, num_pages: int) -> None:
+    def __init__(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> None:
         require_formats(shape.key_format, shape.value_format)
-        self.shape, self.num_pages = shape, num_pages
+        if open_pages:
+            raise BackendError("the native backend cannot store open pages yet; choose int8 or fp8")
+        self.shape, self.num_pages, self.open_pages = shape, num_pages, open_pages
         self._memory: list[mmap.mmap] = []
         try:
             self.key, self.key_scale = self._stored(shape.key_parts)
@@ -53,6 +55,10 @@ class NativePool:
             _store(self.value, self.value_scale, shape.value_dim, _code(shape.value_format)),
             [num_pages, shape.page_size, shape.num_kv_heads],
         )
+
+    def seal(self, source: Array, target: Array) -> None:
+        """See :class:`quire.pages.PagePool`."""
+        raise BackendError("the native backend cannot pack pages yet; choose int8 or fp8")
 
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """See :class:`quire.pages.PagePool`."""
