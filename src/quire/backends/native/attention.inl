@@ -78,11 +78,14 @@ void attend_split(const Attention& a, const Tile& tile, int64_t split, Blocks bl
     soften_rows(a.pool.value.form, w, 0, ask);
     Mix m{blocks.values + span.first, 0, span.count, scores, dim, false, true, mixed};
     by_form(a.pool.value.form, [&](auto form) {
-        if constexpr (PACKED<form()>) return attend_packed<form()>(w, m);
-        for (int64_t b = 0; b < span.count; ++b)
-            if (is_wild<form()>(tile, m.blocks[b], at + b * BLOCK, dim))
-                return mix_apart<form()>(tile, m, at);
-        mix_rows<form()>(0, tile.rows, m, ask);
+        if constexpr (PACKED<form()>) {
+            attend_packed<form()>(w, m);
+        } else {
+            for (int64_t b = 0; b < span.count; ++b)
+                if (is_wild<form()>(tile, m.blocks[b], at + b * BLOCK, dim))
+                    return mix_apart<form()>(tile, m, at);
+            mix_rows<form()>(0, tile.rows, m, ask);
+        }
     });
 }
 
@@ -103,12 +106,22 @@ Tile make_tile(const Attention& a, int64_t sequence, int64_t head, int64_t row, 
     return tile;
 }
 
+// The pages of a part: nothing outside them is read, since it may be of the other kind.
 inline Pages pages_of(const Attention& a, int64_t sequence) {
-    const Pool& pool = a.pool;
-    int64_t start = a.first_page[sequence] * pool.page_size;
+    const int64_t size = a.pool.page_size, first = a.first_page[sequence];
+    const int64_t* ids = a.indices + a.indptr[sequence];
     int64_t held = a.indptr[sequence + 1] - a.indptr[sequence];
-    return {pool, a.indices + a.indptr[sequence], start,
-            start + (held - 1) * pool.page_size + a.last_page_len[sequence]};
+    int64_t end = (first + held - 1) * size + a.last_page_len[sequence];
+    switch (a.part) {
+        case Part::sink: return {a.pool, ids, 0, size};
+        case Part::packed: {
+            int64_t last = a.positions[a.query_indptr[sequence + 1] - 1], skip = first == 0;
+            return {a.pool, ids + skip, (first + skip) * size, last / size * size};
+        }
+        case Part::own:
+            return {a.pool, a.open_indices + a.open_indptr[sequence], a.open_first[sequence] * size, end};
+        default: return {a.pool, ids, first * size, end};
+    }
 }
 
 // The end: weighted sums divided by the sum of weights.

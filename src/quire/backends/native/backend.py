@@ -12,7 +12,7 @@ import numpy.typing as npt
 from quire.backends.blocks import AttentionParams, MlpParams, Projection, attention_rows
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool, require_formats
-from quire.batch import PagedBatch
+from quire.batch import OpenPages, PagedBatch
 from quire.errors import BackendError
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
@@ -24,6 +24,9 @@ Array = npt.NDArray[Any]
 MOST_THREADS = 1024
 
 _ACTIVATIONS = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
+
+
+_NOTHING_OPEN = _native.OpenTables(*[np.empty(0, np.int64)] * 5)
 
 
 @functools.cache
@@ -86,12 +89,12 @@ class NativeBackend:
         return _native.Weight(data, DTYPES[array.dtype.name], *array.shape)
 
     def require_formats(self, key: PageFormat, value: PageFormat) -> None:
-        """Plain formats, the same for keys and values."""
+        """All formats, keys and values apart."""
         require_formats(key, value)
 
     def pool(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> NativePool:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
-        return NativePool(shape, num_pages, open_pages)
+        return NativePool(self._native, shape, num_pages, open_pages)
 
     def embed(self, table: Any, ids: Sequence[int]) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""
@@ -255,6 +258,7 @@ class NativeBackend:
                     group.first_page,
                     group.page_size,
                     group.window or 0,
+                    _open_tables(group.open),
                 )
                 for group in batch.groups
             ]
@@ -274,6 +278,14 @@ class NativeBackend:
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         self._angles = inv_freq, cos, sin
         return cos, sin
+
+
+def _open_tables(pages: OpenPages) -> _native.OpenTables:
+    if not pages.are_used:
+        return _NOTHING_OPEN
+    return _native.OpenTables(
+        pages.indptr, pages.indices, pages.first, pages.seal_from, pages.seal_to
+    )
 
 
 def _last_of(positions: Array) -> int:

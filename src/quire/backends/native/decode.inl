@@ -131,13 +131,15 @@ struct SplitBlocks {
     // which minima and steps are: in pages of one stretch these are the lines that it needs.
     Lines packed_lines(int64_t of_head, int64_t b, bool of_keys) const {
         const Store& store = of_keys ? pages->pool.key : pages->pool.value;
-        int64_t share = store.head_bytes * STRETCH / pages->pool.page_size, n = 0;
         Lines lines;
+        if (store.beside == 1) return lines;  // copied
+        int64_t size = pages->pool.page_size, n = 0, tokens = size < STRETCH ? size : STRETCH;
+        int64_t share = store.head_bytes * tokens / size;
         for (int64_t i = b; i < b + GROUP && i < count; ++i) {
             int64_t place = at + i * BLOCK;
-            if (i > b && place % STRETCH) continue;
+            if (i > b && place % tokens) continue;
             lines.block[n++] = packed_head(*pages, store, of_head, place) +
-                               pages->offset(place) / STRETCH * share;
+                               pages->offset(place) / tokens * share;
         }
         lines.keys = false, lines.stride = 64, lines.size = ceil_div(share, 64 * GROUP) * 64 * GROUP;
         lines.left = n * lines.size / (64 * GROUP);
@@ -255,15 +257,17 @@ void mix_split(const Attention& a, const SplitBlocks& split, const Heads& heads,
             }
             split.get(heads.kv_head[t], b, count, spare.data(), blocks);
             by_form(a.pool.value.form, [&](auto form) {
-                if constexpr (PACKED<form()>) return;
-                for (int64_t i = 0; i < count; ++i) {
-                    int64_t at = split.at + (b + i) * BLOCK;
-                    if (is_wild<form()>(tile, blocks[i], at, dim))
-                        blocks[i] = seen_only<form()>(blocks[i], low, high, at, dim, spare[size_t(i)]);
+                if constexpr (!PACKED<form()>) {
+                    for (int64_t i = 0; i < count; ++i) {
+                        int64_t at = split.at + (b + i) * BLOCK;
+                        if (is_wild<form()>(tile, blocks[i], at, dim))
+                            blocks[i] =
+                                seen_only<form()>(blocks[i], low, high, at, dim, spare[size_t(i)]);
+                    }
+                    mix_rows<form()>(0, tile.rows,
+                                     {blocks, b, count, scores, dim, b > 0, b + count == split.count,
+                                      partial.mixed + head * dim}, ask);
                 }
-                mix_rows<form()>(0, tile.rows,
-                                 {blocks, b, count, scores, dim, b > 0, b + count == split.count,
-                                  partial.mixed + head * dim}, ask);
             });
         }
     }

@@ -161,6 +161,9 @@ struct Attention {
     int64_t num_heads, window;     // window 0: none
     float scale;                   // of scores, times log2(e)
     Part part = Part::all;
+    const int64_t* open_indptr = nullptr;   // [sequences + 1]; of the part `own` only
+    const int64_t* open_indices = nullptr;  // ids of the pages that queries stand in
+    const int64_t* open_first = nullptr;    // [sequences] the number of the first of them
 };
 constexpr int MOST_PARTS = 3;
 

@@ -40,8 +40,8 @@ inline Values packed_values_in_place(const Pages& pages, int64_t head, int64_t a
             reinterpret_cast<const uint16_t*>(from + store.payload) + offset, pages.pool.page_size};
 }
 
-// Words of a block of 16 tokens, those of dimensions that there are not 0. Pages of packed numbers are a
-// multiple of 32 tokens, all of them stored: no block straddles two, and scales are read in place.
+// Words of a block of 16 tokens, those of dimensions that there are not 0. Pages of packed keys are a
+// multiple of 32 tokens, all stored: no block straddles two, and minima and steps are read in place.
 template <Form F>
 Keys copy_packed_keys(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     const Store& store = pages.pool.key;
@@ -62,16 +62,22 @@ template <Form F>
 Values copy_packed_values(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     const Store& store = pages.pool.value;
     constexpr int N = BESIDE<F>;
-    const int64_t width = value_words<F>(store.dim);
+    const int64_t width = value_words<F>(store.dim), rows = 2 * ceil_div(store.dim, STRETCH);
     auto* to = reinterpret_cast<uint32_t*>(spare.number);
+    auto* scale = reinterpret_cast<uint16_t*>(spare.number + MAX_HEAD * BLOCK / 2);
     std::memset(to, 0, size_t(BLOCK / N * width) * 4);
-    const char* from = packed_head(pages, store, head, at);
-    for (int64_t t = 0; t < BLOCK; ++t)
+    std::memset(scale, 0, size_t(rows * BLOCK) * 2);
+    for (int64_t t = 0; t < BLOCK; ++t) {
+        if (at + t < pages.start || at + t >= pages.end) continue;
+        const char* from = packed_head(pages, store, head, at + t);
+        const int64_t offset = pages.offset(at + t), page_size = pages.pool.page_size;
         for (int64_t d = 0; d < store.dim; ++d) {
-            Spot spot = spot_of(store, false, pages.pool.page_size, d, pages.offset(at) + t);
+            Spot spot = spot_of(store, false, page_size, d, offset);
             uint32_t number = uint8_t(from[spot.byte]) >> spot.shift & ((1 << BITS<F>) - 1);
             to[t / N * width + d] |= number << (BITS<F> * field_of(t % N, N));
         }
-    Values values = packed_values_in_place(pages, head, at);
-    return {reinterpret_cast<const char*>(to), values.scale, values.stride};
+        for (int64_t i = 0; i < rows; ++i)  // at odd addresses in pages of odd sizes
+            std::memcpy(scale + i * BLOCK + t, from + store.payload + 2 * (i * page_size + offset), 2);
+    }
+    return {reinterpret_cast<const char*>(to), scale, BLOCK};
 }

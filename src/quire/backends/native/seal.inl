@@ -77,7 +77,7 @@ struct Packing {
     }
     // Sixteen numbers: of one token, dimensions from d on; or of one dimension, tokens from `token` on.
     void put(int64_t d, int64_t token, const uint8_t* number, int64_t count) const {
-        if (store.beside > 1 && (key || count == BLOCK)) return put_words(d, token, number, count);
+        if (store.beside > 1) return put_words(d, token, number, count);
         for (int64_t i = 0; i < count; ++i) {
             Spot spot = spot_of(store, key, page_size, key ? d + i : d, key ? token : token + i);
             to[spot.byte] |= uint8_t(number[i] << spot.shift);
@@ -93,7 +93,7 @@ struct Packing {
             std::memcpy(to + 4 * at, &word, 4);
         }
     }
-    uint16_t* scales() const { return reinterpret_cast<uint16_t*>(to + store.payload); }
+    uint8_t* scales() const { return to + store.payload; }
 };
 
 inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
@@ -111,9 +111,9 @@ inline void seal_keys(const uint16_t* from, const Pool& open, const Packing& to)
                     groups.put(t, i, from[open.key_at(d + i, first + t)]);
             groups.encode(STRETCH, levels);
             for (int64_t t = 0; t < STRETCH; ++t) to.put(d, first + t, groups.number[t], count);
-            uint16_t* scales = to.scales() + first / STRETCH * 2 * dim + d;
+            uint8_t* scales = to.scales() + 2 * (first / STRETCH * 2 * dim + d);
             std::memcpy(scales, groups.minimum, size_t(count) * 2);
-            std::memcpy(scales + dim, groups.step, size_t(count) * 2);
+            std::memcpy(scales + 2 * dim, groups.step, size_t(count) * 2);
         }
 }
 
@@ -123,16 +123,16 @@ inline void seal_values(const uint16_t* from, const Pool& open, const Packing& t
     const int levels = (1 << packed_bits(to.store.dtype)) - 1;
     for (int64_t t = 0; t < size; t += BLOCK)
         for (int64_t d = 0; d < dim; d += STRETCH) {
-            int64_t count = at_most(dim - d, STRETCH);
+            int64_t count = at_most(dim - d, STRETCH), tokens = at_most(size - t, BLOCK);
             Groups groups;
             for (int64_t i = 0; i < count; ++i)
-                for (int64_t j = 0; j < BLOCK; ++j)
+                for (int64_t j = 0; j < tokens; ++j)
                     groups.put(i, j, from[open.value_at(d + i, t + j)]);
             groups.encode(count, levels);
-            for (int64_t i = 0; i < count; ++i) to.put(d + i, t, groups.number[i], BLOCK);
-            uint16_t* scales = to.scales() + d / STRETCH * 2 * size + t;
-            std::memcpy(scales, groups.minimum, BLOCK * 2);
-            std::memcpy(scales + size, groups.step, BLOCK * 2);
+            for (int64_t i = 0; i < count; ++i) to.put(d + i, t, groups.number[i], tokens);
+            uint8_t* scales = to.scales() + 2 * (d / STRETCH * 2 * size + t);
+            std::memcpy(scales, groups.minimum, size_t(tokens) * 2);
+            std::memcpy(scales + 2 * size, groups.step, size_t(tokens) * 2);
         }
 }
 
