@@ -160,17 +160,18 @@ struct SplitBlocks {
 };
 
 // What is asked for while an item is worked on. A unit is the keys or the values of a group of blocks
-// and one head; a split is its keys, head after head and group after group, then its values. The
-// units asked for run BYTES_AHEAD ahead of the one in hand.
+// and one head; a pass is some heads' keys of a split, head after head and group after group, then their
+// values. The units asked for run BYTES_AHEAD ahead of the one in hand.
 struct UnitsAhead {
     const Heads& heads;
     const std::vector<SplitBlocks>& splits;
-    size_t split = 0, tile = 0;
+    const size_t pass;  // heads of a pass
+    size_t split = 0, first = 0, tile = 0;
     int64_t b = 0;
     bool keys = true;
 
-    UnitsAhead(const Heads& heads, const std::vector<SplitBlocks>& splits)
-        : heads(heads), splits(splits) {
+    UnitsAhead(const Heads& heads, const std::vector<SplitBlocks>& splits, size_t pass)
+        : heads(heads), splits(splits), pass(pass) {
         for (int64_t asked = 0; asked < BYTES_AHEAD && split < splits.size();) {
             Lines lines = next();
             asked += GROUP * 64 * lines.left;
@@ -181,23 +182,24 @@ struct UnitsAhead {
         if (split == splits.size()) return {};
         Lines lines = splits[split].lines(heads.kv_head[tile], b, keys);
         if (keys) splits[split].ask_scales(heads.kv_head[tile], b);
-        if (++tile == heads.tile.size()) tile = 0, b += GROUP;
+        if (++tile == first + pass) tile = first, b += GROUP;
         if (b >= splits[split].count) {
             b = 0, keys = !keys;
-            if (keys) ++split;
+            if (keys) tile = first += pass;
+            if (first == heads.tile.size()) tile = first = 0, ++split;
         }
         return lines;
     }
 };
 
 // A page's heads lie side by side: walking some pages together, head after head, reads memory in as
-// many long stretches. Every row's arithmetic is that of `attend_split`.
-void score_split(const Attention& a, const SplitBlocks& split, const Heads& heads, UnitsAhead& ahead,
-                 std::vector<Spare>& spare) {
+// many long stretches. Every row's arithmetic is that of `attend_split`. Tiles [first, last).
+void score_split(const Attention& a, const SplitBlocks& split, const Heads& heads, size_t first,
+                 size_t last, UnitsAhead& ahead, std::vector<Spare>& spare) {
     Keys blocks[GROUP];
     for (int64_t b = 0; b < split.count; b += GROUP) {
         int64_t count = split.count - b < GROUP ? split.count - b : GROUP;
-        for (size_t t = 0; t < heads.tile.size(); ++t) {
+        for (size_t t = first; t < last; ++t) {
             Lines ask = ahead.next();
             split.get(heads.kv_head[t], b, count, spare.data(), blocks);
             score_tile(a.pool.key.form, heads.tile[t], blocks, count, split.at + b * BLOCK,
@@ -206,15 +208,13 @@ void score_split(const Attention& a, const SplitBlocks& split, const Heads& head
     }
 }
 
-// One group of blocks of packed values and one tile.
+// One group of blocks of packed values and one tile, whose groups follow each other.
 template <class Ask>
 void mix_packed_split(const Attention& a, const SplitBlocks& split, const Heads& heads, size_t t,
                       int64_t b, std::vector<Spare>& spare, const Partial& partial, Ask& ask) {
     const Tile& tile = heads.tile[t];
     int64_t head = heads.query_head[t], dim = a.pool.value.dim;
-    int64_t each = StretchWeights::size(TILE, dim);
-    uint32_t* room = weights_room(each * int64_t(heads.tile.size())) + each * int64_t(t);
-    StretchWeights weights(room, tile.rows, dim);
+    StretchWeights weights(weights_room(StretchWeights::size(TILE, dim)), tile.rows, dim);
     Values blocks[SPLIT / BLOCK];
     by_form(a.pool.value.form, [&](auto form) {
         if constexpr (PACKED<form()>) {
@@ -233,15 +233,15 @@ void mix_packed_split(const Attention& a, const SplitBlocks& split, const Heads&
     });
 }
 
-void mix_split(const Attention& a, const SplitBlocks& split, const Heads& heads, UnitsAhead& ahead,
-               std::vector<Spare>& spare, const Partial& partial) {
+void mix_split(const Attention& a, const SplitBlocks& split, const Heads& heads, size_t first,
+               size_t last, UnitsAhead& ahead, std::vector<Spare>& spare, const Partial& partial) {
     int64_t low = heads.tile[0].low[0], high = heads.tile[0].high[0], dim = a.pool.value.dim;
     const bool packed = a.pool.value.packed();
     Values blocks[GROUP];
     alignas(64) uint16_t scales[SPLIT];
     for (int64_t b = 0; b < split.count; b += GROUP) {
         int64_t count = split.count - b < GROUP ? split.count - b : GROUP;
-        for (size_t t = 0; t < heads.tile.size(); ++t) {
+        for (size_t t = first; t < last; ++t) {
             const Tile& tile = heads.tile[t];
             int64_t head = heads.query_head[t];
             float* scores = heads.scores_of(t);
@@ -279,11 +279,17 @@ void decode(const Attention& a, const DecodeItem& item) {
     std::vector<SplitBlocks> splits;
     for (int64_t split = item.split; split < item.split_end; ++split)
         splits.emplace_back(pages, item, heads.tile[0], split);
-    UnitsAhead ahead(heads, splits);
+    // Packed pages are short reads anyway: head by head, scores and weights stay in the first cache.
+    bool apart = a.pool.key.packed() || a.pool.value.packed();
+    const size_t pass = apart ? 1 : heads.tile.size();
+    UnitsAhead ahead(heads, splits, pass);
     static thread_local std::vector<Spare> spare(SPLIT / BLOCK);
     for (const SplitBlocks& split : splits) {
-        score_split(a, split, heads, ahead, spare);
-        mix_split(a, split, heads, ahead, spare, Partial(a, item, split.at / SPLIT));
+        for (size_t first = 0; first < heads.tile.size(); first += pass) {
+            score_split(a, split, heads, first, first + pass, ahead, spare);
+            mix_split(a, split, heads, first, first + pass, ahead, spare,
+                      Partial(a, item, split.at / SPLIT));
+        }
     }
 }
 
