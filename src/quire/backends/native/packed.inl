@@ -53,9 +53,9 @@ inline void fold(const Tile& tile, const uint16_t* scale, int64_t dim, uint32_t*
     for (int r = 0; r < R; ++r) start[r] = sum(sums[r]);
 }
 
-// Scores of R rows against B blocks, every two of one stretch.
+// Scores of R rows against B blocks, every two of one stretch. A function of its own, like `score`.
 template <Form F, int R, int B, class Ask>
-inline void score_packed(const Keys* blocks, const uint32_t* folded, const float* start, int64_t dim,
+__attribute__((noinline)) void score_packed(const Keys* blocks, const uint32_t* folded, const float* start, int64_t dim,
                          float* scores, Ask& ask) {
     constexpr int PAIRS = 16 / BITS<F>;
     F16 acc[R][B];

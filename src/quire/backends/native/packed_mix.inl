@@ -89,7 +89,7 @@ struct PackedMix {
 
 // mixed[r][0..16 W) (+)= weights[r] . value over some blocks, for R rows.
 template <Form F, int R, int W, class Ask>
-inline void mix_packed(const PackedMix& m, int row, int64_t column, Ask& ask) {
+__attribute__((noinline)) void mix_packed(const PackedMix& m, int row, int64_t column, Ask& ask) {
     constexpr int PAIRS = 16 / BITS<F>, N = BESIDE<F>;
     float* mixed = m.mixed + row * m.dim + column;
     const bool whole = W > 1 || m.dim - column >= 16;  // only a single vector may be less
