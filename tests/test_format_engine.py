@@ -37,26 +37,20 @@ def engine_with(directory: Path, num_pages: int, **settings: Any) -> quire.Engin
 
 
 @pytest.mark.parametrize("kv_format", ["int4", "int2", "k=int8,v=int4", "int8+int2@first"])
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_formats_that_store_whole_pages_are_refused_before_loading(
-    tmp_path: Path, kv_format: str, backend: str
+def test_formats_that_a_backend_does_not_store_are_refused_before_loading(
+    tmp_path: Path, kv_format: str
 ) -> None:
-    if backend == "native":
-        pytest.importorskip("quire.backends.native")
+    pytest.importorskip("quire.backends.native")
     cache = quire.CacheConfig(kv_format=kv_format)
     with pytest.raises(BackendError, match="cannot store "):
-        quire.Engine(tmp_path, backend=backend, cache=cache)
+        quire.Engine(tmp_path, backend="native", cache=cache)
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_what_auto_stands_for_is_refused_when_it_is_known(
-    models: dict[str, Path], backend: str
-) -> None:
-    if backend == "native":
-        pytest.importorskip("quire.backends.native")
+def test_what_auto_stands_for_is_refused_when_it_is_known(models: dict[str, Path]) -> None:
+    pytest.importorskip("quire.backends.native")
     cache = quire.CacheConfig(kv_format="k=auto,v=int4", num_pages=4)
     with pytest.raises(BackendError, match=r"cannot store .*int4"):
-        quire.Engine(models["full"], backend=backend, cache=cache)
+        quire.Engine(models["full"], backend="native", cache=cache)
 
 
 @pytest.mark.parametrize("kv_format", ["int8", "k=fp8,v=bf16", "k=fp32,v=int8", "bf16+fp8@0"])

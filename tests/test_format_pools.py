@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from quire.backends.reference import ReferenceBackend, ReferencePool
+from quire.backends.reference import ReferencePool
 from quire.errors import BackendError
 from quire.formats import page_format
 from quire.pages import PageShape
@@ -68,13 +68,6 @@ def test_a_discarded_pool_is_as_new(key: str, value: str) -> None:
     pool = filled_pool(key, value)
     pool.discard()
     assert not pool.export_pages(range(6)).any()
-
-
-@pytest.mark.parametrize("name", ["int4", "int2"])
-def test_formats_that_store_whole_pages_are_refused_for_now(name: str) -> None:
-    shape = PageShape(32, 1, 4, 4, page_format("bf16"), page_format(name))
-    with pytest.raises(BackendError, match=f"cannot store {name} pages yet"):
-        ReferenceBackend().pool(shape, 1)
 
 
 @pytest.mark.parametrize(("key", "value"), [("int4", "int4"), ("bf16", "int2"), ("int4", "int8")])

@@ -223,17 +223,19 @@ def _pack(numbers: Array, bits: int, axis: int) -> Array:
     per = 8 // bits
     last = np.moveaxis(numbers, axis, -1)
     count = last.shape[-1]
-    padded = np.zeros((*last.shape[:-1], -(-count // per) * per), np.uint8)
+    whole = -(-count // per)
+    padded = np.zeros((*last.shape[:-1], whole * per), np.uint8)
     padded[..., :count] = last
-    fields = padded.reshape(*last.shape[:-1], -1, per) << (bits * np.arange(per, dtype=np.uint8))
+    fields = padded.reshape(*last.shape[:-1], whole, per) << (bits * np.arange(per, dtype=np.uint8))
     return np.ascontiguousarray(np.moveaxis(fields.sum(axis=-1, dtype=np.uint8), -1, axis))
 
 
 def _unpack(packed: Array, bits: int, axis: int, count: int) -> Array:
     """The ``count`` numbers that :func:`_pack` was given along ``axis``."""
-    last = np.moveaxis(packed, axis, -1)
-    fields = last[..., None] >> (bits * np.arange(8 // bits, dtype=np.uint8)) & (2**bits - 1)
-    return np.moveaxis(fields.reshape(*last.shape[:-1], -1)[..., :count], -1, axis)
+    last, per = np.moveaxis(packed, axis, -1), 8 // bits
+    fields = last[..., None] >> (bits * np.arange(per, dtype=np.uint8)) & (2**bits - 1)
+    numbers = fields.reshape(*last.shape[:-1], last.shape[-1] * per)
+    return np.moveaxis(numbers[..., :count], -1, axis)
 
 
 def _by_tokens(array: Array) -> Array:
@@ -273,9 +275,10 @@ def _encode_values(values: Array, bits: int) -> Stored:
     values = np.asarray(values, np.float32)
     *outer, dim = values.shape
     fill = [(0, 0)] * len(outer) + [(0, -dim % GROUP)]
-    groups = np.pad(values, fill, mode="edge").reshape(*outer, -1, GROUP)  # ends stay the ends
+    padded = np.pad(values, fill, mode="edge")  # ends stay the ends
+    groups = padded.reshape(*outer, padded.shape[-1] // GROUP, GROUP)
     numbers, minimum, step = _encode_groups(groups, -1, 2**bits - 1)
-    return _pack(numbers.reshape(*outer, -1)[..., :dim], bits, -1), minimum, step
+    return _pack(numbers.reshape(padded.shape)[..., :dim], bits, -1), minimum, step
 
 
 def _decode_values(stored: Stored, dim: int, bits: int) -> Array:

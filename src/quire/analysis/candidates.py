@@ -85,12 +85,13 @@ class Track:
 
 def _stored(text: ForcedText) -> int:
     """Bytes of a text's pages, counted on what the pools give out of them."""
-    groups, tables = text.cache.layout.groups, text.cache.page_tables(text.sequence)
-    return sum(
-        int(text.cache.pools[layer].export_pages(pages).nbytes)
-        for group, (_, pages) in zip(groups, tables, strict=True)
-        for layer in group.layers
+    raw, tables = text.cache.raw, text.cache.page_tables(text.sequence)
+    kinds = (
+        (group, [page for page in pages if raw.is_open(group, page) == is_open])
+        for group, (_, pages) in enumerate(tables)
+        for is_open in (False, True)
     )
+    return sum(raw.read(group, pages).nbytes for group, pages in kinds)
 
 
 def open_tracks(

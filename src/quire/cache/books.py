@@ -1,11 +1,13 @@
 """Whether what is written of a sequence can be true."""
 
+from quire.cache.allocator import PageAllocator
 from quire.cache.prefix import TOKEN_BYTES
 from quire.cache.sequence import SequenceState
+from quire.cache.table import PageTable
 from quire.errors import CacheInvariantError
 from quire.layout import CacheLayout, pages_for
 
-__all__ = ["check_sequence"]
+__all__ = ["check_kinds", "check_sequence"]
 
 
 def check_sequence(layout: CacheLayout, handle: int, state: SequenceState) -> None:
@@ -17,6 +19,19 @@ def check_sequence(layout: CacheLayout, handle: int, state: SequenceState) -> No
         raise CacheInvariantError(
             f"sequence {handle} dropped {state.dropped} tokens, and the prefix index offers it"
         )
+
+
+def check_kinds(
+    page_size: int, handle: int, length: int, table: PageTable, allocator: PageAllocator
+) -> None:
+    """Raise CacheInvariantError unless whole pages but the first are packed, and no others."""
+    for number, page in enumerate(table.pages, table.first_page):
+        whole = 0 < number < length // page_size
+        if allocator.is_open(page) == whole:
+            raise CacheInvariantError(
+                f"page {number} of sequence {handle} of {length} tokens is {page}, which is "
+                f"{'an open' if whole else 'a packed'} one"
+            )
 
 
 def _check_tables(layout: CacheLayout, handle: int, state: SequenceState) -> None:

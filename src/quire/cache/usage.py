@@ -1,8 +1,12 @@
 """What a cache, or one sequence in it, takes in bytes."""
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["CacheUsage"]
+from quire.layout import CacheLayout
+
+__all__ = ["CacheUsage", "count_bytes"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class CacheUsage:
     waste_bytes      ``allocated_bytes - used_bytes``: the empty slots of unfinished pages
     tokens           tokens of the sequences, each sequence counted on its own
     bytes_per_token  of one token in all layers, before any window gives pages back; a whole number
-                     but where tokens of a page share scales
+                     but where tokens of a page share scales; in packed pages where pages are
     cached_bytes     pages of no sequence that are kept for prompts that begin as theirs did; they
                      are given up when memory is wanted; 0 in the account of one sequence
     """
@@ -31,3 +35,32 @@ class CacheUsage:
     def waste_bytes(self) -> int:
         """Bytes of allocated slots that hold no token."""
         return self.allocated_bytes - self.used_bytes
+
+
+def count_bytes(
+    layout: CacheLayout,
+    num_pages: Sequence[int],
+    filled: Sequence[tuple[int, int]],
+    cached: Sequence[int],
+    tokens: int,
+) -> CacheUsage:
+    """The account of a cache, or of one sequence.
+
+    num_pages  of each area
+    filled     (area, tokens in it) of each page that sequences hold
+    cached     pages of each area that are kept and not held; empty for one sequence
+    """
+    sizes = layout.area_bytes
+    slots = [0] * len(sizes)
+    for area, count in filled:
+        slots[area] += count
+    return CacheUsage(
+        pool_bytes=sum(map(operator.mul, num_pages, sizes)),
+        allocated_bytes=sum(sizes[area] for area, _ in filled),
+        used_bytes=sum(
+            held * size // layout.page_size for held, size in zip(slots, sizes, strict=True)
+        ),
+        tokens=tokens,
+        bytes_per_token=sum(layout.token_bytes(g) for g in range(len(layout.groups))),
+        cached_bytes=sum(map(operator.mul, cached, sizes)),
+    )

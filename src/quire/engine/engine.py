@@ -446,12 +446,7 @@ class Engine:
         Weights, but for tables of which a step reads single rows, and the keys and values that the
         token sees.
         """
-        layout = self.cache.layout
-        seen = (
-            min(context + 1, group.window or context + 1) * layout.page_bytes(index)
-            for index, group in enumerate(layout.groups)
-        )
-        return self._loaded.bytes_read_a_step + sum(seen) // layout.page_size
+        return self._loaded.bytes_read_a_step + self.cache.layout.seen_bytes(context)
 
     # -- inside: set-up and checks -----------------------------------------------------------
 
