@@ -49,11 +49,13 @@ inline Span blocks_seen(int64_t low, int64_t high, int64_t split) {
     return {first, last > first ? last - first : 0};
 }
 
-// Keys and values of a span of one split and head, and the scales of all those values.
+// Keys and values of a span of one split and head, the forms in which they are read, and the scales of
+// all those values.
 struct Blocks {
     const Keys* keys;
     const Values* values;
     const uint16_t* scales;
+    Form key_form, value_form;
 };
 
 // The second half of `attend_split` for packed values.
@@ -72,12 +74,12 @@ void attend_split(const Attention& a, const Tile& tile, int64_t split, Blocks bl
     Span span = blocks_seen(tile.low[0], tile.high[tile.rows - 1], split);
     int64_t at = split * SPLIT + span.first * BLOCK, dim = a.pool.value.dim;
     NoLines ask;
-    score_tile(a.pool.key.form, tile, blocks.keys + span.first, span.count, at, a.pool.key.dim,
+    score_tile(blocks.key_form, tile, blocks.keys + span.first, span.count, at, a.pool.key.dim,
                scores, ask);
     Weights w{tile, scores, span.count, at, a.scale, blocks.scales + span.first * BLOCK, best, total};
     soften_rows(a.pool.value.form, w, 0, ask);
     Mix m{blocks.values + span.first, 0, span.count, scores, dim, false, true, mixed};
-    by_form(a.pool.value.form, [&](auto form) {
+    by_read_form(blocks.value_form, [&](auto form) {
         if constexpr (PACKED<form()>) {
             attend_packed<form()>(w, m);
         } else {
@@ -140,7 +142,10 @@ struct HeadBlocks {
     Values values[SPLIT / BLOCK];
     uint16_t scales[SPLIT];
     std::vector<Spare> spare{2 * SPLIT / BLOCK};  // blocks outside whole pages are copied
+    Form key_form, value_form;                    // in which they are read
+    Scratch wide;
 
+    // The blocks as they are stored.
     void find(const Pages& pages, int64_t head, int64_t split, Span span) {
         for (int64_t b = span.first; b < span.first + span.count; ++b) {
             int64_t at = split * SPLIT + b * BLOCK;
@@ -148,6 +153,26 @@ struct HeadBlocks {
             values[b] = values_at(pages, head, at, spare[size_t(2 * b + 1)]);
             if (pages.pool.value.scale) std::memcpy(scales + b * BLOCK, values[b].scale, 2 * BLOCK);
         }
+        key_form = pages.pool.key.form, value_form = pages.pool.value.form;
+    }
+    // The blocks that were found, taken apart for many rows.
+    void widen_found(const Pool& pool, Span span) {
+        const int64_t key_size = widened_keys(pool.key), value_size = widened_values(pool.value);
+        char* to = wide.of((key_size + value_size) * (SPLIT / BLOCK));
+        for (int64_t b = span.first; b < span.first + span.count; ++b) {
+            if (key_size)
+                by_form(pool.key.form, [&](auto form) {
+                    if constexpr (WIDE<form()> != form())
+                        keys[b] = widen<form()>(keys[b], pool.key.dim, to + b * key_size);
+                });
+            if (value_size)
+                by_form(pool.value.form, [&](auto form) {
+                    if constexpr (WIDE<form()> != form())
+                        values[b] = widen<form()>(values[b], pool.value.dim,
+                                                  to + key_size * (SPLIT / BLOCK) + b * value_size);
+                });
+        }
+        key_form = wide_of(pool.key.form), value_form = wide_of(pool.value.form);
     }
 };
 
@@ -179,14 +204,17 @@ void prefill_part(const Attention& a, const PrefillItem& item, const State& stat
     Pages pages = pages_of(a, item.sequence);
     int64_t low = front.low[0], high = back.high[back.rows - 1];
     for (int64_t split = low / SPLIT; low < high && split * SPLIT < high; ++split) {
-        blocks.find(pages, item.head, split, blocks_seen(low, high, split));
+        Span span = blocks_seen(low, high, split);
+        blocks.find(pages, item.head, split, span);
+        if (tiles > 1) blocks.widen_found(pool, span);
         for (int64_t t = 0; t < tiles; ++t) {
             const Tile& now = tile[size_t(t)];
             if (now.low[0] >= (split + 1) * SPLIT || now.high[now.rows - 1] <= split * SPLIT) continue;
             if (now.low[0] >= now.high[now.rows - 1]) continue;
             float best2[16], total2[16];  // merging loads whole vectors
-            attend_split(a, now, split, {blocks.keys, blocks.values, blocks.scales}, best2, total2,
-                         mixed2.data());
+            attend_split(a, now, split,
+                         {blocks.keys, blocks.values, blocks.scales, blocks.key_form, blocks.value_form},
+                         best2, total2, mixed2.data());
             int64_t row = t * TILE;
             merge_rows(now.rows, state.best + row, state.total + row, state.mixed + row * dim, best2,
                        total2, mixed2.data(), dim);

@@ -3,57 +3,6 @@
 namespace quire {
 namespace {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// work(std::integral_constant of the form): code for each form, chosen when it runs.
-template <class Work>
-inline auto by_form(Form form, Work work) {
-    switch (form) {
-        case Form::pairs: return work(std::integral_constant<Form, Form::pairs>());
-        case Form::int8: return work(std::integral_constant<Form, Form::int8>());
-        case Form::fp8: return work(std::integral_constant<Form, Form::fp8>());
-        case Form::int4: return work(std::integral_constant<Form, Form::int4>());
-        case Form::int2: return work(std::integral_constant<Form, Form::int2>());
-        default: return work(std::integral_constant<Form, Form::floats>());
-    }
-}
-
-template <Form F>
-using Number = std::conditional_t<F == Form::floats, float,
-                                  std::conditional_t<F == Form::pairs, uint16_t, uint8_t>>;
-// Numbers that are multiplied by one word.
-template <Form F>
-constexpr bool PACKED = F == Form::int4 || F == Form::int2;
-template <Form F>
-constexpr int BITS = F == Form::int4 ? 4 : 2;  // of a packed number
-template <Form F>
-constexpr int BESIDE = F == Form::floats ? 1 : F == Form::pairs ? 2 : PACKED<F> ? 32 / BITS<F> : 4;
-template <Form F>
-constexpr bool SCALED = F == Form::int8 || F == Form::fp8;
-
-// Keys and values of 16 tokens in the form that the inner loops read, n = BESIDE numbers in a word:
-// key [dim / n][16 tokens][n], value [16 / n][dim][n]; of bytes dim is padded to whole words (keys) or
-// vectors (values). Scales are bf16 [16]; of packed numbers minimum and step in turns: of keys [2][dim],
-// of values [ceil(dim / 32)][2][16], `stride` from one row of 16 to the next.
-struct Keys {
-    const char* data;
-    int64_t stride;  // bytes from one word's line to the next
-    const uint16_t* scale;
-};
-struct Values {
-    const char* data;
-    const uint16_t* scale;
-    int64_t stride = 0;
-};
-
-// Words of a query, and of a line of values.
-template <Form F>
-constexpr int64_t key_words(int64_t dim) { return ceil_div(dim, BESIDE<F>); }
-template <Form F>
-constexpr int64_t value_words(int64_t dim) {
-    return SCALED<F> || PACKED<F> ? ceil_div(dim, 16) * 16 : dim;
-}
-
 // Copies of one block; slots without a token are zero.
 struct Spare {
     alignas(64) float number[MAX_HEAD * BLOCK];
@@ -73,7 +22,8 @@ struct Pages {
 
     // True if the tokens [at, at + 16) lie whole inside one page, in the form that is read.
     bool whole(const Store& store, int64_t at) const {
-        bool form = store.beside > 1 || (store.dtype == Dtype::f32 && pool.page_size % BLOCK == 0);
+        bool plain = store.dtype == Dtype::f32 || store.form == Form::halves;
+        bool form = store.beside > 1 || (plain && pool.page_size % BLOCK == 0);
         return form && at >= start && at + BLOCK <= end;
     }
     const uint16_t* scale(const Store& store, int64_t at, int64_t head) const {
@@ -85,8 +35,7 @@ template <Form F>
 inline Number<F> number(const Store& store, int64_t i) {
     if constexpr (F == Form::floats) {
         if (store.dtype == Dtype::f32) return static_cast<const float*>(store.data)[i];
-        uint16_t x = static_cast<const uint16_t*>(store.data)[i];
-        return store.dtype == Dtype::bf16 ? bf16_to_float(x) : fp16_to_float(x);
+        return bf16_to_float(static_cast<const uint16_t*>(store.data)[i]);
     } else {
         return static_cast<const Number<F>*>(store.data)[i];
     }

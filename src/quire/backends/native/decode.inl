@@ -121,9 +121,11 @@ struct SplitBlocks {
             lines.block[i] = of_keys ? keys[n].data + (of_head - head) * key_size
                                      : values[n].data + (of_head - head) * value_size;
         }
-        int64_t stride = keys[0].stride, page_size = pages->pool.page_size;
-        lines.left = (of_keys ? key_size : value_size) / page_size * BLOCK / 64;
-        lines.keys = of_keys, lines.stride = of_keys ? stride : 64;
+        // Words of keys that take less than a line, in pages that hold nothing else, are asked for by lines.
+        int64_t page_size = pages->pool.page_size, stride = of_keys ? keys[0].stride : 64;
+        int64_t size = (of_keys ? key_size : value_size) / page_size * BLOCK;
+        lines.left = stride < 64 || !of_keys ? size / 64 : key_size / stride;
+        lines.keys = of_keys, lines.stride = stride < 64 ? 64 : stride;
         lines.size = lines.left * lines.stride;
         return lines;
     }

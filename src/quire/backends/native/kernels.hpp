@@ -47,9 +47,10 @@ struct Linear {
     int activation = 0;
 };
 
-// How stored keys or values are multiplied: as floats, as pairs of bf16, as bytes that have a scale for
-// each token and head, or as packed numbers.
-enum class Form : int { floats, pairs, int8, fp8, int4, int2 };
+// How stored keys or values are multiplied: as floats, of which fp16 numbers (halves) become some in
+// registers, as pairs of bf16, as bytes that have a scale for each token and head, or as packed numbers.
+// The wide forms are never stored: bytes as registers hold them (widened.inl).
+enum class Form : int { floats, halves, pairs, int8, fp8, wide_int8, wide_fp8, int4, int2 };
 
 // Bits of a packed number; 0 of others.
 constexpr int packed_bits(Dtype dtype) { return dtype == Dtype::i4 ? 4 : dtype == Dtype::i2 ? 2 : 0; }
@@ -117,6 +118,7 @@ inline Pool settled(Pool pool) {
         bool bytes = store->dtype == Dtype::i8 || store->dtype == Dtype::f8;
         store->form = store->dtype == Dtype::i8            ? Form::int8
                       : store->dtype == Dtype::f8          ? Form::fp8
+                      : store->dtype == Dtype::f16         ? Form::halves
                       : pairs && store->dtype == Dtype::bf16 ? Form::pairs
                                                            : Form::floats;
         int64_t multiple = store == &pool.key ? 4 : BLOCK;
