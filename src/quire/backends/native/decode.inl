@@ -56,6 +56,11 @@ struct SplitBlocks {
     Keys keys[SPLIT / BLOCK];
     Values values[SPLIT / BLOCK];
     bool copied_keys[SPLIT / BLOCK], copied_values[SPLIT / BLOCK];
+    // Of packed numbers where the share of each block's stretch begins; null of what is copied.
+    struct Shares {
+        const char* begin[SPLIT / BLOCK];
+        int64_t steps;  // of GROUP lines
+    } key_shares, value_shares;
 
     SplitBlocks(const Pages& pages, const DecodeItem& item, const Tile& tile, int64_t split)
         : pages(&pages),
@@ -69,6 +74,19 @@ struct SplitBlocks {
             copied_values[b] = !pages.whole(pages.pool.value, at + b * BLOCK);
             keys[b] = keys_in_place(pages, head, copied_keys[b] ? pages.start : at + b * BLOCK);
             values[b] = values_in_place(pages, head, copied_values[b] ? pages.start : at + b * BLOCK);
+        }
+        if (pages.pool.key.packed()) find_shares(pages.pool.key, copied_keys, key_shares);
+        if (pages.pool.value.packed()) find_shares(pages.pool.value, copied_values, value_shares);
+    }
+    void find_shares(const Store& store, const bool* copied, Shares& shares) const {
+        int64_t size = pages->pool.page_size, tokens = size < STRETCH ? size : STRETCH;
+        int64_t share = store.head_bytes * tokens / size;
+        shares.steps = ceil_div(share, 64 * GROUP);
+        for (int64_t b = 0; b < count; ++b) {
+            int64_t place = at + b * BLOCK;
+            shares.begin[b] = copied[b] ? nullptr
+                                        : packed_head(*pages, store, head, place) +
+                                              pages->offset(place) / tokens * share;
         }
     }
     int64_t size_of(const Store& store) const {
@@ -132,19 +150,14 @@ struct SplitBlocks {
     // Packed numbers are asked for a stretch of tokens at a time, each as its share of page and head, in
     // which minima and steps are: in pages of one stretch these are the lines that it needs.
     Lines packed_lines(int64_t of_head, int64_t b, bool of_keys) const {
-        const Store& store = of_keys ? pages->pool.key : pages->pool.value;
+        const Shares& shares = of_keys ? key_shares : value_shares;
         Lines lines;
-        if (store.beside == 1) return lines;  // copied
-        int64_t size = pages->pool.page_size, n = 0, tokens = size < STRETCH ? size : STRETCH;
-        int64_t share = store.head_bytes * tokens / size;
-        for (int64_t i = b; i < b + GROUP && i < count; ++i) {
-            int64_t place = at + i * BLOCK;
-            if (i > b && place % tokens) continue;
-            lines.block[n++] = packed_head(*pages, store, of_head, place) +
-                               pages->offset(place) / tokens * share;
-        }
-        lines.keys = false, lines.stride = 64, lines.size = ceil_div(share, 64 * GROUP) * 64 * GROUP;
-        lines.left = n * lines.size / (64 * GROUP);
+        int64_t n = 0, end = b + GROUP < count ? b + GROUP : count;
+        for (int64_t i = b; i < end; ++i)
+            if (shares.begin[i] && (i == b || shares.begin[i] != shares.begin[i - 1]))
+                lines.block[n++] = shares.begin[i] + (of_head - head) * (of_keys ? key_size : value_size);
+        lines.keys = false, lines.stride = 64, lines.size = shares.steps * 64 * GROUP;
+        lines.left = n * shares.steps;
         return lines;
     }
     // Asks for the scales of keys and values of the group, which are needed before its values are: each

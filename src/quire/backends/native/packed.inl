@@ -88,28 +88,37 @@ __attribute__((noinline)) void score_packed(const Keys* blocks, const uint32_t* 
         for (int r = 0; r < R; ++r) acc[r][b].store(scores + r * SPLIT + b * BLOCK);
 }
 
-// Scores of a tile against blocks from position `at` on, stretch by stretch; a few rows take two
-// stretches at a time, so that sums wait less for each other.
+// Scores of a tile against blocks from position `at` on, stretch by stretch. Two stretches are folded
+// before the first is scored, so that their sums wait less for each other; a few rows score both at a time.
 template <Form F, int R, class Ask>
-void score_packed_rows(const Tile& tile, const Keys* blocks, int64_t count, int64_t at,
-                              int64_t dim, float* scores, Ask& ask) {
+void score_packed_rows(const Tile& tile, const Keys* blocks, int64_t count, int64_t at, int64_t dim,
+                       float* scores, Ask& ask) {
     if (tile.rows == R) {
-        constexpr int MOST = R <= 2 ? 4 : 2;
-        alignas(64) uint32_t folded[MOST / 2 * R * FOLDED];
-        float start[MOST / 2 * R];
+        alignas(64) uint32_t folded[2 * R * FOLDED];
+        float start[2 * R];
+        auto fold_at = [&](int64_t b, int i) {
+            fold<F, R>(tile, blocks[b].scale, dim, folded + i * R * FOLDED, start + i * R);
+        };
+        auto score_at = [&](int64_t b, int i, auto n) {
+            score_packed<F, R, n()>(blocks + b, folded + i * R * FOLDED, start + i * R, dim,
+                                    scores + b * BLOCK, ask);
+            return n();
+        };
+        using std::integral_constant;
         for (int64_t b = 0; b < count;) {
-            int64_t left = count - b;
-            bool second = (at / BLOCK + b) % 2 != 0;
-            fold<F, R>(tile, blocks[b].scale, dim, folded, start);
-            if (second || left == 1) {
-                score_packed<F, R, 1>(blocks + b, folded, start, dim, scores + b * BLOCK, ask), b += 1;
-            } else if (MOST == 2 || left < 4) {
-                score_packed<F, R, 2>(blocks + b, folded, start, dim, scores + b * BLOCK, ask), b += 2;
+            fold_at(b, 0);
+            if ((at / BLOCK + b) % 2 != 0 || count - b == 1) {
+                b += score_at(b, 0, integral_constant<int, 1>());
+            } else if (count - b < 4) {
+                b += score_at(b, 0, integral_constant<int, 2>());
             } else {
-                fold<F, R>(tile, blocks[b + 2].scale, dim, folded + R * FOLDED * (MOST / 4),
-                           start + R * (MOST / 4));
-                score_packed<F, R, MOST>(blocks + b, folded, start, dim, scores + b * BLOCK, ask);
-                b += 4;
+                fold_at(b + 2, 1);
+                if constexpr (R <= 2) {
+                    b += score_at(b, 0, integral_constant<int, 4>());
+                } else {
+                    b += score_at(b, 0, integral_constant<int, 2>());
+                    b += score_at(b, 1, integral_constant<int, 2>());
+                }
             }
         }
     } else if constexpr (R > 1) {

@@ -1,8 +1,8 @@
 """Packed pages as their format defines them, from the layout that the native kernels read.
 
 Each head of a page is its numbers, then their minima and steps, bf16. Numbers are words of 32 bits
-with ``n`` = 32 / bits in each, those with even indices in the lower half (where ``dim`` is one of n,
-of values: of 16, and pages are a multiple of 16 tokens):
+with ``n`` = 32 / bits in each, those with even indices in the lower half (where ``dim`` is a
+multiple of n, of values: of 16, and pages of 16 tokens):
 
 K  ``[page, head]``: ``[dim / n, token]``, then ``[token / 32, minimum and step, dim]``
 V  ``[page, head]``: ``[token / n, dim]``, then ``[ceil(dim / 32), minimum and step, token]``

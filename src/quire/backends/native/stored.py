@@ -48,7 +48,7 @@ class StoredPages:
             ) from error
 
     def handle(self, opened: "_native.Pool | None" = None, taking: int = 0) -> _native.Pool:
-        """What kernels take: with the open pages beside packed ones, or the first that takes tokens."""
+        """For kernels: with the open pages beside packed ones, or the first that takes tokens."""
         shape = self.shape
         return _native.Pool(
             _store(self.key, self.key_scale, shape.key_dim, shape.key_format),
