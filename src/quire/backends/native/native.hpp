@@ -14,6 +14,14 @@
 
 namespace quire {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline float* room(std::vector<float>& scratch, int64_t size) {
+    if (int64_t(scratch.size()) < size) scratch.resize(size_t(size));
+    return scratch.data();
+}
+
+
 class Native {
 public:
     Native(const std::string& variant, int threads);
