@@ -71,10 +71,10 @@ def test_a_discarded_pool_is_as_new(key: str, value: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("int4", "int4"), ("bf16", "int2"), ("int4", "int8")])
-def test_native_pools_refuse_what_they_have_no_kernels_for(key: str, value: str) -> None:
+def test_native_pools_refuse_packed_pages_without_open_ones(key: str, value: str) -> None:
     native = pytest.importorskip("quire.backends.native")
     shape = PageShape(32, 1, 4, 4, page_format(key), page_format(value))
-    with pytest.raises(BackendError, match="cannot store "):
+    with pytest.raises(BackendError, match="packed from open ones, and the pool is to have none"):
         native.NativeBackend().pool(shape, 1)
 
 

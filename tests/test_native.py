@@ -344,7 +344,7 @@ def test_scaled_pages_hold_the_bytes_of_the_definition(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"code": 5}, "dtype code 5 is not 0 to 4"),
+        ({"code": 7}, "dtype code 7 is not 0 to 6"),
         ({"dim": 0}, "a head dimension of 0"),
         ({"dim": 513}, "a head dimension of 513 is not in 1..512"),
         ({"scale": None}, "int8 and fp8 numbers have scales"),
@@ -390,8 +390,17 @@ def tables(**changes: object) -> "extension.Tables":
     arrays.update({k: v for k, v in changes.items() if k in arrays})  # type: ignore[misc]
     made = {name: np.array(values, dtype=np.int64) for name, values in arrays.items()}
     return extension.Tables(
-        **made, page_size=changes.get("page_size", 16), window=changes.get("window", 0)
+        **made,
+        page_size=changes.get("page_size", 16),
+        window=changes.get("window", 0),
+        open=open_tables(**changes.get("open", {})),  # type: ignore[arg-type]
     )
+
+
+def open_tables(**arrays: list[int]) -> "extension.OpenTables":
+    """Of no open pages, but for ``arrays``."""
+    names = ("indptr", "indices", "first", "seal_from", "seal_to")
+    return extension.OpenTables(*[np.array(arrays.get(name, []), np.int64) for name in names])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from quire.errors import ConfigError, did_you_mean
 
-__all__ = ["GROUP", "PAGE_FORMATS", "Coding", "PageFormat", "Part", "Stored", "page_format"]
+__all__ = ["BF16", "GROUP", "PAGE_FORMATS", "Coding", "PageFormat", "Part", "Stored", "page_format"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Stored: TypeAlias = tuple[Array, ...]  # the arrays that numbers are stored as

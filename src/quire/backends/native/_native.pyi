@@ -45,7 +45,19 @@ class Store:
 class Pool:
     key_beside: int
     value_beside: int
-    def __init__(self, key: Store, value: Store, shape: list[int]) -> None: ...
+    def __init__(
+        self,
+        key: Store,
+        value: Store,
+        shape: list[int],
+        open: Pool | None = None,
+        taking: int = 0,
+    ) -> None: ...
+
+class OpenTables:
+    def __init__(
+        self, indptr: _Ints, indices: _Ints, first: _Ints, seal_from: _Ints, seal_to: _Ints
+    ) -> None: ...
 
 class Tables:
     def __init__(
@@ -59,6 +71,7 @@ class Tables:
         first_page: _Ints,
         page_size: int,
         window: int,
+        open: OpenTables,
     ) -> None: ...
 
 class Layers:
@@ -71,6 +84,7 @@ class Native:
     def __init__(self, variant: str, threads: int) -> None: ...
     def linear(self, x: _Floats, weight: Weight, bias: _Floats | None, y: _Floats) -> None: ...
     def append(self, pool: Pool, slots: _Ints, key: _Floats, value: _Floats) -> None: ...
+    def seal(self, pool: Pool, source: _Ints, target: _Ints) -> None: ...
     def attend(self, query: _Floats, pool: Pool, tables: Tables, out: _Floats) -> None: ...
     def rms_norm(self, x: _Floats, weight: _Floats, eps: float, y: _Floats) -> None: ...
     def layer_norm(

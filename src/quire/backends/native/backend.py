@@ -13,7 +13,7 @@ from quire.backends.blocks import AttentionParams, MlpParams, Projection, attent
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool, require_formats
 from quire.backends.selecting import split_query
-from quire.batch import ChosenPages, PagedBatch
+from quire.batch import ChosenPages, OpenPages, PagedBatch
 from quire.errors import BackendError
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
@@ -26,6 +26,9 @@ MOST_THREADS = 1024
 ANGLE_ROWS = 1024  # positions whose angles are computed at a time
 
 _ACTIVATIONS = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
+
+
+_NOTHING_OPEN = _native.OpenTables(*[np.empty(0, np.int64)] * 5)
 
 
 @functools.cache
@@ -88,12 +91,12 @@ class NativeBackend:
         return _native.Weight(data, DTYPES[array.dtype.name], *array.shape)
 
     def require_formats(self, key: PageFormat, value: PageFormat) -> None:
-        """Plain formats, the same for keys and values."""
+        """All formats, keys and values apart."""
         require_formats(key, value)
 
     def pool(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> NativePool:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
-        return NativePool(shape, num_pages, open_pages)
+        return NativePool(self._native, shape, num_pages, open_pages)
 
     def embed(self, table: Any, ids: Sequence[int]) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""
@@ -172,16 +175,22 @@ class NativeBackend:
         owner = np.repeat(np.tile(np.arange(heads), sequences), counts)
         last = np.repeat(chosen.last_page_len, heads)
         places = (counts - 1) * chosen.page_size + last - 1
+        ids = chosen.indices * heads + owner
+        opened = _NOTHING_OPEN
+        if pool.open_pages:  # the page that each query stands in is the last
+            ends, none = chosen.indptr[1:] - 1, np.empty(0, np.int64)
+            opened = _native.OpenTables(np.arange(len(ends) + 1), ids[ends], counts - 1, none, none)
         tables = _native.Tables(
             places,
             places,
             np.arange(len(counts) + 1),
             chosen.indptr,
-            chosen.indices * heads + owner,
+            ids,
             last,
             np.zeros(len(counts), np.int64),
             chosen.page_size,
             0,
+            opened,
         )
         by_head = np.ascontiguousarray(query).reshape(sequences * heads, -1, dim)
         out = np.empty((len(by_head), by_head.shape[1] * pool.shape.value_dim), np.float32)
@@ -307,6 +316,7 @@ class NativeBackend:
                     group.first_page,
                     group.page_size,
                     group.window or 0,
+                    _open_tables(group.open),
                 )
                 for group in batch.groups
             ]
@@ -333,6 +343,14 @@ class NativeBackend:
             np.sin(angles, out=sin[part], casting="same_kind")
         self._angles = inv_freq, cos, sin
         return cos, sin
+
+
+def _open_tables(pages: OpenPages) -> _native.OpenTables:
+    if not pages.are_used:
+        return _NOTHING_OPEN
+    return _native.OpenTables(
+        pages.indptr, pages.indices, pages.first, pages.seal_from, pages.seal_to
+    )
 
 
 def _last_of(positions: Array) -> int:

@@ -16,7 +16,7 @@ struct Pages {
     int64_t start, end;  // stored positions
 
     int64_t head_of(int64_t position, int64_t head) const {  // among the heads of all pages
-        return ids[(position - start) / pool.page_size] * pool.heads + head;
+        return (ids[(position - start) / pool.page_size] - pool.first) * pool.heads + head;
     }
     int64_t offset(int64_t position) const { return (position - start) % pool.page_size; }
 
@@ -80,6 +80,8 @@ Values copy_values(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     return {reinterpret_cast<const char*>(to), spare.scale};
 }
 
+#include "packed_blocks.inl"
+
 // Bytes of a number as it is stored.
 inline int64_t width(const Store& store) {
     return store.dtype == Dtype::f32 ? 4 : store.scale ? 1 : 2;
@@ -87,6 +89,7 @@ inline int64_t width(const Store& store) {
 
 inline Keys keys_in_place(const Pages& pages, int64_t head, int64_t at) {
     const Store& store = pages.pool.key;
+    if (store.packed()) return packed_keys_in_place(pages, head, at);
     int64_t size = width(store), n = store.beside, page_size = pages.pool.page_size;
     const char* data = static_cast<const char*>(store.data) +
                        (pages.head_of(at, head) * store.dim * page_size + pages.offset(at) * n) * size;
@@ -95,6 +98,7 @@ inline Keys keys_in_place(const Pages& pages, int64_t head, int64_t at) {
 
 inline Values values_in_place(const Pages& pages, int64_t head, int64_t at) {
     const Store& store = pages.pool.value;
+    if (store.packed()) return packed_values_in_place(pages, head, at);
     int64_t first = (pages.head_of(at, head) * pages.pool.page_size + pages.offset(at)) * store.dim;
     return {static_cast<const char*>(store.data) + first * width(store),
             pages.scale(store, at, head)};
@@ -104,12 +108,18 @@ inline Values values_in_place(const Pages& pages, int64_t head, int64_t at) {
 inline Keys keys_at(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     if (pages.whole(pages.pool.key, at)) return keys_in_place(pages, head, at);
     return by_form(pages.pool.key.form,
-                   [&](auto form) { return copy_keys<form()>(pages, head, at, spare); });
+                   [&](auto form) {
+                       if constexpr (PACKED<form()>) return copy_packed_keys<form()>(pages, head, at, spare);
+                       else return copy_keys<form()>(pages, head, at, spare);
+                   });
 }
 inline Values values_at(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     if (pages.whole(pages.pool.value, at)) return values_in_place(pages, head, at);
     return by_form(pages.pool.value.form,
-                   [&](auto form) { return copy_values<form()>(pages, head, at, spare); });
+                   [&](auto form) {
+                       if constexpr (PACKED<form()>) return copy_packed_values<form()>(pages, head, at, spare);
+                       else return copy_values<form()>(pages, head, at, spare);
+                   });
 }
 
 constexpr int GROUP = 4;  // blocks of one head that are worked on before the next head's

@@ -18,6 +18,8 @@ inline auto by_form(Form form, Work work) {
         case Form::halves: return work(std::integral_constant<Form, Form::halves>());
         case Form::int8: return work(std::integral_constant<Form, Form::int8>());
         case Form::fp8: return work(std::integral_constant<Form, Form::fp8>());
+        case Form::int4: return work(std::integral_constant<Form, Form::int4>());
+        case Form::int2: return work(std::integral_constant<Form, Form::int2>());
         default: return work(std::integral_constant<Form, Form::floats>());
     }
 }
@@ -36,6 +38,10 @@ constexpr bool BYTES = F == Form::int8 || F == Form::fp8;
 template <Form F>
 constexpr bool SCALED = BYTES<F> || F == Form::wide_int8 || F == Form::wide_fp8;
 template <Form F>
+constexpr bool PACKED = F == Form::int4 || F == Form::int2;
+template <Form F>
+constexpr int BITS = F == Form::int4 ? 4 : 2;  // of a packed number
+template <Form F>
 constexpr bool INTEGER = F == Form::int8 || F == Form::wide_int8;
 template <Form F>
 using Number =
@@ -43,7 +49,7 @@ using Number =
                        std::conditional_t<BYTES<F>, uint8_t, uint16_t>>;
 // Numbers that are multiplied by one word, or by one word for each part.
 template <Form F>
-constexpr int BESIDE = BYTES<F> ? 4 : F == Form::pairs || SCALED<F> ? 2 : 1;
+constexpr int BESIDE = PACKED<F> ? 32 / BITS<F> : BYTES<F> ? 4 : F == Form::pairs || SCALED<F> ? 2 : 1;
 template <Form F>
 constexpr int PARTS = BYTES<F> ? 2 : 1;
 template <Form F>
@@ -53,7 +59,8 @@ constexpr int64_t LINE = LANES * LANE<F>;
 
 // Keys and values of 16 tokens in the form that the inner loops read, n = BESIDE numbers in a lane:
 // key [dim / n][16 tokens][n], value [16 / n][dim][n]; of bytes dim is padded to whole words (keys) or
-// vectors (values). Scales are bf16 [16].
+// vectors (values). Scales are bf16 [16]; of packed numbers minimum and step in turns: of keys [2][dim],
+// of values [ceil(dim / 32)][2][16], `stride` from one row of 16 to the next.
 struct Keys {
     const char* data;
     int64_t stride;  // bytes from one line to the next
@@ -62,6 +69,7 @@ struct Keys {
 struct Values {
     const char* data;
     const uint16_t* scale;
+    int64_t stride = 0;
 };
 
 // Lines of a block's keys, and lanes of one token's values.
@@ -70,7 +78,9 @@ constexpr int64_t key_words(int64_t dim) {
     return SCALED<F> ? ceil_div(dim, 4) * (4 / BESIDE<F>) : ceil_div(dim, BESIDE<F>);
 }
 template <Form F>
-constexpr int64_t value_words(int64_t dim) { return SCALED<F> ? ceil_div(dim, 16) * 16 : dim; }
+constexpr int64_t value_words(int64_t dim) {
+    return SCALED<F> || PACKED<F> ? ceil_div(dim, 16) * 16 : dim;
+}
 
 // One part of a line, as registers hold it: F16, Pairs or Half.
 template <Form F>

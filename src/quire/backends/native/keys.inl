@@ -17,7 +17,7 @@ constexpr int blocks_at_a_time(int rows) { return rows * MOST_BLOCKS <= 2 * TILE
 // What a tile of up to TILE rows needs to know: queries, and the positions that each row sees.
 // Queries are words of a key's form, [words][rows], or [words][2][rows] of 16 bits a number for bytes:
 // bf16 for fp8 keys, and for int8 keys integers that a row's `unit` makes what they were; `start` takes
-// away what the 128 that were added to int8 keys add to their sum.
+// away what the 128 that were added to int8 keys add to their sum. For packed keys they are floats.
 struct Tile {
     int rows;
     const uint32_t* query;
@@ -27,7 +27,7 @@ struct Tile {
 };
 
 // Room for a row's words, whatever the form.
-inline int64_t query_room(int64_t dim) { return dim + 4; }
+inline int64_t query_room(int64_t dim) { return ceil_div(dim, STRETCH) * STRETCH + 4; }
 
 // One query as integers; a unit of NaN if a number of it is infinite or NaN. Queries below the least
 // normal number times 32,767 are taken for zero.
@@ -54,7 +54,11 @@ template <Form F>
 inline void lay_query(const float* x, int64_t dim, int r, Tile& tile, uint32_t* query) {
     uint32_t words[MAX_HEAD + 2 * LANES];
     int64_t count = key_words<F>(dim);
-    if constexpr (F == Form::int8) {
+    if constexpr (PACKED<F>) {
+        auto* to = reinterpret_cast<float*>(query) + r * ceil_div(dim, STRETCH) * STRETCH;
+        std::memcpy(to, x, size_t(dim) * 4);
+        std::memset(to + dim, 0, size_t(-dim & (STRETCH - 1)) * 4);
+    } else if constexpr (F == Form::int8) {
         lay_integers(x, dim, r, tile, query);
     } else if constexpr (F == Form::fp8) {
         row_words(x, Dtype::bf16, dim, 2 * count, words);
@@ -140,11 +144,19 @@ __attribute__((always_inline)) inline F16 seen_by(const Tile& tile, int row, int
     return keep(x, clamp(low), clamp(high), F16::set(other));
 }
 
+template <Form F, int R, class Ask>
+void score_packed_rows(const Tile& tile, const Keys* blocks, int64_t count, int64_t at, int64_t dim,
+                       float* scores, Ask& ask);  // packed.inl
+
 // Scores of a tile against `count` blocks from position `at` on; what a row does not see is -inf.
 template <class Ask>
 inline void score_tile(Form form, const Tile& tile, const Keys* blocks, int64_t count, int64_t at,
                        int64_t dim, float* scores, Ask& ask) {
-    by_read_form(form, [&](auto f) { score_rows<f()>(tile, blocks, count, dim, scores, ask); });
+    by_read_form(form, [&](auto f) {
+        if constexpr (PACKED<f()>)
+            score_packed_rows<f(), TILE>(tile, blocks, count, at, dim, scores, ask);
+        else score_rows<f()>(tile, blocks, count, dim, scores, ask);
+    });
     for (int r = 0; r < tile.rows; ++r) {
         if (tile.low[r] <= at && tile.high[r] >= at + count * BLOCK) continue;
         for (int64_t b = 0; b < count; ++b) {

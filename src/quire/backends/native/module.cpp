@@ -39,15 +39,21 @@ NB_MODULE(_native, m) {
         .def(nb::init<Storage, std::optional<Scales>, int, int64_t>(), "data"_a.noconvert(),
              "scale"_a.none().noconvert(), "dtype"_a, "dim"_a);
     nb::class_<PoolArrays>(m, "Pool")
-        .def(nb::init<const StoreArrays&, const StoreArrays&, std::vector<int64_t>>(), "key"_a,
-             "value"_a, "shape"_a)
+        .def(nb::init<const StoreArrays&, const StoreArrays&, std::vector<int64_t>,
+                      const PoolArrays*, int64_t>(),
+             "key"_a, "value"_a, "shape"_a, "open"_a.none() = nb::none(), "taking"_a = 0)
         .def_prop_ro("key_beside", [](const PoolArrays& p) { return p.pool.key.beside; })
         .def_prop_ro("value_beside", [](const PoolArrays& p) { return p.pool.value.beside; });
+    nb::class_<OpenTables>(m, "OpenTables")
+        .def(nb::init<Ints, Ints, Ints, Ints, Ints>(), "indptr"_a.noconvert(),
+             "indices"_a.noconvert(), "first"_a.noconvert(), "seal_from"_a.noconvert(),
+             "seal_to"_a.noconvert());
     nb::class_<Tables>(m, "Tables")
-        .def(nb::init<Ints, Ints, Ints, Ints, Ints, Ints, Ints, int64_t, int64_t>(),
+        .def(nb::init<Ints, Ints, Ints, Ints, Ints, Ints, Ints, int64_t, int64_t,
+                      const OpenTables&>(),
              "places"_a.noconvert(), "positions"_a.noconvert(), "query_indptr"_a.noconvert(),
              "indptr"_a.noconvert(), "indices"_a.noconvert(), "last_page_len"_a.noconvert(),
-             "first_page"_a.noconvert(), "page_size"_a, "window"_a);
+             "first_page"_a.noconvert(), "page_size"_a, "window"_a, "open"_a);
     nb::class_<Layers>(m, "Layers")
         .def(nb::init<>())
         .def("add", &Layers::add, "attention"_a, "mlp"_a, "pool"_a, "group"_a);
@@ -59,6 +65,7 @@ NB_MODULE(_native, m) {
              "bias"_a.none().noconvert(), "y"_a.noconvert())
         .def("append", &Native::append, "pool"_a, "slots"_a.noconvert(), "key"_a.noconvert(),
              "value"_a.noconvert())
+        .def("seal", &Native::seal, "pool"_a, "source"_a.noconvert(), "target"_a.noconvert())
         .def("attend", &Native::attend, "query"_a.noconvert(), "pool"_a, "tables"_a,
              "out"_a.noconvert())
         .def("rms_norm", &Native::rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a,

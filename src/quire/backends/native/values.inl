@@ -232,7 +232,8 @@ template <class Ask, int R = 4>
 inline void soften_rows(Form form, const Weights& w, int row, Ask& ask) {
     for (; row + R <= w.tile.rows; row += R)
         by_form(form, [&](auto f) {
-            if constexpr (SCALED<f()>) soften_scaled<f(), R>(w, row, ask);
+            if constexpr (PACKED<f()>) return;  // soften_packed_rows
+            else if constexpr (SCALED<f()>) soften_scaled<f(), R>(w, row, ask);
             else soften<f(), R>(w, row, ask);
         });
     if constexpr (R > 1) soften_rows<Ask, R - 1>(form, w, row, ask);
@@ -243,7 +244,7 @@ inline void soften_rows(Form form, const Weights& w, int row, Ask& ask) {
 // their scales it does not count.
 template <Form F>
 bool is_wild(const Tile& tile, const Values& block, int64_t at, int64_t dim) {
-    if (SCALED<F> || (tile.low[tile.rows - 1] <= at && tile.high[0] >= at + BLOCK)) return false;
+    if (SCALED<F> || PACKED<F> || (tile.low[tile.rows - 1] <= at && tile.high[0] >= at + BLOCK)) return false;
     const auto* value = reinterpret_cast<const Number<F>*>(block.data);
     constexpr uint32_t EXPONENTS = F == Form::halves ? 0x7c00 : 0x7f80;
     uint32_t most = 0;  // exponent, as bits of a bf16 or fp16: a maximum compiles to vectors
