@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import quire
+from quire.analysis.candidates import Setting, open_tracks
 from quire.errors import ConfigError, RequestError
 from recording import Recorder, same_bits
 from tiny import WRITERS, random_prompt
@@ -414,3 +415,14 @@ def test_exported_arrays_show_both_kinds_of_pages(long: dict[str, Path]) -> None
             for a, b in pairwise((0, 32, 64, 96, 100))
         ]
         assert same == [True, False, False, True]
+
+
+def test_the_meter_counts_pages_of_both_kinds(long: dict[str, Path]) -> None:
+    model = engine_with(long["mixed"], page_size=SIZE)
+    _, [track] = open_tracks(model, [Setting("int4")], 100, 1)
+    assert track.error is None
+    with track.engine.forced() as text:
+        text.read(random_prompt(100, seed=1))
+        track.note(text)
+        assert track.stored_bytes == text.usage.allocated_bytes
+        assert track.used_bytes == text.usage.used_bytes < track.stored_bytes

@@ -31,7 +31,8 @@ class Grower:
     ) -> None:
         self._layout, self._size = layout, layout.page_size
         self._allocators, self._pools, self._index = allocators, pools, index
-        self._packs, self._any_packs = layout.packs, any(layout.packs)
+        self._packs = layout.packs
+        self._room = layout.page_size - any(layout.packs)  # in a page, before another is taken
         self._nothing = (0,) * len(layout.areas)
 
     def needs(self, state: SequenceState, count: int) -> list[Need]:
@@ -42,8 +43,7 @@ class Grower:
             count > 0 and offset > 0 and self._must_copy(group, table.pages[-1], offset)
             for group, table in enumerate(state.tables)
         ]
-        room = size - self._any_packs  # in a page, before another one is taken
-        if offset and offset + count <= room and True not in copies:
+        if offset and offset + count <= self._room and True not in copies:
             return []
         end = state.length + count
         end_page = pages_for(end, size)

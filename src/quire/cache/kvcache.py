@@ -11,7 +11,7 @@ Not thread-safe.
 
 import operator
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from quire.cache.allocator import PageAllocator
 from quire.cache.batches import BatchBuilder
-from quire.cache.books import check_kinds, check_sequence
+from quire.cache.books import check_kinds, check_sequence, require_pools
 from quire.cache.compaction import Compactor, Keep, require_compactable, require_keep
 from quire.cache.export import KVArrays, layer_arrays, require_layout
 from quire.cache.growth import Grower
@@ -28,9 +28,9 @@ from quire.cache.raw import RawPages
 from quire.cache.sequence import Growths, Reservation, SequenceState
 from quire.cache.sharing import PrefixSharing
 from quire.cache.table import PageTable
-from quire.cache.usage import CacheUsage, count_bytes
+from quire.cache.usage import CacheUsage, count_bytes, filled_pages
 from quire.errors import CacheError, CacheFull
-from quire.layout import Area, CacheLayout, LayerGroup, pages_for
+from quire.layout import CacheLayout, LayerGroup, pages_for
 from quire.pages import PagePool
 
 __all__ = ["KVCache", "Reservation"]
@@ -54,7 +54,7 @@ class KVCache:
         pools: Sequence[PagePool],
         identity: bytes | None = None,
     ) -> None:
-        counts = _require_pools(layout, num_pages, pools)
+        counts = require_pools(layout, num_pages, pools)
         self.layout = layout
         self.pools = tuple(pools)
         self.raw = RawPages(layout, self.pools)
@@ -424,7 +424,7 @@ class KVCache:
         filled = [
             page
             for group, allocator in enumerate(self._allocators)
-            for page in self._filled(states, group, allocator)
+            for page in filled_pages(self.layout, states, group, allocator)
         ]
         cached = self.cached_pages if sequence is None else ()
         tokens = sum(state.length for state in states)
@@ -547,19 +547,6 @@ class KVCache:
         for state in reservation._states:
             state.growth = None
 
-    def _filled(
-        self, states: Iterable[SequenceState], group: int, allocator: PageAllocator
-    ) -> list[tuple[int, int]]:
-        """(area, tokens in it) for each page of sequences in a group, each page once."""
-        size, filled = self.layout.page_size, dict[int, int]()
-        for state in states:
-            table = state.tables[group]
-            for number, page in enumerate(table.pages, table.first_page):
-                tokens = min(size, state.length - number * size)
-                filled[page] = max(tokens, filled.get(page, 0))
-        first = self.layout.areas.index(Area(group))
-        return [(first + allocator.is_open(page), tokens) for page, tokens in filled.items()]
-
     def _references(self, group: int) -> list[int]:
         held: list[int] = []
         for state in self._sequences.values():
@@ -568,32 +555,3 @@ class KVCache:
             for growth in (growths[group] for growths in reservation._growth if growths):
                 held.extend(growth.pages)
         return held
-
-
-def _require_pools(
-    layout: CacheLayout, num_pages: Sequence[int], pools: Sequence[PagePool]
-) -> list[tuple[int, int]]:
-    """(pages, open pages) of each group; CacheError if pools and page counts do not fit it."""
-    if len(num_pages) != len(layout.areas) or len(pools) != len(layout.shapes):
-        areas = f" ({len(layout.areas)} areas with open ones)" if True in layout.packs else ""
-        raise CacheError(
-            f"{len(num_pages)} page counts and {len(pools)} pools for "
-            f"{len(layout.groups)} groups{areas} and {len(layout.shapes)} layers"
-        )
-    counts = dict(zip(layout.areas, num_pages, strict=True))
-    wanted = [
-        (counts[Area(g)], counts[Area(g, is_open=True)] if packs else 0)
-        for g, packs in enumerate(layout.packs)
-    ]
-    for layer, pool in enumerate(pools):
-        pages, opened = wanted[layout.group_of_layer[layer]]
-        fits = pool.num_pages >= pages
-        if layout.packs[layout.group_of_layer[layer]]:
-            fits = pool.num_pages == pages and pool.open_pages >= opened > 0
-        if pool.shape != layout.shapes[layer] or not fits:
-            raise CacheError(
-                f"layer {layer}: a pool of {pool.num_pages} pages of {pool.shape} does not "
-                f"fit {pages} pages of {layout.shapes[layer]}"
-                + (f"; it has {pool.open_pages} open pages for {opened}" if opened else "")
-            )
-    return wanted

@@ -1,12 +1,14 @@
 """What a cache, or one sequence in it, takes in bytes."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from quire.layout import CacheLayout
+from quire.cache.allocator import PageAllocator
+from quire.cache.sequence import SequenceState
+from quire.layout import Area, CacheLayout
 
-__all__ = ["CacheUsage", "count_bytes"]
+__all__ = ["CacheUsage", "count_bytes", "filled_pages"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,20 @@ class CacheUsage:
     def waste_bytes(self) -> int:
         """Bytes of allocated slots that hold no token."""
         return self.allocated_bytes - self.used_bytes
+
+
+def filled_pages(
+    layout: CacheLayout, states: Iterable[SequenceState], group: int, allocator: PageAllocator
+) -> list[tuple[int, int]]:
+    """(area, tokens in it) for each page of sequences in a group, each page once."""
+    size, filled = layout.page_size, dict[int, int]()
+    for state in states:
+        table = state.tables[group]
+        for number, page in enumerate(table.pages, table.first_page):
+            tokens = min(size, state.length - number * size)
+            filled[page] = max(tokens, filled.get(page, 0))
+    first = layout.areas.index(Area(group))
+    return [(first + allocator.is_open(page), tokens) for page, tokens in filled.items()]
 
 
 def count_bytes(
