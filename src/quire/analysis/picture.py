@@ -130,7 +130,10 @@ def _svg_label(label: Label) -> str:
 
 
 def _table(report: Report) -> str:
-    heads = ("setting", "bytes a token", "compression", "perplexity", "change", "KL mean", "top-1")
+    heads = (
+        *("setting", "bytes a token", "compression", "perplexity", "change", "KL mean, nats"),
+        *("same top-1", "recalled, asked after the prompt", "asked in the prompt"),
+    )
     rows = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
     for each in (report.exact, *(made for _, made in report.candidates)):
         if isinstance(each, Measurement):
@@ -149,6 +152,7 @@ def _cells(each: Measurement, exact: bool) -> tuple[str, ...]:
         f"{summary.perplexity_change:+.4%}",
         f"{summary.kl_mean:.2e}",
         f"{summary.top1_agreement:.2%}",
+        *("" if m is None else f"{m:.1%}" for m in (each.recall_mean, each.recall_in_prompt_mean)),
     )
 
 
