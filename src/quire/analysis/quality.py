@@ -92,6 +92,8 @@ class Measurement:
 class Report:
     """The exact cache's own figures, each candidate's or the reason why it has none.
 
+    context          tokens of a passage
+    tokens           targets, over all passages
     recall_missing   why recall could not be asked; None if it was, or was not wanted
     """
 

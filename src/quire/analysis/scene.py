@@ -106,6 +106,8 @@ def _mark(axes: "_Axes", each: Measurement, best: Sequence[Measurement], report:
 
 
 class _Axes:
+    """From bytes a token and changes of perplexity (0.01 is one percent) to pixels."""
+
     def __init__(self, measured: Sequence[Measurement]) -> None:
         sizes = [each.bytes_per_token for each in measured]
         self._low, self._high = math.log2(min(sizes)) - 0.5, math.log2(max(sizes)) + 0.5
@@ -114,13 +116,16 @@ class _Axes:
         self._bottom, self._top = _bent(self._ticks[0]), _bent(self._ticks[-1])
 
     def at(self, each: Measurement) -> tuple[float, float]:
+        """Where a measurement lies, in pixels from the left and from the top."""
         return self.x(each.bytes_per_token), self.y(each.summary.perplexity_change)
 
     def x(self, count: float) -> float:
+        """Pixels from the left of ``count`` bytes a token."""
         share = (math.log2(count) - self._low) / (self._high - self._low)
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def y(self, loss: float) -> float:
+        """Pixels from the top of a relative change of perplexity."""
         share = (_bent(loss) - self._bottom) / (self._top - self._bottom)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
