@@ -112,12 +112,15 @@ class CodedModel:
             tokens, _one_sequence(len(tokens), self._layers), self._pools(), range(len(tokens))
         )
 
-    def numbers(self, tokens: Sequence[int]) -> Iterator[tuple[Array, Array]]:
-        """Keys, rotated by position, and values of each layer, float32 [tokens, heads, dim]."""
+    def numbers(self, tokens: Sequence[int]) -> Iterator[tuple[Array, Array, Array]]:
+        """Queries, keys (both with RoPE) and values of each layer: float32 [tokens, heads, dim]."""
         self.backend.recipe, pools = EXACT, self._pools()
-        batch = _one_sequence(len(tokens), self._layers)
-        self._loaded.model.forward(tokens, batch, pools, range(len(tokens)))
-        yield from ((pool.key, pool.value) for pool in pools)
+        batch, queries = _one_sequence(len(tokens), self._layers), []
+        self._loaded.model.forward_watched(
+            tokens, batch, pools, [], lambda _, query: queries.append(query)
+        )
+        for query, pool in zip(queries, pools, strict=True):
+            yield query, pool.key, pool.value
 
     def _pools(self) -> list[Any]:
         return [_Numbers() for _ in range(self._layers)]

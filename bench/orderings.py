@@ -30,6 +30,7 @@ from quire.models import load_text_codec, resolve_model
 __all__ = ["main"]
 
 Float64 = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.float32]
 
 KEYS = [
     Recipe(f"k={format} by {name}", code(format), EXACT.value)
@@ -179,45 +180,62 @@ def codings(groups: list[str], tokens: int, trials: int) -> None:
 
 
 def channels(tokens: int = 2000) -> None:
-    """Print how unequal channels are, and what a scale has to span each way.
+    """Print what scales have to span, what an error costs, and what the first tokens are given.
 
     largest / median   of the channels' root mean squares over a text
     span               mean of (max - min) over 32 tokens of a channel, and over 32 channels of a
                        token: the error of a coding is proportional to it
+    aligned            of int4 keys by channel: the mean square of query times error, over what it
+                       were if the same error lay in all channels alike; above 1, channels with
+                       large errors are those that queries weigh most
+    on first           share of attention on the first 4 tokens by queries behind 1,000
     """
     model = CodedModel(resolve_model(None))
     codec = load_text_codec(resolve_model(None))
     assert codec is not None
     lead, texts = documents(codec, held_out())
     text = [*lead, *itertools.chain.from_iterable(texts)][: tokens // 32 * 32]
-    print("| layer | | head | largest / median | span by channel | span by token | rotated |")
-    print("|---|---|---|---|---|---|---|")
-    for layer, pair in enumerate(model.numbers(text)):
-        for what, numbers in zip(("key", "value"), pair, strict=True):
-            turned = _turned(numbers)
-            for head in range(numbers.shape[1]):
-                one = numbers[32:, head].astype(np.float64)
+    print("| layer | head | | largest / median | span by channel | by token | aligned | on first |")
+    print("|---|---|---|---|---|---|---|---|")
+    for layer, (query, key, value) in enumerate(model.numbers(text)):
+        share = query.shape[1] // key.shape[1]
+        for head in range(key.shape[1]):
+            queries = query[:, share * head : share * (head + 1)]
+            seen = (
+                f"{_aligned(queries, key[:, [head]]):.2f} "
+                f"| {_on_first(queries[1000:], key[:, head]):.1%}"
+            )
+            for what, numbers, more in (("key", key, seen), ("value", value, "|")):
+                one = numbers[32:, head]
                 size = np.sqrt((one**2).mean(axis=0))
-                spans = _spans(one)
+                by_channel_, by_token_ = _spans(one)
                 print(
-                    f"| {layer} | {what} | {head} | {size.max() / np.median(size):.1f} "
-                    f"| {spans[0]:.2f} | {spans[1]:.2f} "
-                    f"| {' / '.join(f'{s:.2f}' for s in _spans(turned[32:, head]))} |"
+                    f"| {layer} | {head} | {what} | {size.max() / np.median(size):.1f} "
+                    f"| {by_channel_:.2f} | {by_token_:.2f} | {more} |"
                 )
 
 
-def _turned(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Numbers [tokens, heads, dim] in the turned basis: what a rotated coding is given."""
-    seen = []
-    rotated(lambda given: seen.append(given) or given)(numbers)  # type: ignore[func-returns-value]
-    return seen[0]
-
-
-def _spans(one: npt.NDArray[np.floating]) -> tuple[float, float]:
+def _spans(one: Numbers) -> tuple[float, float]:
     """Mean range of one head's numbers [tokens, dim], by channel and by token."""
     by_page = one.reshape(-1, 32, one.shape[1])
     by_vector = one.reshape(len(one), -1, 32)
     return float(np.ptp(by_page, axis=1).mean()), float(np.ptp(by_vector, axis=2).mean())
+
+
+def _aligned(query: Numbers, key: Numbers) -> float:
+    """Of queries [tokens, heads, dim] and one head of keys; see :func:`channels`."""
+    error = ((by_channel("int4")(key) - key) ** 2).mean(axis=(0, 1))
+    weight = (query**2).mean(axis=(0, 1))
+    return float((weight * error).sum() / (weight.sum() * error.mean()))
+
+
+def _on_first(query: Numbers, key: Numbers, first: int = 4) -> float:
+    """Of queries [the last tokens, heads, dim] over keys [tokens, dim]."""
+    scores = np.einsum("thd,nd->htn", query, key) * query.shape[-1] ** -0.5
+    places = np.arange(len(key) - len(query), len(key))
+    scores[:, np.arange(len(key)) > places[:, None]] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return float((weights[..., :first].sum(axis=-1) / weights.sum(axis=-1)).mean())
 
 
 POLICIES = (
