@@ -22,6 +22,7 @@ COLOURS = {
     "axis": "#3c4148",
 }
 SIZES = {"title": 17, "note": 12.5, "tick": 12, "axis": 13, "name": 12.5}
+STYLES = {"zero": "--", "leader": ":"}
 WIDTHS = {"front": 2.0, "whisker": 1.4, "zero": 1.2, "axis": 1.2}
 
 _PAGE = Template("""<!DOCTYPE html>
@@ -42,7 +43,8 @@ svg text { font-family: system-ui, sans-serif; fill: var(--ink); }
 text.title { font-weight: 600; } text.note, text.tick { fill: var(--soft); }
 polyline { fill: none; stroke: var(--grey); } polyline.grid { stroke: var(--grid); }
 polyline.axis { stroke: var(--soft); } polyline.front { stroke: var(--front); }
-polyline.zero { stroke-dasharray: 5 4; }
+polyline.zero { stroke-dasharray: 5 4; } polyline.leader { stroke-dasharray: 1 3; }
+text.name { paint-order: stroke; stroke: var(--page); stroke-width: 3; stroke-linejoin: round; }
 circle, rect { stroke: var(--page); stroke-width: 1.5; }
 .beaten { fill: var(--grey); } circle.front { fill: var(--front); } .exact { fill: var(--exact); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -159,6 +161,7 @@ def _cells(each: Measurement, exact: bool) -> tuple[str, ...]:
 def _png(scene: Scene, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
@@ -168,8 +171,13 @@ def _png(scene: Scene, path: Path) -> None:
     axes.axis("off")
     for line in scene.lines:
         x, y = zip(*line.points, strict=True)
-        style = "--" if line.kind == "zero" else "-"
-        axes.plot(x, y, style, color=COLOURS[line.kind], linewidth=WIDTHS.get(line.kind, 1))
+        axes.plot(
+            x,
+            y,
+            STYLES.get(line.kind, "-"),
+            color=COLOURS[line.kind],
+            linewidth=WIDTHS.get(line.kind, 1),
+        )
     for mark in scene.marks:
         shape = "D" if mark.kind == "exact" else "o"
         axes.plot(mark.x, mark.y, shape, color=COLOURS[mark.kind], markersize=8, zorder=3)
@@ -184,5 +192,7 @@ def _png(scene: Scene, path: Path) -> None:
             va="center" if label.turned else "baseline",
             rotation=90 if label.turned else 0,
             weight="bold" if label.kind == "title" else "normal",
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+            zorder=4,
         )
     figure.savefig(path, dpi=160, metadata={"Software": None})

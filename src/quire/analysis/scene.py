@@ -68,7 +68,9 @@ class Scene:
 
 def scene_of(report: Report, model: str) -> Scene:
     """The picture of a report; ``model`` names it."""
-    measured = [each for _, each in report.candidates if isinstance(each, Measurement)]
+    own = report.exact.setting  # a candidate that is the exact cache would lie under its mark
+    found = [each for _, each in report.candidates if isinstance(each, Measurement)]
+    measured = [each for each in found if each.setting != own]
     axes = _Axes([report.exact, *measured])
     lines, labels = axes.frame()
     labels += [
@@ -177,7 +179,10 @@ def _ticks(low: float, high: float) -> tuple[float, ...]:
 def _names(
     marks: Sequence[Mark], names: Sequence[str], lines: Sequence[Line]
 ) -> tuple[list[Label], list[Line]]:
-    """A name beside each mark, where it covers nothing; a line to those that are not next to it."""
+    """A name beside each mark, where it covers no name or mark, and if near enough no line.
+
+    A line leads to those that are not next to their mark.
+    """
     taken: list[Box] = [(mark.x - 7, mark.y - 7, mark.x + 7, mark.y + 7) for mark in marks]
     crossed = [box for line in lines if line.kind in _COVERED for box in _along(line)]
     labels, leaders = [], []
@@ -185,11 +190,15 @@ def _names(
         boxes = [_beside(mark, LETTER * len(name), side, dy) for dy, side in _PLACES]
         inside = [b for b in boxes if b[0] > LEFT and b[2] < WIDTH - 4 and b[1] > TOP - 20]
         free = [box for box in inside if not any(_meet(box, other) for other in taken)]
-        clear = [box for box in free if not any(_meet(box, other) for other in crossed)]
-        box = next(iter((*clear, *free, *boxes)))
+
+        def cost(box: Box, mark: Mark = mark) -> float:
+            crosses = any(_meet(box, other) for other in crossed)
+            return abs(_middle(box) - mark.y) + (_CROSSING if crosses else 0)
+
+        box = min(free, key=cost, default=boxes[0])
         taken.append(box)
         labels.append(Label("name", box[0], box[3] - 4, name))
-        middle = (box[1] + box[3]) / 2
+        middle = _middle(box)
         if abs(middle - mark.y) > 24:
             end = min(max(mark.x, box[0]), box[2])
             leaders.append(
@@ -199,6 +208,7 @@ def _names(
 
 
 _COVERED = ("front", "zero", "whisker")
+_CROSSING = 40.0  # pixels away from its mark that a name goes rather than across a line
 _STEPS = (16, 22, 32, 44, 56, 70, 84, 100, 120)
 # Right and left of the mark; then above and below it, further and further.
 _PLACES = [
@@ -211,6 +221,10 @@ _PLACES = [
 def _beside(mark: Mark, width: float, side: int, dy: float) -> Box:
     x = mark.x - width / 2 if side == 0 else mark.x + 11 if side > 0 else mark.x - 11 - width
     return x, mark.y + dy - TALL / 2, x + width, mark.y + dy + TALL / 2
+
+
+def _middle(box: Box) -> float:
+    return (box[1] + box[3]) / 2
 
 
 def _toward(middle: float, mark: Mark) -> float:
