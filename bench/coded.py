@@ -20,7 +20,7 @@ from quire.batch import GroupBatch, PagedBatch
 from quire.formats import GROUP, PAGE_FORMATS, Coding
 from quire.models import load_model
 
-__all__ = ["EXACT", "Code", "CodedModel", "Recipe", "by_channel", "by_token", "rotated"]
+__all__ = ["EXACT", "Code", "CodedModel", "Recipe", "by_channel", "by_token", "hadamard", "rotated"]
 
 Array = npt.NDArray[Any]
 Code = Callable[[Array], Array]  # float32 [tokens, heads, dim] -> as read back; whole pages
@@ -76,13 +76,13 @@ def rotated(code: Code) -> Code:
     """
 
     def turned(numbers: Array) -> Array:
-        turn = _hadamard(numbers.shape[-1])
+        turn = hadamard(numbers.shape[-1])
         return code(numbers @ turn) @ turn.T
 
     return turned
 
 
-def _hadamard(dim: int) -> Array:
+def hadamard(dim: int) -> Array:
     """Sylvester's orthogonal matrix, float32 [dim, dim]; dim is a power of two."""
     turn = np.ones((1, 1), np.float32)
     while len(turn) < dim:

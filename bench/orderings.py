@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from coded import EXACT, CodedModel, Recipe, by_channel, by_token, rotated
+from coded import EXACT, CodedModel, Recipe, by_channel, by_token, hadamard, rotated
 
 import quire
 from quire.analysis.candidates import Setting, base_config
@@ -183,8 +183,8 @@ def channels(tokens: int = 2000) -> None:
     """Print what scales have to span, what an error costs, and what the first tokens are given.
 
     largest / median   of the channels' root mean squares over a text
-    span               mean of (max - min) over 32 tokens of a channel, and over 32 channels of a
-                       token: the error of a coding is proportional to it
+    span               mean of (max - min) over 32 tokens of a channel (and of a rotated one), and
+                       over 32 channels of a token: the error of a coding is proportional to it
     aligned            of int4 keys by channel: the mean square of query times error, over what it
                        were if the same error lay in all channels alike; above 1, channels with
                        large errors are those that queries weigh most
@@ -195,8 +195,10 @@ def channels(tokens: int = 2000) -> None:
     assert codec is not None
     lead, texts = documents(codec, held_out())
     text = [*lead, *itertools.chain.from_iterable(texts)][: tokens // 32 * 32]
-    print("| layer | head | | largest / median | span by channel | by token | aligned | on first |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| layer | head | | largest / median | span by channel | rotated | by token | aligned | on first |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for layer, (query, key, value) in enumerate(model.numbers(text)):
         share = query.shape[1] // key.shape[1]
         for head in range(key.shape[1]):
@@ -208,10 +210,11 @@ def channels(tokens: int = 2000) -> None:
             for what, numbers, more in (("key", key, seen), ("value", value, "|")):
                 one = numbers[32:, head]
                 size = np.sqrt((one**2).mean(axis=0))
+                turned, _ = _spans(one @ hadamard(one.shape[1]))
                 by_channel_, by_token_ = _spans(one)
                 print(
                     f"| {layer} | {head} | {what} | {size.max() / np.median(size):.1f} "
-                    f"| {by_channel_:.2f} | {by_token_:.2f} | {more} |"
+                    f"| {by_channel_:.2f} | {turned:.2f} | {by_token_:.2f} | {more} |"
                 )
 
 

@@ -171,13 +171,8 @@ def _png(scene: Scene, path: Path) -> None:
     axes.axis("off")
     for line in scene.lines:
         x, y = zip(*line.points, strict=True)
-        axes.plot(
-            x,
-            y,
-            STYLES.get(line.kind, "-"),
-            color=COLOURS[line.kind],
-            linewidth=WIDTHS.get(line.kind, 1),
-        )
+        style, width = STYLES.get(line.kind, "-"), WIDTHS.get(line.kind, 1)
+        axes.plot(x, y, style, color=COLOURS[line.kind], linewidth=width)
     for mark in scene.marks:
         shape = "D" if mark.kind == "exact" else "o"
         axes.plot(mark.x, mark.y, shape, color=COLOURS[mark.kind], markersize=8, zorder=3)
