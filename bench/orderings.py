@@ -195,9 +195,8 @@ def channels(tokens: int = 2000) -> None:
     assert codec is not None
     lead, texts = documents(codec, held_out())
     text = [*lead, *itertools.chain.from_iterable(texts)][: tokens // 32 * 32]
-    print(
-        "| layer | head | | largest / median | span by channel | rotated | by token | aligned | on first |"
-    )
+    heads = ("largest / median", "span by channel", "rotated", "by token", "aligned", "on first")
+    print(f"| layer | head | | {' | '.join(heads)} |")
     print("|---|---|---|---|---|---|---|---|---|")
     for layer, (query, key, value) in enumerate(model.numbers(text)):
         share = query.shape[1] // key.shape[1]
