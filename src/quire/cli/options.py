@@ -186,13 +186,21 @@ def make_engine(options: dict[str, Any]) -> "Engine":
 def make_model(page_size: int, options: dict[str, Any]) -> "Engine":
     """The engine that ``backend_options`` describe, with a cache of one page: to make twins of.
 
-    Takes its options out of ``options`` and says what :func:`make_engine` says.
+    Takes its options out of ``options``, with ``max_batch_tokens``, and says what
+    :func:`make_engine` says.
     """
     from quire.analysis.candidates import base_config
 
     backend, threads = options.pop("backend"), options.pop("threads")
+    most = options.pop("max_batch_tokens")
     base = base_config(backend=backend, threads=threads, page_size=page_size)
-    return _load(options.pop("model"), backend=backend, threads=threads, cache=base.cache)
+    return _load(
+        options.pop("model"),
+        backend=backend,
+        threads=threads,
+        cache=base.cache,
+        max_batch_tokens=most,
+    )
 
 
 def _load(model: str | None, **settings: Any) -> "Engine":
