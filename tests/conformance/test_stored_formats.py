@@ -12,11 +12,12 @@ pytestmark = ALL_SUBJECTS
 
 PLAIN = {"fp32", "bf16", "fp16"}
 BY_TOKEN = {"fp8", "int8"}
+BY_PAGE = {"int4", "int2"}
 
 # Keys and values each in any of these. A row is the first word of a subject's name.
 STORES = {
-    "reference": PLAIN | BY_TOKEN,
-    "native": PLAIN | BY_TOKEN,
+    "reference": PLAIN | BY_TOKEN | BY_PAGE,
+    "native": PLAIN | BY_TOKEN | BY_PAGE,
 }
 
 PAIRS = tuple(product(PAGE_FORMATS, PAGE_FORMATS))
@@ -45,7 +46,7 @@ def test_a_pool_agrees_with_what_was_promised(subject: Subject) -> None:
     for key, value in PAIRS:
         shape = PageShape(32, 2, 64, 64, PAGE_FORMATS[key], PAGE_FORMATS[value])
         if stores(subject, key, value):
-            pool = backend.pool(shape, 3)
+            pool = backend.pool(shape, 3, int(shape.by_page))
             assert pool.shape == shape
             exported = pool.export_pages(range(3))
             assert exported.shape == (3, shape.bytes_per_page)
