@@ -36,18 +36,25 @@ def engine_with(directory: Path, num_pages: int, **settings: Any) -> quire.Engin
 # -- refused -------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def stores_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native backend without kernels for packed pages."""
+    pool = pytest.importorskip("quire.backends.native.pool")
+    monkeypatch.setattr(pool, "_FORMATS", ("fp32", "bf16", "int8"))
+
+
+@pytest.mark.usefixtures("stores_few")
 @pytest.mark.parametrize("kv_format", ["int4", "int2", "k=int8,v=int4", "int8+int2@first"])
 def test_formats_that_a_backend_does_not_store_are_refused_before_loading(
     tmp_path: Path, kv_format: str
 ) -> None:
-    pytest.importorskip("quire.backends.native")
     cache = quire.CacheConfig(kv_format=kv_format)
     with pytest.raises(BackendError, match="cannot store "):
         quire.Engine(tmp_path, backend="native", cache=cache)
 
 
+@pytest.mark.usefixtures("stores_few")
 def test_what_auto_stands_for_is_refused_when_it_is_known(models: dict[str, Path]) -> None:
-    pytest.importorskip("quire.backends.native")
     cache = quire.CacheConfig(kv_format="k=auto,v=int4", num_pages=4)
     with pytest.raises(BackendError, match=r"cannot store .*int4"):
         quire.Engine(models["full"], backend="native", cache=cache)
