@@ -363,8 +363,8 @@ def page_format(name: str) -> PageFormat:
         names = [*PAGE_FORMATS, *(known + ROTATED for known in lossy)]
         raise ConfigError(
             f"unknown page format {name!r}{did_you_mean(name, names)} "
-            f"(formats: auto, {', '.join(PAGE_FORMATS)}; {ROTATED} behind {', '.join(lossy)} turns "
-            "keys first)"
+            f"(formats: auto, {', '.join(PAGE_FORMATS)}); {ROTATED} behind {', '.join(lossy)} "
+            "turns keys first"
         )
     return PAGE_FORMATS[name]
 
