@@ -3,7 +3,6 @@
 The exactness law over rotated pages is tested where that of the other formats is.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ import quire
 from conformance import SUBJECTS, Subject, activations, backend_of
 from quire.backends.blocks import keep
 from quire.batch import GroupBatch, OpenPages
-from quire.engine import storage
-from quire.format_choice import Formats
 from quire.formats import PAGE_FORMATS, page_format
-from quire.layout import CacheLayout, cache_layout
 from quire.pages import PageShape
 from quire.rotation import rotate
 from tiny import WRITERS, random_prompt
+from turning import turn_all_keys
 
 DIMS = (1, 2, 6, 32, 64, 80, 96, 127, 128, 256)
 UNIT = 2.0**-24
@@ -124,15 +121,6 @@ def test_stored_numbers_are_those_of_turned_keys(subject: Subject, name: str) ->
 # -- engines -------------------------------------------------------------------------------------
 
 
-def turn_exact_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines over fp32 pages turn keys, which nobody may ask for: nothing is lost but rounding."""
-
-    def layout(model: Any, size: int, formats: Sequence[Formats]) -> CacheLayout:
-        return cache_layout(model, size, [(replace(k, rotated=True), v) for k, v in formats])
-
-    monkeypatch.setattr(storage, "cache_layout", layout)
-
-
 def engine_over(directory: Path, backend: str, **cache: Any) -> quire.Engine:
     settings = quire.CacheConfig(**({"num_pages": 40, "kv_format": "fp32"} | cache))
     return quire.Engine(directory, backend=backend, cache=settings, max_batch_tokens=30)
@@ -161,7 +149,7 @@ def test_nothing_is_lost_by_the_rotation_itself(
     params = quire.SamplingParams(max_new_tokens=20, ignore_eos=True, logprobs=1)
     prompt = random_prompt(90, seed=3)
     [plain] = engine_over(wide, backend, evict=evict).generate([prompt], params)
-    turn_exact_pages(monkeypatch)
+    turn_all_keys(monkeypatch)
     engine = engine_over(wide, backend, evict=evict)
     assert all(shape.rotated for shape in engine.cache.layout.shapes)
     [turned] = engine.generate([prompt], params)
