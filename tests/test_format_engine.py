@@ -18,7 +18,7 @@ SHORT = quire.SamplingParams(max_new_tokens=5, ignore_eos=True)
 ONE = quire.SamplingParams(max_new_tokens=1, ignore_eos=True)
 PARAMS = quire.SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=3)
 
-FORMATS = ("int8", "k=int8,v=fp8", "fp8+k=bf16,v=int8@last")
+FORMATS = ("int8", "k=int8,v=fp8", "fp8+k=bf16,v=int8@last", "int8:rotated")
 every_format = pytest.mark.parametrize("kv_format", FORMATS)
 every_kind = pytest.mark.parametrize("kind", list(WRITERS))
 
@@ -209,7 +209,16 @@ def test_staging_pools_of_two_shapes_that_do_not_fit_are_refused(tmp_path: Path)
 
 def test_pages_of_other_formats_never_meet(models: dict[str, Path], tmp_path: Path) -> None:
     prompt, path = random_prompt(38, seed=7), tmp_path / "talk.quire"
-    formats = ("int8", "fp8", "k=int8,v=fp8", "k=fp8,v=int8", "int8+fp8@0", "int8+fp8@1", "auto")
+    formats = (
+        "int8",
+        "fp8",
+        "k=int8,v=fp8",
+        "k=fp8,v=int8",
+        "int8+fp8@0",
+        "int8+fp8@1",
+        "auto",
+        "int8:rotated",
+    )
     engine = engine_with(models["full"], 24, kv_format="int8")
     request = engine.submit(prompt, SHORT)
     while engine.has_work:

@@ -22,8 +22,11 @@ from tiny import WRITERS, random_prompt
 SIZE = 32
 SHORT = quire.SamplingParams(max_new_tokens=5, ignore_eos=True)
 ONE = quire.SamplingParams(max_new_tokens=1, ignore_eos=True)
-FORMATS = ("int4", "int2", "k=int8,v=int4", "int4+int8@first,last", "k=int4,v=bf16+int2@last")
-SOME = ("int4", "k=int8,v=int2", "int4+int8@first")
+FORMATS = (
+    *("int4", "int2", "k=int8,v=int4", "int4+int8@first,last", "k=int4,v=bf16+int2@last"),
+    "int4:rotated+int8@first",
+)
+SOME = ("int4", "k=int8,v=int2", "int4+int8@first", "int2:rotated")
 KINDS = ("full", "mixed")  # with a window that is longer than a page
 
 some_formats = pytest.mark.parametrize("kv_format", SOME)

@@ -50,12 +50,18 @@ class PageShape:
         return "page" in (self.key_format.kind, self.value_format.kind)
 
     @property
+    def rotated(self) -> bool:
+        """True if keys of all pages, open ones too, are turned (:mod:`quire.rotation`)."""
+        return self.key_format.rotated
+
+    @property
     def open_shape(self) -> "PageShape":
         """A page that still takes tokens: bf16 where whole pages are packed, else as it is."""
         if not self.by_page:
             return self
         formats = self.key_format, self.value_format
-        key, value = (page_format("bf16") if f.kind == "page" else f for f in formats)
+        bf16 = page_format("bf16")
+        key, value = (replace(bf16, rotated=f.rotated) if f.kind == "page" else f for f in formats)
         return replace(self, key_format=key, value_format=value)
 
     @property
@@ -163,7 +169,8 @@ class PagePool(Protocol):
         """Copies of K ``[n, page_size, num_kv_heads, key_dim]`` and V.
 
         In the stored dtype; decoded to float32 where the format is a quantised one, or that of
-        one of the pages is. Slots that hold no token have undefined content.
+        one of the pages is. Rotated keys are given as they are stored, turned. Slots that hold no
+        token have undefined content.
         """
 
     def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.base import Backend
-from quire.backends.blocks import AttentionParams, MlpParams, Projection, keep
+from quire.backends.blocks import AttentionParams, MlpParams, Projection, keep, turned
 from quire.backends.reference import ReferenceBackend
 from quire.errors import BackendError, did_you_mean
 
@@ -21,6 +21,7 @@ __all__ = [
     "create_backend",
     "keep",
     "read_memory",
+    "turned",
 ]
 
 

@@ -71,6 +71,12 @@ class Backend(Protocol):
         as in transformers. Su et al., 2021, arXiv:2104.09864.
         """
 
+    def hadamard(self, x: Array) -> Array:
+        """Turn each vector of x [T, heads, D], float32, as :func:`quire.rotation.rotate` does.
+
+        Ashkboos et al., 2024, arXiv:2404.00456.
+        """
+
     def activate(self, x: Array, kind: str) -> Array:
         """Elementwise silu, gelu (erf), gelu_new / gelu_pytorch_tanh or relu, any shape.
 

@@ -23,6 +23,7 @@ __all__ = [
     "attention_rows",
     "keep",
     "mlp_block",
+    "turned",
 ]
 
 Array = Any
@@ -78,9 +79,17 @@ def _linear(backend: Backend, x: Array, projection: Projection) -> Array:
     return backend.linear(x, projection.weight, projection.bias)
 
 
+def turned(backend: Backend, x: Array, pool: PagePool) -> Array:
+    """Keys, or queries, x [T, heads, D] as ``pool`` wants them: rotated if its keys are."""
+    return backend.hadamard(x) if pool.shape.rotated else x
+
+
 def keep(backend: Backend, pool: PagePool, tables: GroupBatch, key: Array, value: Array) -> None:
-    """Append key and value [T, G, D] of a step, and seal the pages that they complete."""
-    backend.append(pool, tables.slots, key, value)
+    """Append key and value [T, G, D] of a step, and seal the pages that they complete.
+
+    Keys are turned first where the pool's are rotated; queries are to be, by :func:`turned`.
+    """
+    backend.append(pool, tables.slots, turned(backend, key, pool), value)
     if len(tables.open.seal_from):
         pool.seal(tables.open.seal_from, tables.open.seal_to)
 
@@ -117,7 +126,7 @@ def _mix(
     query = backend.heads(_linear(backend, normed, params.q), params.num_heads)
     if params.q_norm is not None:
         query = backend.rms_norm(query, params.q_norm, params.norm_eps)
-    query = backend.rope(query, batch.positions, params.inv_freq)
+    query = turned(backend, backend.rope(query, batch.positions, params.inv_freq), pool)
     mixed = backend.attend(query, pool, batch, group) if attend is None else attend(query)
     return _linear(backend, mixed, params.o)
 
@@ -135,7 +144,7 @@ def attention_block(
     """x [T, hidden] -> x + attention(norm(x)); the new keys and values go into the pool.
 
     ``attend`` takes the place of the backend's: queries [T, H, D] -> [T, H * D], when the keys are
-    there.
+    there. Queries come turned where the pool's keys are rotated, so that both can be compared.
     """
     normed = backend.rms_norm(x, params.norm, params.norm_eps)
     _keep(backend, normed, params, batch, pool, group=group)

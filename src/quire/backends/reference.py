@@ -26,6 +26,7 @@ from quire.backends.selecting import score_bounds, score_signatures
 from quire.batch import ChosenPages, GroupBatch, PagedBatch
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
+from quire.rotation import rotate
 
 __all__ = ["ReferenceBackend", "ReferencePool"]
 
@@ -92,6 +93,10 @@ class ReferenceBackend:
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         low, high = np.split(x, 2, axis=-1)
         return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+    def hadamard(self, x: Array) -> Array:
+        """[T, heads, D] -> [T, heads, D]."""
+        return rotate(x)
 
     def activate(self, x: Array, kind: str) -> Array:
         """Any shape -> the same."""

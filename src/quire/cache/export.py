@@ -9,6 +9,7 @@ import numpy.typing as npt
 from quire.cache.table import PageTable
 from quire.errors import ConfigError, did_you_mean
 from quire.pages import PagePool
+from quire.rotation import rotate
 
 __all__ = ["LAYOUTS", "KVArrays", "LayerKV", "arrange", "layer_arrays"]
 
@@ -23,7 +24,7 @@ LAYOUTS = (*_AXES, "pages")
 @dataclass(frozen=True)
 class LayerKV:
     """One layer's keys and values, copies: in the stored dtype, or, of a quantised format, decoded
-    to float32, which is exact.
+    to float32, which is exact; rotated keys are turned back, which rounds.
 
     In a named layout: ``key`` and ``value`` of positions ``start`` to ``start + S - 1`` (a sliding
     window starts where the next token would look first). In layout ``"pages"``: ``[pages,
@@ -68,6 +69,8 @@ def layer_arrays(pool: PagePool, table: PageTable, seen: tuple[int, int], layout
         read if format.lossless else read.astype(np.float32, copy=False)
         for read, format in zip(pool.read_pages(table.pages), formats, strict=True)
     )
+    if pool.shape.rotated:
+        key = rotate(key)
     start, end = seen
     if layout == "pages":
         last = end - (table.end_page - 1) * size if table.pages else 0

@@ -53,7 +53,8 @@ _ENGINE = (
         show_default=True,
         metavar="FORMAT",
         help="How keys and values are stored: fp32, bf16, fp16, or smaller at a loss: int8, fp8; "
-        "apart: k=int8,v=fp8; by layer: fp8+int8@first,last; auto is the checkpoint's dtype.",
+        "apart: k=int8,v=fp8; by layer: fp8+int8@first,last; with keys "
+        "turned first, so that they lose less: int4:rotated; auto is the checkpoint's dtype.",
     ),
     click.option(
         "--page-size",

@@ -64,8 +64,9 @@ class CausalLM(Protocol):
     ) -> npt.NDArray[np.float32]:
         """As :meth:`forward`, op by op, with another attention: the same bits if it is the same.
 
-        ``attend`` is called with each layer's number and queries [T, H, D], rotated, when that
-        layer's keys are in its pool, and gives [T, H * D]; both are the backend's arrays.
+        ``attend`` is called with each layer's number and queries [T, H, D], turned as that
+        layer's stored keys are, when those are in its pool, and gives [T, H * D]; both are the
+        backend's arrays.
         """
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends import Backend, keep
+from quire.backends import Backend, keep, turned
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
 from quire.pages import PagePool
@@ -85,7 +85,7 @@ class GPT2:
         query, key, value = (backend.heads(self._linear(at + name, x), heads) for name in "qkv")
         group = batch.group_of_layer[layer]
         keep(backend, pool, batch.groups[group], key, value)
-        return query
+        return turned(backend, query, pool)
 
     def _mlp(self, at: str, x: Any) -> Any:
         hidden = self.backend.activate(self._linear(at + "up", x), self.config.activation)

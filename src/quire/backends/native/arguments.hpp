@@ -75,8 +75,8 @@ struct StoreArrays {
 // where those of the packed ones end. Without it, ids from `taking` on take tokens.
 struct PoolArrays {
     PoolArrays(const StoreArrays& keys, const StoreArrays& values, std::vector<int64_t> shape,
-               const PoolArrays* open, int64_t taking)
-        : keys(keys), values(values), taking(taking) {
+               const PoolArrays* open, int64_t taking, bool rotated)
+        : keys(keys), values(values), taking(taking), rotated(rotated) {
         REQUIRE(shape.size() == 3, "a pool's shape has three numbers");
         for (int64_t size : shape) REQUIRE(size > 0, "a pool's sizes are positive");
         pool = settled({store_of(keys), store_of(values), shape[0], shape[1], shape[2]});
@@ -120,6 +120,7 @@ struct PoolArrays {
     Pool pool;
     std::shared_ptr<PoolArrays> open;
     int64_t taking;
+    bool rotated;  // keys, and the queries that attend to them, are turned by hadamard()
 };
 
 // Pages that a step's new tokens go through in a group whose pages are packed; empty in others.

@@ -129,6 +129,12 @@ class NativeBackend:
         self._native.rope(x, positions, cos, sin, out)
         return out
 
+    def hadamard(self, x: Array) -> Array:
+        """[T, heads, D] -> [T, heads, D]."""
+        out = np.empty_like(x)
+        self._native.hadamard(x, x.shape[-1], out)
+        return out
+
     def activate(self, x: Array, kind: str) -> Array:
         """Any shape -> the same."""
         out = np.empty_like(x)

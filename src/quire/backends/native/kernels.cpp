@@ -64,8 +64,8 @@ namespace quire {
 const Kernels* QUIRE_JOIN(QUIRE_VARIANT, _kernels)() {
     static const Kernels kernels{
         QUIRE_TEXT(QUIRE_VARIANT), linear_few, linear_many, row_words, lane_words,
-        prefill, decode, decode_merge, append, seal, rms_norm, layer_norm, rope, activate, multiply, add,
-        widen, read, multiply_add, score_bounds, score_signatures};
+        prefill, decode, decode_merge, append, seal, rms_norm, layer_norm, rope, hadamard, activate,
+        multiply, add, widen, read, multiply_add, score_bounds, score_signatures};
     return &kernels;
 }
 }  // namespace quire

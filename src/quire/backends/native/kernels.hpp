@@ -213,6 +213,7 @@ struct Kernels {
     void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
                        float* y);
     void (*rope)(const float* x, const float* cos, const float* sin, int64_t half, float* y);
+    void (*hadamard)(const float* x, int64_t n, float* y);  // of one head's n numbers
     void (*activate)(const float* x, int kind, int64_t n, float* y);
     void (*multiply)(const float* x, const float* z, int64_t n, float* y);
     void (*add)(const float* x, const float* z, int64_t n, float* y);

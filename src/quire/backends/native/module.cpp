@@ -40,8 +40,9 @@ NB_MODULE(_native, m) {
              "scale"_a.none().noconvert(), "dtype"_a, "dim"_a);
     nb::class_<PoolArrays>(m, "Pool")
         .def(nb::init<const StoreArrays&, const StoreArrays&, std::vector<int64_t>,
-                      const PoolArrays*, int64_t>(),
-             "key"_a, "value"_a, "shape"_a, "open"_a.none() = nb::none(), "taking"_a = 0)
+                      const PoolArrays*, int64_t, bool>(),
+             "key"_a, "value"_a, "shape"_a, "open"_a.none() = nb::none(), "taking"_a = 0,
+             "rotated"_a = false)
         .def_prop_ro("key_beside", [](const PoolArrays& p) { return p.pool.key.beside; })
         .def_prop_ro("value_beside", [](const PoolArrays& p) { return p.pool.value.beside; });
     nb::class_<OpenTables>(m, "OpenTables")
@@ -74,6 +75,7 @@ NB_MODULE(_native, m) {
              "bias"_a.noconvert(), "eps"_a, "y"_a.noconvert())
         .def("rope", &Native::rope, "x"_a.noconvert(), "positions"_a.noconvert(),
              "cos"_a.noconvert(), "sin"_a.noconvert(), "y"_a.noconvert())
+        .def("hadamard", &Native::hadamard, "x"_a.noconvert(), "dim"_a, "y"_a.noconvert())
         .def("activate", &Native::activate, "x"_a.noconvert(), "kind"_a, "y"_a.noconvert())
         .def("multiply", &Native::multiply, "x"_a.noconvert(), "z"_a.noconvert(), "y"_a.noconvert())
         .def("add", &Native::add, "x"_a.noconvert(), "z"_a.noconvert(), "y"_a.noconvert())

@@ -248,6 +248,12 @@ void Native::rope(Floats x, Ints positions, Floats cos, Floats sin, Output y) {
     });
 }
 
+void Native::hadamard(Floats x, int64_t dim, Output y) {
+    int64_t rows = same_rows(x, y, dim);
+    nb::gil_scoped_release released;
+    spread(rows, dim, [&](int64_t r) { kernels_->hadamard(x.data() + r * dim, dim, y.data() + r * dim); });
+}
+
 void Native::activate(Floats x, int kind, Output y) {
     elementwise(x, y, [&](int64_t at, int64_t n) {
         kernels_->activate(x.data() + at, kind, n, y.data() + at);
@@ -284,7 +290,8 @@ void Native::embed(const Weight& table, Ints ids, Output y) {
 
 // ---- halves of a decoder layer ---------------------------------------------------------------------
 
-// Norms and rotation of queries and keys of some tokens, then keys and values into the pool.
+// Norms, positions and, if asked for, rotation of queries and keys of some tokens; then keys and values
+// into the pool.
 void Native::place_rows(const AttentionWeights& w, const Parts& parts, const Floats& cos,
                         const Floats& sin, const int64_t* positions, const int64_t* slots,
                         int64_t row, int64_t row_end) {
@@ -296,6 +303,7 @@ void Native::place_rows(const AttentionWeights& w, const Parts& parts, const Flo
                 if (norm) kernels_->rms_norm(x, norm->data(), w.eps, dim, x);
                 const int64_t angle = positions[t] * half;
                 kernels_->rope(x, cos.data() + angle, sin.data() + angle, half, x);
+                if (parts.arrays->rotated) kernels_->hadamard(x, dim, x);
             }
         };
         float *key = k_.data() + t * a.pool.heads * dim,

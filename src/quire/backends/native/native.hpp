@@ -36,6 +36,7 @@ public:
     void rms_norm(Floats x, Floats weight, float eps, Output y);
     void layer_norm(Floats x, Floats weight, Floats bias, float eps, Output y);
     void rope(Floats x, Ints positions, Floats cos, Floats sin, Output y);
+    void hadamard(Floats x, int64_t dim, Output y);
     void activate(Floats x, int kind, Output y);
     void multiply(Floats x, Floats z, Output y);
     void add(Floats x, Floats z, Output y);

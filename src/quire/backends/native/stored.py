@@ -63,6 +63,7 @@ class StoredPages:
             [pages, shape.page_size, heads],
             opened,
             taking,
+            shape.rotated,
         )
 
     def copy(self, source: Array, target: Array) -> None:
