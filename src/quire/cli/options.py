@@ -52,9 +52,9 @@ _ENGINE = (
         default="auto",
         show_default=True,
         metavar="FORMAT",
-        help="How keys and values are stored: fp32, bf16, fp16, or smaller at a loss: int8, fp8; "
-        "apart: k=int8,v=fp8; by layer: fp8+int8@first,last; with keys "
-        "turned first, so that they lose less: int4:rotated; auto is the checkpoint's dtype.",
+        help="How keys and values are stored: fp32, bf16, fp16, or smaller at a loss: int8, fp8, "
+        "int4, int2; apart: k=int8,v=fp8; by layer: int4+int8@first,last; with keys turned "
+        "first, so that they lose less: int4:rotated; auto is the checkpoint's dtype.",
     ),
     click.option(
         "--page-size",
