@@ -12,7 +12,7 @@ from typing import Any
 from quire.config import ModelConfig, RopeConfig
 from quire.errors import CheckpointError, ConfigError, UnsupportedArchitecture, did_you_mean
 
-__all__ = ["SUPPORTED", "model_config", "read_json", "read_model_config"]
+__all__ = ["SUPPORTED", "ConfigKeys", "model_config", "read_json", "read_model_config"]
 
 # Keys that say nothing about the arithmetic of inference.
 _INERT = frozenset(
@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class _Keys:
+class ConfigKeys:
     """Typed, once-only reading of config keys; remembers which were used."""
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
@@ -131,7 +131,7 @@ class _Keys:
         return tuple(values)
 
 
-def _activation(keys: _Keys, key: str, default: str) -> str:
+def _activation(keys: ConfigKeys, key: str, default: str) -> str:
     name = keys.get(key, default)
     if name not in _ACTIVATIONS:
         raise UnsupportedArchitecture(
@@ -141,7 +141,7 @@ def _activation(keys: _Keys, key: str, default: str) -> str:
     return str(name)
 
 
-def _rope(keys: _Keys) -> RopeConfig:
+def _rope(keys: ConfigKeys) -> RopeConfig:
     """From ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling`` (before)."""
     theta = keys.number("rope_theta", 10_000.0)
     scaling = keys.get("rope_scaling")
@@ -149,7 +149,7 @@ def _rope(keys: _Keys) -> RopeConfig:
     if not isinstance(raw, dict) or any(isinstance(value, dict) for value in raw.values()):
         raise UnsupportedArchitecture(f"{keys.where}: rope parameters {raw!r} are not supported")
     kind = raw.get("rope_type", raw.get("type", "default"))
-    inner = _Keys(raw, f"{keys.where}, rope parameters")
+    inner = ConfigKeys(raw, f"{keys.where}, rope parameters")
     if inner.number("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedArchitecture(f"{inner.where}: partial rotary embedding is not supported")
     theta = inner.number("rope_theta", theta)
@@ -171,7 +171,7 @@ def _rope(keys: _Keys) -> RopeConfig:
     )
 
 
-def _windows(keys: _Keys, num_layers: int, default: tuple[int | None, ...]) -> tuple[Any, ...]:
+def _windows(keys: ConfigKeys, num_layers: int, default: tuple[int | None, ...]) -> tuple[Any, ...]:
     """One window a layer: from ``layer_types`` where given, else ``default``."""
     types = keys.get("layer_types")
     if types is None:
@@ -187,7 +187,7 @@ def _windows(keys: _Keys, num_layers: int, default: tuple[int | None, ...]) -> t
     return tuple(known[kind] for kind in types)
 
 
-def _decoder(keys: _Keys, **flags: Any) -> ModelConfig:
+def _decoder(keys: ConfigKeys, **flags: Any) -> ModelConfig:
     """What Llama and its kin have in common; ``flags`` are the architecture's own."""
     hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     layers = keys.integer("num_hidden_layers")
@@ -211,7 +211,7 @@ def _decoder(keys: _Keys, **flags: Any) -> ModelConfig:
     )
 
 
-def _llama(keys: _Keys, **common: Any) -> ModelConfig:
+def _llama(keys: ConfigKeys, **common: Any) -> ModelConfig:
     if "sliding_attention" in str(keys.get("layer_types")):
         raise UnsupportedArchitecture(f"{keys.where}: Llama has no sliding layers")
     bias = keys.flag("attention_bias", False)
@@ -219,13 +219,13 @@ def _llama(keys: _Keys, **common: Any) -> ModelConfig:
     return _decoder(keys, qkv_bias=bias, output_bias=bias, mlp_bias=mlp_bias, **common)
 
 
-def _mistral(keys: _Keys, **common: Any) -> ModelConfig:
+def _mistral(keys: ConfigKeys, **common: Any) -> ModelConfig:
     window = keys.get("sliding_window", _DEFAULT_WINDOW)
     windows = (window,) * keys.integer("num_hidden_layers")
     return _decoder(keys, windows=windows, **common)
 
 
-def _qwen_windows(keys: _Keys) -> tuple[int | None, ...]:
+def _qwen_windows(keys: ConfigKeys) -> tuple[int | None, ...]:
     """Qwen slides in the layers from ``max_window_layers`` on, if ``use_sliding_window``."""
     layers = keys.integer("num_hidden_layers")
     sliding = keys.flag("use_sliding_window", False)
@@ -234,17 +234,17 @@ def _qwen_windows(keys: _Keys) -> tuple[int | None, ...]:
     return tuple(window if layer >= first else None for layer in range(layers))
 
 
-def _qwen2(keys: _Keys, **common: Any) -> ModelConfig:
+def _qwen2(keys: ConfigKeys, **common: Any) -> ModelConfig:
     return _decoder(keys, qkv_bias=True, windows=_qwen_windows(keys), **common)
 
 
-def _qwen3(keys: _Keys, **common: Any) -> ModelConfig:
+def _qwen3(keys: ConfigKeys, **common: Any) -> ModelConfig:
     bias = keys.flag("attention_bias", False)
     flags = {"qkv_bias": bias, "output_bias": bias, "qk_norm": True, "head_dim": 128}
     return _decoder(keys, windows=_qwen_windows(keys), **flags, **common)
 
 
-def _gpt2(keys: _Keys, **common: Any) -> ModelConfig:
+def _gpt2(keys: ConfigKeys, **common: Any) -> ModelConfig:
     hidden, heads = keys.integer("n_embd"), keys.integer("n_head")
     layers = keys.integer("n_layer")
     if hidden % max(heads, 1):
@@ -306,7 +306,7 @@ def model_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     key that is missing or of the wrong type.
     """
     name = _architecture(raw, where)
-    keys = _Keys(raw, where)
+    keys = ConfigKeys(raw, where)
     for key, harmless in _NEUTRAL:
         value = keys.get(key, harmless[0])
         if value not in harmless:
@@ -332,7 +332,7 @@ def read_model_config(directory: Path) -> ModelConfig:
     config = model_config(read_json(directory / "config.json"), str(directory / "config.json"))
     path = directory / "generation_config.json"
     if path.exists():
-        ids = _Keys(read_json(path), str(path)).token_ids("eos_token_id")
+        ids = ConfigKeys(read_json(path), str(path)).token_ids("eos_token_id")
         if ids:
             object.__setattr__(config, "eos_token_ids", ids)
     return config

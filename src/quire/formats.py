@@ -58,6 +58,8 @@ class Coding:
 
     def page_bytes(self, page_size: int, heads: int, dim: int) -> int:
         """Bytes that keys, or values, of a page take, scales included."""
+        if dim == 0:  # latent attention keeps one vector for both
+            return 0
         return sum(
             math.prod(shape) * dtype.itemsize for shape, dtype in self.parts(page_size, heads, dim)
         )

@@ -19,9 +19,11 @@ from quire.pages import PageShape, whole
 __all__ = [
     "Area",
     "CacheLayout",
+    "KVShape",
     "LayerGroup",
     "cache_layout",
     "fit_pages",
+    "lay_out",
     "packed_pages",
     "pages_for",
     "with_open_pages",
@@ -42,6 +44,23 @@ def packed_pages(tokens: int, page_size: int) -> int:
     The first page holds the tokens that everything attends to (attention sinks, arXiv:2309.17453).
     """
     return max(0, tokens // page_size - 1)
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What a layer keeps of a token: for each KV head ``key_dim`` numbers and ``value_dim``.
+
+    Latent attention (DeepSeek-V2, arXiv:2405.04434) keeps one vector for both: ``value_dim`` is 0.
+    """
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers a token."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(frozen=True)
@@ -195,18 +214,30 @@ class CacheLayout:
 
 
 def cache_layout(model: ModelConfig, page_size: int, formats: Sequence[Formats]) -> CacheLayout:
-    """The layout of ``model``'s cache: one group for each distinct window.
+    """The layout of ``model``'s cache; see :func:`lay_out`."""
+    kept = KVShape(model.num_kv_heads, model.head_dim, model.head_dim)
+    return lay_out(model.windows, [kept] * model.num_layers, page_size, formats)
 
-    ``formats`` are those of each layer. Raises ConfigError for a page size that one of them cannot
-    do with.
+
+def lay_out(
+    windows: Sequence[int | None],
+    kept: Sequence[KVShape],
+    page_size: int,
+    formats: Sequence[Formats],
+) -> CacheLayout:
+    """One group of layers for each distinct window.
+
+    ``windows``, ``kept`` and ``formats`` are those of each layer. Raises ConfigError for a page
+    size that a format cannot do with.
     """
-    windows = list(dict.fromkeys(model.windows))
     groups = tuple(
-        LayerGroup(tuple(i for i, w in enumerate(model.windows) if w == window), window)
-        for window in windows
+        LayerGroup(tuple(i for i, w in enumerate(windows) if w == window), window)
+        for window in dict.fromkeys(windows)
     )
-    heads, dim = model.num_kv_heads, model.head_dim
-    shapes = tuple(PageShape(page_size, heads, dim, dim, key, value) for key, value in formats)
+    shapes = tuple(
+        PageShape(page_size, kv.num_kv_heads, kv.key_dim, kv.value_dim, key, value)
+        for kv, (key, value) in zip(kept, formats, strict=True)
+    )
     return CacheLayout(page_size, groups, shapes)
 
 
