@@ -38,9 +38,9 @@ def _decoder(  # one line a model below
     }
 
 
-_TIED = {"tie_word_embeddings": True}
-_FP8 = {"quantization_config": {"quant_method": "fp8"}}
-_MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
+_TIED: dict[str, Any] = {"tie_word_embeddings": True}
+_FP8: dict[str, Any] = {"quantization_config": {"quant_method": "fp8"}}
+_MXFP4: dict[str, Any] = {"quantization_config": {"quant_method": "mxfp4"}}
 
 
 def _llama2(*shape: int) -> dict[str, Any]:
@@ -61,25 +61,25 @@ def _qwen3(*shape: int, kind: str = "qwen3", **more: Any) -> dict[str, Any]:
 
 
 def _qwen3_moe(*shape: int, inner: int) -> dict[str, Any]:
-    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": inner}
+    experts: dict[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": inner}
     return _qwen3(*shape, kind="qwen3_moe", **experts)
 
 
 def _gemma3(*shape: int, window: int, head_dim: int = 256, **more: Any) -> dict[str, Any]:
     more = {"vocab": 262208, "longest": 131072, **more}
     vocab, longest = more["vocab"], more["longest"]
-    slides = {"sliding_window": window, "sliding_window_pattern": 6, "head_dim": head_dim}
+    slides: dict[str, Any] = {"sliding_window": window, "sliding_window_pattern": 6, "head_dim": head_dim}
     return _decoder("gemma3_text", shape, vocab, longest, **slides, **_TIED)  # type: ignore[arg-type]
 
 
 def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:
     shape = (2880, 2880, layers, 64, 8)
-    more = {"head_dim": 64, "sliding_window": 128, "num_local_experts": experts}
+    more: dict[str, Any] = {"head_dim": 64, "sliding_window": 128, "num_local_experts": experts}
     return _decoder("gpt_oss", shape, 201088, 131072, num_experts_per_tok=4, **more, **_MXFP4)
 
 
 def _deepseek(kind: str, shape: tuple[int, int, int, int, int], vocab: int, **more: Any) -> Any:
-    latent = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+    latent: dict[str, Any] = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
     return _decoder(kind, shape, vocab, 163840, v_head_dim=128, **latent, **more)
 
 
