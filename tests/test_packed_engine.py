@@ -336,7 +336,7 @@ def arrays_of(pool: Any) -> list[np.ndarray]:
     if BACKEND["name"] == "reference":
         return [*pool.key, *pool.value, *pool.open_key, *pool.open_value]
     kinds = {id(stored): stored for stored in (pool._pages, pool._open)}
-    return [array for stored in kinds.values() for array in stored._arrays]
+    return [array for stored in kinds.values() for array in stored.arrays]
 
 
 def test_bytes_are_counted_exactly(long: dict[str, Path]) -> None:

@@ -12,7 +12,14 @@ from typing import Any
 from quire.config import ModelConfig, RopeConfig
 from quire.errors import CheckpointError, ConfigError, UnsupportedArchitecture, did_you_mean
 
-__all__ = ["SUPPORTED", "ConfigKeys", "model_config", "read_json", "read_model_config"]
+__all__ = [
+    "MODEL_TYPES",
+    "SUPPORTED",
+    "ConfigKeys",
+    "model_config",
+    "read_json",
+    "read_model_config",
+]
 
 # Keys that say nothing about the arithmetic of inference.
 _INERT = frozenset(
@@ -97,10 +104,12 @@ class ConfigKeys:
         self.raw, self.where, self.used = raw, where, set[str]()
 
     def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is; ``default`` if the key is missing."""
         self.used.add(key)
         return self.raw.get(key, default)
 
     def integer(self, key: str, default: int | None = None) -> int:
+        """An int; CheckpointError for anything else, or if it is missing and has no default."""
         value = self.get(key)
         value = default if value is None else value
         if value is None:
@@ -110,6 +119,7 @@ class ConfigKeys:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """A number, likewise."""
         value = self.get(key, default)
         if value is None:
             raise CheckpointError(f"{self.where} lacks {key!r}")
@@ -118,12 +128,14 @@ class ConfigKeys:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false, likewise."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise CheckpointError(f"{self.where}: {key!r} must be true or false, not {value!r}")
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
+        """One token id or a list of them; none if the key is missing."""
         value = self.get(key)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
@@ -278,7 +290,7 @@ SUPPORTED: dict[str, Callable[..., ModelConfig]] = {
     "GPT2LMHeadModel": _gpt2,
 }
 
-_MODEL_TYPES = {
+MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -288,7 +300,7 @@ _MODEL_TYPES = {
 
 
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
-    names = raw.get("architectures") or [_MODEL_TYPES.get(str(raw.get("model_type")), "")]
+    names = raw.get("architectures") or [MODEL_TYPES.get(str(raw.get("model_type")), "")]
     name = str(names[0]) if isinstance(names, list) and names else ""
     if name in SUPPORTED:
         return name

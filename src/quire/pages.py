@@ -140,6 +140,10 @@ class PagePool(Protocol):
     def open_pages(self) -> int:
         """Pages of ``shape.open_shape``; ids ``num_pages`` to ``num_pages + open_pages - 1``."""
 
+    @property
+    def arrays(self) -> Sequence[Array]:
+        """All that pages are stored in, for those who measure; none where it is no host memory."""
+
     def seal(self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> None:
         """Pack whole open pages ``source[i]`` into the pages ``target[i]``, which are not open.
 

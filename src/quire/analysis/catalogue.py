@@ -61,14 +61,22 @@ def _qwen3(*shape: int, kind: str = "qwen3", **more: Any) -> dict[str, Any]:
 
 
 def _qwen3_moe(*shape: int, inner: int) -> dict[str, Any]:
-    experts: dict[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": inner}
+    experts: dict[str, Any] = {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": inner,
+    }
     return _qwen3(*shape, kind="qwen3_moe", **experts)
 
 
 def _gemma3(*shape: int, window: int, head_dim: int = 256, **more: Any) -> dict[str, Any]:
     more = {"vocab": 262208, "longest": 131072, **more}
     vocab, longest = more["vocab"], more["longest"]
-    slides: dict[str, Any] = {"sliding_window": window, "sliding_window_pattern": 6, "head_dim": head_dim}
+    slides: dict[str, Any] = {
+        "sliding_window": window,
+        "sliding_window_pattern": 6,
+        "head_dim": head_dim,
+    }
     return _decoder("gemma3_text", shape, vocab, longest, **slides, **_TIED)  # type: ignore[arg-type]
 
 

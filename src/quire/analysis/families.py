@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.analysis.shape import LayerShape, Matrix, ModelShape, Part
-from quire.architectures import ConfigKeys, read_json
+from quire.architectures import MODEL_TYPES, ConfigKeys, read_json
 from quire.errors import CheckpointError, UnsupportedArchitecture, did_you_mean
 from quire.layout import KVShape
 
@@ -239,7 +239,7 @@ def shape_of(raw: Mapping[str, Any], name: str, where: str) -> ModelShape:
     if isinstance(inner, Mapping):
         notes = ("the part for text only: weights for other kinds of input come on top",)
         raw = {**{k: raw[k] for k in ("dtype", "torch_dtype") if k in raw}, **inner}
-    kind = str(raw.get("model_type"))
+    kind = str(raw.get("model_type") or _kind_of(raw.get("architectures")))
     if kind not in FAMILIES:
         raise UnsupportedArchitecture(
             f"{where}: plan does not know model_type {kind!r}{did_you_mean(kind, FAMILIES)} "
@@ -271,6 +271,12 @@ def shape_of(raw: Mapping[str, Any], name: str, where: str) -> ModelShape:
         stored=_stored(keys),
         notes=(*notes, *dtype_notes),
     )
+
+
+def _kind_of(architectures: Any) -> str | None:
+    """The ``model_type`` of an architecture that Quire runs, where only that is named."""
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    return next((kind for kind, known in MODEL_TYPES.items() if known == name), None)
 
 
 def _dtype(keys: ConfigKeys) -> tuple[str, tuple[str, ...]]:

@@ -43,6 +43,11 @@ class ReferencePool:
         self.open_key = _zeros(self.open_pages, open_shape.key_parts)
         self.open_value = _zeros(self.open_pages, open_shape.value_parts)
 
+    @property
+    def arrays(self) -> list[Array]:
+        """See :class:`quire.pages.PagePool`."""
+        return [*self.key, *self.value, *self.open_key, *self.open_value]
+
     def store(self, slots: Array, key: Array, value: Array) -> None:
         """Put key and value float32 [T, G, D] of T tokens, encoded, into ``slots`` int64 [T]."""
         into, shape = (self.key, self.value), self.shape

@@ -1,6 +1,7 @@
 """Options that several commands share, and the engine they describe."""
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,7 +68,7 @@ _ENGINE = (
     click.option(
         "--kv-memory",
         metavar="BYTES",
-        help="Memory for all pages, such as 512MiB.  [default: 2GiB]",
+        help="Memory for all pages, such as 512MiB.  [default: 2GiB, or what is left if less]",
     ),
     click.option(
         "--prefix-cache/--no-prefix-cache",
@@ -211,6 +212,8 @@ def _load(model: str | None, **settings: Any) -> "Engine":
         click.echo("quire: no --model given, using the built-in model quill", err=True)
     with loading_progress() as progress:
         engine = Engine(model, progress=progress, **settings)
+    if sys.stderr.isatty():
+        click.echo(f"quire: plan: {engine.plan}", err=True)
     ignored = engine.model_config.ignored_keys
     if ignored:
         click.echo(

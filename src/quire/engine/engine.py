@@ -6,6 +6,7 @@ Not thread-safe: one thread drives an engine.
 import copy
 import functools
 import itertools
+import logging
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ from quire.engine.sampler import choose, is_plain, likeliest, logprobs_of, unifo
 from quire.engine.scheduler import Limits, StepPlan, places, plan_step
 from quire.engine.sessions import Session, load_session, no_pages, pages_of
 from quire.engine.shadow import OpenedShadow, Shadow
+from quire.engine.sizing import EnginePlan, plan_engine
 from quire.engine.status import EngineStatus, lossy_layers
 from quire.engine.storage import (
     exact_config,
@@ -60,10 +62,12 @@ from quire.engine.tiering import PrefixTiers, compute_pace
 from quire.errors import CacheFull, ConfigError, QuireError, RequestError, SessionError
 from quire.evict_choice import parse_eviction
 from quire.machine import this_machine
-from quire.models import Progress, load_model, resolve_model
+from quire.models import Checkpoint, Progress, load_model, resolve_model
 from quire.pages import page_format
 
 __all__ = ["Engine"]
+
+logger = logging.getLogger("quire")
 
 
 class Engine:
@@ -74,8 +78,10 @@ class Engine:
     progress   called with (what, done, total) while loading
     others     see :class:`EngineConfig` and :class:`CacheConfig`; unknown ones raise ConfigError
 
+    ``plan`` says what it takes, and was made before anything was loaded.
+
     Raises CheckpointError for a model that cannot be loaded, ConfigError for settings that cannot
-    be used, BackendError for a backend that is not there.
+    be used or do not fit the machine's memory, BackendError for a backend that is not there.
     """
 
     def __init__(
@@ -104,6 +110,7 @@ class Engine:
         self.directory = resolve_model(model)
         self.backend = create_backend(backend, threads)
         require_formats(config.cache, self.backend)  # before anything is loaded
+        self.plan = self._plan_memory(config, Checkpoint(self.directory).page_format)
         self._loaded = load_model(self.directory, self.backend, progress)
         self.model_config = self._loaded.config
         self.codec = self._loaded.codec
@@ -123,8 +130,15 @@ class Engine:
             )
         other = copy.copy(self)
         vars(other).pop("identity", None)  # of other settings
+        other.plan = other._plan_memory(config, self._loaded.page_format, loaded=True)
         other._set_up(config)
         return other
+
+    def _plan_memory(self, config: EngineConfig, dtype: str, *, loaded: bool = False) -> EnginePlan:
+        machine = this_machine()
+        plan = plan_engine(self.directory, config, dtype, machine, loaded=loaded)
+        logger.info("plan: %s", plan)
+        return plan
 
     def _set_up(self, config: EngineConfig) -> None:
         """Everything but the weights: cache, tiers, queues."""
@@ -133,7 +147,10 @@ class Engine:
         require_usable(self._layout, config.cache, parse_eviction(config.cache.evict))
         keyed = self.config.cache.cache_dir is not None  # pages that outlive the process
         identity = identity_bytes(self.identity) if keyed else b""
-        self.cache = make_cache(self.config, self._layout, self.backend, identity)
+        self.cache = make_cache(
+            *(self._layout, self.plan.num_pages, self.backend),
+            identity if config.cache.prefix_cache else None,
+        )
         self._policies = Policies(self.cache, self.backend, config.cache)
         self._pins = Pins(self.cache)
         self._prompts = PromptReader(self.directory, self.model_config, self.codec, self.cache)

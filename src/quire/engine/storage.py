@@ -10,7 +10,7 @@ from quire.cache.tiers import HostTier, Tier
 from quire.config import CacheConfig, EngineConfig, format_bytes
 from quire.errors import ConfigError
 from quire.format_choice import AUTO, parse_formats
-from quire.layout import CacheLayout, cache_layout, fit_pages, pages_for, with_open_pages
+from quire.layout import CacheLayout, cache_layout, pages_for
 from quire.models import LoadedModel
 from quire.pages import page_format
 
@@ -37,18 +37,12 @@ def layout_of(config: EngineConfig, loaded: LoadedModel) -> CacheLayout:
 
 
 def make_cache(
-    config: EngineConfig, layout: CacheLayout, backend: Backend, identity: bytes
+    layout: CacheLayout, num_pages: tuple[int, ...], backend: Backend, identity: bytes | None
 ) -> KVCache:
-    """The cache, its pools allocated. ``identity`` begins the chains of its prefix index."""
-    settings = config.cache
-    if settings.num_pages is not None:
-        pages = (settings.num_pages,) * len(layout.groups)
-        num_pages = with_open_pages(layout, pages, config.max_sequences, config.max_batch_tokens)
-    else:
-        assert isinstance(settings.kv_memory, int)
-        num_pages = fit_pages(
-            layout, settings.kv_memory, config.max_sequences, config.max_batch_tokens
-        )
+    """The cache, its pools of ``num_pages`` in each area allocated.
+
+    ``identity`` begins the chains of its prefix index; None has no index.
+    """
     counts: list[list[int]] = [[] for _ in layout.groups]
     for area, count in zip(layout.areas, num_pages, strict=True):
         counts[area.group].append(count)
@@ -56,7 +50,7 @@ def make_cache(
     pools = [
         backend.pool(shape, *counts[of_layer[layer]]) for layer, shape in enumerate(layout.shapes)
     ]
-    return KVCache(layout, num_pages, pools, identity if settings.prefix_cache else None)
+    return KVCache(layout, num_pages, pools, identity)
 
 
 def exact_config(

@@ -31,6 +31,7 @@ from quire.pages import PagePool
 __all__ = [
     "QUILL",
     "CausalLM",
+    "Checkpoint",
     "LoadedModel",
     "Progress",
     "StreamDecoder",

@@ -101,11 +101,9 @@ std::vector<const Kernels*> Native::available() {
 
 void Native::to_words(const float* x, Linear& a) {
     a.x_stride = words_of(a.dtype, a.k) + 16;
-    size_t need = size_t(a.m * a.x_stride) + 16;
-    if (words_.size() < need) words_.resize(need);
     // A vector of words is a line of the cache: one that straddles two costs twice.
-    auto* words = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(words_.data()) + 63) &
-                                              ~uintptr_t(63));
+    auto* words = reinterpret_cast<uint32_t*>(
+        (reinterpret_cast<uintptr_t>(room(words_, a.m * a.x_stride + 16)) + 63) & ~uintptr_t(63));
     spread(a.m, a.k, [&](int64_t row) {
         uint32_t* to = words + row * a.x_stride;
         if (a.m <= FEW) kernels_->row_words(x + row * a.k, a.dtype, a.k, a.x_stride, to);

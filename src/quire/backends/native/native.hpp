@@ -16,8 +16,13 @@ namespace quire {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline float* room(std::vector<float>& scratch, int64_t size) {
-    if (int64_t(scratch.size()) < size) scratch.resize(size_t(size));
+// What was in it is lost. Grows to what is asked for, not, as vectors do, to twice what it was.
+template <class Number>
+inline Number* room(std::vector<Number>& scratch, int64_t size) {
+    if (int64_t(scratch.size()) < size) {
+        scratch = std::vector<Number>();
+        scratch.resize(size_t(size));
+    }
     return scratch.data();
 }
 

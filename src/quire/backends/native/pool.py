@@ -55,6 +55,12 @@ class NativePool:
         self.key, self.key_scale = self._pages.key, self._pages.key_scale
         self.value, self.value_scale = self._pages.value, self._pages.value_scale
 
+    @property
+    def arrays(self) -> list[Array]:
+        """See :class:`quire.pages.PagePool`."""
+        opened = self._open.arrays if self._open is not self._pages else []
+        return self._pages.arrays + opened
+
     def seal(self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> None:
         """See :class:`quire.pages.PagePool`; ValueError for ids of the wrong kind."""
         self._kernels.seal(self.handle, source, target)

@@ -68,7 +68,7 @@ class StoredPages:
 
     def copy(self, source: Array, target: Array) -> None:
         """Whole pages, by row."""
-        for array in self._arrays:
+        for array in self.arrays:
             array[target] = array[source]
 
     def gather_tokens(self, source: Array, target: Array, handle: _native.Pool) -> None:
@@ -94,17 +94,17 @@ class StoredPages:
 
     def export(self, rows: Array) -> npt.NDArray[np.uint8]:
         """See :meth:`quire.pages.PagePool.export_pages`."""
-        return export_rows(self._arrays, rows)
+        return export_rows(self.arrays, rows)
 
     def put(self, rows: Array, data: npt.NDArray[np.uint8]) -> None:
         """See :meth:`quire.pages.PagePool.import_pages`."""
-        import_rows(self._arrays, rows, data)
+        import_rows(self.arrays, rows, data)
 
     def blank_slots(self, data: npt.NDArray[np.uint8], first: int, handle: _native.Pool) -> None:
         """See :class:`quire.pages.PagePool`."""
         slots = np.arange(first, self.shape.page_size)
         start = 0
-        for array in self._arrays:
+        for array in self.arrays:
             rows = data[:, start : start + array[0].nbytes]
             start += array[0].nbytes
             for row in rows:  # each lies in one piece
@@ -146,7 +146,7 @@ class StoredPages:
         return self.shape.page_size, self.shape.num_kv_heads
 
     @property
-    def _arrays(self) -> list[Array]:
+    def arrays(self) -> list[Array]:
         """In the order in which :meth:`export` has them."""
         arrays = (self.key, self.key_scale, self.value, self.value_scale)
         return [array for array in arrays if array is not None]

@@ -1,0 +1,413 @@
+"""How many bytes a model takes: weights, pages, activations, logits; and what fits into a budget.
+
+Pure arithmetic on a :class:`ModelShape`: no weights, no arrays. Pages are those of
+:mod:`quire.layout`, with which the engine sizes its pools.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from quire.analysis.shape import DTYPE_BITS, PART_NAMES, ModelShape, Part
+from quire.config import format_bytes
+from quire.errors import ConfigError, did_you_mean
+from quire.format_choice import parse_formats
+from quire.formats import GROUP
+from quire.layout import CacheLayout, lay_out, with_open_pages
+
+__all__ = [
+    "Fragmentation",
+    "Load",
+    "MemoryPlan",
+    "Workspace",
+    "fragmentation",
+    "kv_bytes",
+    "kv_fixed_bytes",
+    "kv_growth",
+    "kv_layout",
+    "kv_token_bytes",
+    "most_context",
+    "most_requests",
+    "plan_memory",
+    "pool_bytes",
+    "pool_pages",
+    "score_matrix_bytes",
+    "weight_bytes",
+    "workspace",
+]
+
+FLOAT = 4  # bytes of a number that is computed with
+SPLIT = 256  # tokens whose softmax the native kernels compute at a time
+ANGLE_ROWS = 1024  # positions by which tables of rotary angles grow
+FEW = 32  # rows up to which a linear layer does without panels; gate and up lie apart then
+# Of each thread: copies of blocks that are no whole pages, 32 in prefill and 16 in decode, of 16
+# tokens of 512 numbers each; two panels of weights (kernels.hpp: MAX_HEAD, BLOCK, CHUNK).
+COPIES, COPY_BYTES, PANEL_BYTES = 48, 512 * 16 * FLOAT + 64, 2 * 4800
+_WIDE = {"fp16": 4, "fp8": 2, "int8": 2, "int4": 2, "int2": 2}  # bytes, once taken apart
+SPARE_WORDS = 16  # at the end of each row that a linear layer takes
+
+
+@dataclass(frozen=True)
+class Load:
+    """What runs at a time: ``sequences`` of ``context`` tokens each, ``chunk`` tokens a step.
+
+    ``logits`` are rows of logits in one step; as a rule one a sequence. Each thread of the native
+    backend has scratch memory of its own.
+    """
+
+    context: int
+    sequences: int = 1
+    chunk: int = 512
+    logits: int | None = None
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("context", "sequences", "chunk", "threads"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"a plan needs at least 1 {name}, not {value}")
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the largest step: a chunk of prompts, or a token of each sequence."""
+        longest = min(self.chunk, self.context * self.sequences)
+        return max(longest, self.sequences)
+
+    @property
+    def logit_rows(self) -> int:
+        """Rows of logits in a step."""
+        return self.sequences if self.logits is None else self.logits
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+
+def weight_bytes(shape: ModelShape, dtype: str | None = None) -> dict[Part, int]:
+    """Bytes of all weights by part, stored as ``dtype``; None is as the checkpoint stores them.
+
+    Raises ConfigError, with the nearest name, for a dtype that is not known.
+    """
+    if dtype is not None and dtype not in DTYPE_BITS:
+        raise ConfigError(
+            f"no weights of dtype {dtype!r}{did_you_mean(dtype, DTYPE_BITS)} "
+            f"(there are: {', '.join(DTYPE_BITS)})"
+        )
+    stored = dict(shape.stored) if dtype is None else {}
+    found = {}
+    for part in PART_NAMES:
+        bits = DTYPE_BITS[stored.get(part, dtype or shape.dtype)]
+        found[part] = int(shape.numbers[part] * bits / 8)
+    return found
+
+
+# -- keys and values -------------------------------------------------------------------------------
+
+
+def kv_layout(
+    shape: ModelShape, kv_format: str = "auto", page_size: int | str = "auto"
+) -> CacheLayout:
+    """The layout of the model's cache; ``auto`` is the checkpoint's dtype, and 16 tokens a page.
+
+    ``"whole"`` makes one page of the model's context. Raises ConfigError for a format or page size
+    that cannot be, and for values of their own format where a model keeps one vector for both.
+    """
+    choice = parse_formats(kv_format)
+    formats = choice.of_layers(len(shape.layers), shape.dtype)
+    if page_size == "auto":
+        page_size = GROUP if choice.by_page else 16
+    size = shape.max_position if page_size == "whole" else page_size
+    if isinstance(size, str) or size < 1:
+        raise ConfigError(f"page_size must be a number of tokens or 'whole', not {page_size!r}")
+    for kv, (key, value) in zip(shape.kv, formats, strict=True):
+        if not kv.value_dim and key.name != value.name:
+            raise ConfigError(
+                f"{shape.name} keeps one vector for keys and values, and kv_format "
+                f"{kv_format!r} names two formats; name one"
+            )
+    return lay_out(shape.windows, shape.kv, size, formats)
+
+
+def kv_token_bytes(layout: CacheLayout) -> Fraction:
+    """Bytes of K and V of a token in all layers, each counted once; of a finished page."""
+    pages = sum(layout.page_bytes(group) for group in range(len(layout.groups)))
+    return Fraction(pages, layout.page_size)
+
+
+def kv_growth(layout: CacheLayout, context: int) -> Fraction:
+    """Bytes that one more token costs a sequence of ``context``, pages aside.
+
+    Layers whose window is full no longer grow.
+    """
+    grows = [
+        layout.page_bytes(g)
+        for g, group in enumerate(layout.groups)
+        if group.window is None or context < group.window
+    ]
+    return Fraction(sum(grows), layout.page_size)
+
+
+def kv_fixed_bytes(layout: CacheLayout) -> int:
+    """Bytes that layers with a window come to hold of a sequence, whatever its length."""
+    return int(
+        sum(
+            Fraction(group.window * layout.page_bytes(g), layout.page_size)
+            for g, group in enumerate(layout.groups)
+            if group.window is not None
+        )
+    )
+
+
+def kv_bytes(layout: CacheLayout, tokens: int, chunk: int = 1) -> int:
+    """The most bytes of pages that a sequence holds while it grows to ``tokens`` by ``chunk``s."""
+    counts = [
+        count
+        for group in range(len(layout.groups))
+        for count in layout.most_pages(group, tokens, chunk)
+    ]
+    return _product(counts, layout)
+
+
+def _product(counts: Sequence[int], layout: CacheLayout) -> int:
+    return sum(count * size for count, size in zip(counts, layout.area_bytes, strict=True))
+
+
+def pool_pages(layout: CacheLayout, load: Load) -> tuple[int, ...]:
+    """Pages of each area of a pool that ``load`` fills: what its sequences hold at their longest.
+
+    Where whole pages are packed, with the open ones that the engine keeps for a step.
+    """
+    counts = [
+        max(1, load.sequences * layout.most_pages(group, load.context, load.chunk)[0])
+        for group in range(len(layout.groups))
+    ]
+    return with_open_pages(layout, counts, load.sequences, load.chunk)
+
+
+def pool_bytes(layout: CacheLayout, load: Load) -> int:
+    """Bytes of :func:`pool_pages`."""
+    return _product(pool_pages(layout, load), layout)
+
+
+# -- what is computed with -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes beside weights and pages, as the native backend has them.
+
+    activations   arrays between layers, and the kernels' own of one layer
+    partials      what splits of a context give, before they are merged
+    threads       each thread's own: blocks of pages that are not whole, taken apart or copied
+    rotary        tables of angles; they grow by a quarter at a time
+    logits        float32, of the rows that are asked for
+    """
+
+    activations: int
+    partials: int
+    threads: int
+    rotary: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.partials + self.threads + self.rotary + self.logits
+
+
+def workspace(shape: ModelShape, layout: CacheLayout, load: Load) -> Workspace:
+    """What a step of ``load`` needs beside weights and pages."""
+    return Workspace(
+        activations=FLOAT * _activations(shape, load),
+        partials=FLOAT * _partials(shape, load),
+        threads=load.threads * _thread_bytes(shape, layout),
+        rotary=0 if shape.positions else FLOAT * _angles(shape, load.context),
+        logits=FLOAT * load.logit_rows * shape.vocab_size,
+    )
+
+
+def _activations(shape: ModelShape, load: Load) -> int:
+    """Numbers: of hidden size between layers, and of the widest of each kind inside one.
+
+    Between layers the embeddings, a layer's input and its output; in the last layer, of which only
+    some rows go on, norms, keys, values and turned keys of all rows.
+    """
+    rows, hidden = load.rows, shape.hidden_size
+    kept: int = max(kv.num_kv_heads * (2 * kv.key_dim + kv.value_dim) for kv in shape.kv)
+    between = rows * (3 * hidden + kept)
+    widths = [
+        (layer.num_heads * layer.score_dim, layer.num_heads * layer.mix_dim, layer.kv.numbers)
+        for layer in shape.layer_kinds
+    ]
+    inside: int = sum(max(column) for column in zip(*widths, strict=True))
+    inner: int = max(
+        (m.active * m.outputs for m, _ in shape.matrices() if m.part in ("mlp", "experts")),
+        default=0,
+    )
+    words: int = max(m.inputs for m, _ in shape.matrices())
+    if shape.dtype == "bf16":
+        words //= 2  # two to a word
+    decoding = load.sequences * hidden + min(FEW, rows) * inner
+    return between + decoding + rows * (hidden + inside + inner + words + SPARE_WORDS)
+
+
+def _thread_bytes(shape: ModelShape, layout: CacheLayout) -> int:
+    """Copies of blocks; scores of a split; of coded pages a split of one head as it is read."""
+    heads = max(layer.num_heads for layer in shape.layer_kinds)
+    wide = max(
+        sum(
+            _WIDE.get(format.name, 0) * dim
+            for format, dim in (
+                (page.key_format, page.key_dim),
+                (page.value_format, page.value_dim),
+            )
+        )
+        for page in layout.shapes
+    )
+    return COPIES * COPY_BYTES + SPLIT * (heads * FLOAT + wide) + PANEL_BYTES
+
+
+def _partials(shape: ModelShape, load: Load) -> int:
+    """Numbers: for each split of what a decoded token sees and each head a sum and its values."""
+    return max(
+        load.sequences
+        * -(-layer.seen(load.context) // SPLIT)
+        * layer.num_heads
+        * (layer.mix_dim + 2)
+        for layer in shape.layer_kinds
+    )
+
+
+def _angles(shape: ModelShape, context: int) -> int:
+    """Numbers: cosine and sine of half a head, up to a quarter beyond the context."""
+    rows = -(-max(ANGLE_ROWS, context + context // 4) // ANGLE_ROWS) * ANGLE_ROWS
+    widest: int = max(layer.kv.key_dim for layer in shape.layer_kinds)
+    return rows * widest
+
+
+def score_matrix_bytes(queries: int, keys: int, number_bytes: int = FLOAT) -> int:
+    """Bytes of the scores of one head, if they are all there at a time: queries x keys numbers."""
+    return queries * keys * number_bytes
+
+
+# -- together --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a model under a load."""
+
+    weights: dict[Part, int]
+    kv: int
+    workspace: Workspace
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parts."""
+        return sum(self.weights.values())
+
+    @property
+    def total(self) -> int:
+        """All of it; the process itself and its libraries come on top."""
+        return self.weight_bytes + self.kv + self.workspace.total
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "weights": dict(self.weights),
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes": self.kv,
+            "workspace": {**asdict(self.workspace), "total": self.workspace.total},
+            "total_bytes": self.total,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"weights {format_bytes(self.weight_bytes)}, KV {format_bytes(self.kv)}, workspace "
+            f"{format_bytes(self.workspace.total)}: {format_bytes(self.total)}"
+        )
+
+
+def plan_memory(
+    shape: ModelShape, layout: CacheLayout, load: Load, weights: str | None = None
+) -> MemoryPlan:
+    """Bytes of ``load``; ``weights`` is their dtype, None as the checkpoint has them."""
+    kept = pool_bytes(layout, load)
+    return MemoryPlan(weight_bytes(shape, weights), kept, workspace(shape, layout, load))
+
+
+def _greatest(fits: Callable[[int], bool], most: int) -> int:
+    """The greatest n from 1 to ``most`` that fits, if what fits is an unbroken run; 0 if none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def most_context(
+    shape: ModelShape, layout: CacheLayout, load: Load, budget: int, weights: str | None = None
+) -> int:
+    """The longest context, up to the model's, at which ``load`` takes at most ``budget`` bytes.
+
+    0 if not even one token fits.
+    """
+
+    def fits(context: int) -> bool:
+        one = replace(load, context=context)
+        return plan_memory(shape, layout, one, weights).total <= budget
+
+    return _greatest(fits, shape.max_position)
+
+
+def most_requests(
+    shape: ModelShape, layout: CacheLayout, load: Load, budget: int, weights: str | None = None
+) -> int:
+    """The most sequences of ``load.context`` tokens that take at most ``budget`` bytes; or 0."""
+
+    def fits(sequences: int) -> bool:
+        some = replace(load, sequences=sequences)
+        return plan_memory(shape, layout, some, weights).total <= budget
+
+    left = budget - sum(weight_bytes(shape, weights).values())
+    each = kv_bytes(layout, load.context, load.chunk)
+    return _greatest(fits, max(0, left // each + 1))
+
+
+# -- waste -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fragmentation:
+    """Tokens' worth of memory that sequences of some lengths hold, and how much of it is empty.
+
+    contiguous   a preallocated row of ``longest`` tokens for each (Kwon et al., 2023,
+                 arXiv:2309.06180, section 3)
+    paged        whole pages for each
+    """
+
+    used: int
+    contiguous: int
+    paged: int
+
+    @property
+    def contiguous_waste(self) -> float:
+        """Empty share of preallocated rows."""
+        return 1 - self.used / self.contiguous
+
+    @property
+    def paged_waste(self) -> float:
+        """Empty share of pages."""
+        return 1 - self.used / self.paged
+
+
+def fragmentation(lengths: Iterable[int], longest: int, page_size: int) -> Fragmentation:
+    """Waste of sequences of ``lengths`` tokens; ConfigError for one that is above ``longest``."""
+    known: Sequence[int] = list(lengths)
+    if not known or min(known) < 1 or max(known) > longest:
+        raise ConfigError(
+            f"lengths must be 1 to {longest} tokens, not "
+            f"{f'{min(known)} to {max(known)}' if known else 'none'}"
+        )
+    pages = sum(-(-length // page_size) for length in known)
+    return Fragmentation(sum(known), longest * len(known), pages * page_size)

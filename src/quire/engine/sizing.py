@@ -1,0 +1,114 @@
+"""The plan of an engine, made from ``config.json`` before weights are loaded and pools made.
+
+The bytes are those of :mod:`quire.analysis.memory`, with which ``quire plan`` predicts.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from quire.analysis.families import read_shape
+from quire.analysis.memory import Load, MemoryPlan, kv_layout, weight_bytes, workspace
+from quire.analysis.shape import ModelShape
+from quire.config import EngineConfig, format_bytes
+from quire.errors import ConfigError
+from quire.layout import CacheLayout, fit_pages, with_open_pages
+from quire.machine import Machine
+
+__all__ = ["EnginePlan", "plan_engine"]
+
+MOST_AUTO = 2 << 30  # bytes of pages, unless it is said how many
+SPARE = 0.05  # of what is available, for other programs
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What an engine takes.
+
+    memory      bytes of weights, pages and workspace
+    num_pages   of each area of the cache
+    tokens      that the pages hold, of one long sequence
+    available   bytes that could be had when the plan was made; None where it is unknown
+    kv_format   of all layers
+    """
+
+    memory: MemoryPlan
+    num_pages: tuple[int, ...]
+    tokens: int
+    available: int | None
+    kv_format: str
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        free = "" if self.available is None else f" of {format_bytes(self.available)} available"
+        return f"{self.memory}{free}; {self.tokens:,} tokens of {self.kv_format} keys and values"
+
+
+def plan_engine(
+    directory: Path, config: EngineConfig, dtype: str, machine: Machine, *, loaded: bool = False
+) -> EnginePlan:
+    """What an engine of these settings takes, on ``machine``.
+
+    dtype    of the checkpoint's numbers, which its config.json need not say
+    loaded   True if its weights are there already, for another engine
+
+    ``kv_memory`` of ``"auto"`` becomes 2 GiB, or what is left of the available memory if that is
+    less. Raises ConfigError, with these numbers, for what does not fit.
+    """
+    shape = replace(read_shape(directory), dtype=dtype)
+    settings = config.cache
+    layout = kv_layout(shape, settings.kv_format, settings.page_size)
+    threads = machine.threads if config.threads is None else config.threads
+    load = Load(shape.max_position, config.max_sequences, config.max_batch_tokens, threads=threads)
+    memory = MemoryPlan(
+        {} if loaded else weight_bytes(shape, "fp32" if config.backend == "reference" else None),
+        0,
+        workspace(shape, layout, load),
+    )
+    free = None if machine.available_bytes is None else int(machine.available_bytes * (1 - SPARE))
+    pages = _pages(config, layout, None if free is None else free - memory.total)
+    kept = sum(count * size for count, size in zip(pages, layout.area_bytes, strict=True))
+    memory = replace(memory, kv=kept)
+    plan = EnginePlan(
+        memory, pages, _tokens(shape, layout, pages), machine.available_bytes, layout.format_text
+    )
+    if free is not None and memory.total > free:
+        raise ConfigError(
+            f"the model does not fit: {memory}, and {format_bytes(free)} can be had "
+            f"({format_bytes(machine.available_bytes or 0)} are available, of which "
+            f"{SPARE:.0%} are left to others); " + _advice(memory, free)
+        )
+    return plan
+
+
+def _advice(memory: MemoryPlan, free: int) -> str:
+    left = free - memory.total + memory.kv
+    if left <= 0:
+        return "choose a smaller model, or free memory"
+    return f"lower kv_memory to at most {left} bytes, choose a smaller kv_format, or free memory"
+
+
+def _pages(config: EngineConfig, layout: CacheLayout, left: int | None) -> tuple[int, ...]:
+    """Pages of each area: as many as are asked for, or fit."""
+    settings, most = config.cache, config.max_batch_tokens
+    if settings.num_pages is not None:
+        pages = (settings.num_pages,) * len(layout.groups)
+        return with_open_pages(layout, pages, config.max_sequences, most)
+    budget = settings.kv_memory
+    if isinstance(budget, str):
+        budget = MOST_AUTO if left is None else max(1, min(MOST_AUTO, left))
+    return fit_pages(layout, budget, config.max_sequences, most)
+
+
+def _tokens(shape: ModelShape, layout: CacheLayout, pages: tuple[int, ...]) -> int:
+    """Tokens of one sequence that fill the groups which keep everything; or all, if none does."""
+    whole = [
+        count
+        for area, count in zip(layout.areas, pages, strict=True)
+        if not area.is_open and layout.groups[area.group].window is None
+    ]
+    opened = any(area.is_open for area in layout.areas)
+    most = min(whole, default=math.inf)
+    if math.isinf(most):
+        return shape.max_position
+    return (int(most) + opened) * layout.page_size  # its first page is an open one
