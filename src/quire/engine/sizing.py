@@ -66,19 +66,23 @@ def plan_engine(
         workspace(shape, layout, load),
     )
     free = None if machine.available_bytes is None else int(machine.available_bytes * (1 - SPARE))
+    _require_fit(memory, free, machine)
     pages = _pages(config, layout, None if free is None else free - memory.total)
     kept = sum(count * size for count, size in zip(pages, layout.area_bytes, strict=True))
     memory = replace(memory, kv=kept)
-    plan = EnginePlan(
-        memory, pages, _tokens(shape, layout, pages), machine.available_bytes, layout.format_text
-    )
+    _require_fit(memory, free, machine)
+    tokens = _tokens(shape, layout, pages)
+    return EnginePlan(memory, pages, tokens, machine.available_bytes, layout.format_text)
+
+
+def _require_fit(memory: MemoryPlan, free: int | None, machine: Machine) -> None:
+    """Raise ConfigError, with the plan's numbers, for more than ``free`` bytes."""
     if free is not None and memory.total > free:
         raise ConfigError(
             f"the model does not fit: {memory}, and {format_bytes(free)} can be had "
             f"({format_bytes(machine.available_bytes or 0)} are available, of which "
-            f"{SPARE:.0%} are left to others); " + _advice(memory, free)
+            f"{SPARE:.0%} are left to others); {_advice(memory, free)}"
         )
-    return plan
 
 
 def _advice(memory: MemoryPlan, free: int) -> str:
