@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import tiny_config, write_checkpoint
 
+from checkpoints import tiny_config, write_checkpoint
 from quire.analysis.catalogue import MODELS, known_model
 from quire.analysis.families import FAMILIES, read_shape, shape_of
 from quire.analysis.shape import Matrix
@@ -128,7 +128,7 @@ def raw(**changes: Any) -> dict[str, Any]:
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnsupportedArchitecture, match="does not know model_type 'mamba'.*llama"):
+    with pytest.raises(UnsupportedArchitecture, match=r"does not know model_type 'mamba'.*llama"):
         shape_of(raw(model_type="mamba"), "x", "config.json")
 
 

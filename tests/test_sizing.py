@@ -5,9 +5,9 @@ import logging
 from pathlib import Path
 
 import pytest
-from checkpoints import tiny_config, write_checkpoint
 
 import quire
+from checkpoints import tiny_config, write_checkpoint
 from quire.analysis.families import read_shape
 from quire.analysis.memory import kv_token_bytes
 from quire.engine import engine as engine_module
@@ -62,7 +62,7 @@ def test_what_is_asked_for_and_does_not_fit_is_refused_with_numbers(
     said = str(raised.value)
     assert "the model does not fit: weights 7.629 MiB, KV 1 GiB, workspace" in said
     assert "475 MiB can be had (500 MiB are available, of which 5% are left to others)" in said
-    most = int(said.split("lower kv_memory to at most ")[1].split()[0])
+    most = int(said.split("lower kv_memory to at most ")[1].split(maxsplit=1)[0])
     assert plan(500 * MIB, kv_memory=most).memory.total <= 475 * MIB
     with pytest.raises(ConfigError):
         plan(500 * MIB, kv_memory=most + 16 * 2048)

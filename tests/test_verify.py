@@ -38,7 +38,7 @@ def test_every_term_of_quill_is_within_two_percent(kv_format: str) -> None:
 
 
 def test_a_run_that_cannot_be_is_refused_with_its_reason() -> None:
-    with pytest.raises(QuireError, match="its run failed: .*context of 20 is too short to verify"):
+    with pytest.raises(QuireError, match=r"its run failed: .*context of 20 is too short to verify"):
         measure(Asked("quill", "bf16", 16, 1 << 20, 20, 4, 512))
     with pytest.raises(QuireError, match="no model directory at"):
         measure(Asked("no-such-model", "bf16", 16, 1 << 20, 512, 4, 512))
