@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -305,7 +306,7 @@ class Counting:
     def limit(self, op: Op) -> Any:
         return "compute"
 
-    def overhead(self, shape: ModelShape) -> float:
+    def overhead(self, shape: ModelShape, work: Sequence[Work]) -> float:
         return 1.0
 
 

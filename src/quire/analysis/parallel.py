@@ -180,7 +180,7 @@ def split_time(
     sent and there is no link.
     """
     stages = tuple(
-        time_of(stage.ops(work), timer, timer.overhead(stage.share.shape))
+        time_of(stage.ops(work), timer, timer.overhead(stage.share.shape, work))
         for stage in parted.stages
     )
     sent = parted.sent(work)

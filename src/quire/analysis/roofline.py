@@ -44,7 +44,7 @@ class Timer(Protocol):
     def limit(self, op: Op) -> Limit:
         """What an operation's time is decided by."""
 
-    def overhead(self, shape: ModelShape) -> float:
+    def overhead(self, shape: ModelShape, work: Sequence[Work]) -> float:
         """Seconds that a step takes besides its operations."""
 
 
@@ -63,7 +63,7 @@ class Roof:
         moving = self.memory_seconds(op) >= self.compute_seconds(op)
         return "memory bandwidth" if moving else "compute"
 
-    def overhead(self, shape: ModelShape) -> float:
+    def overhead(self, shape: ModelShape, work: Sequence[Work]) -> float:
         """None."""
         return 0.0
 
@@ -139,7 +139,7 @@ def time_of(ops: Iterable[Op], timer: Timer, overhead: float = 0.0) -> StepTime:
 
 def step_time(deployment: Deployment, timer: Timer, work: Sequence[Work]) -> StepTime:
     """The time of one step that does ``work``."""
-    overhead = timer.overhead(deployment.shape)
+    overhead = timer.overhead(deployment.shape, work)
     return time_of(step_ops(deployment, work), timer, overhead)
 
 

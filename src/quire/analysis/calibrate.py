@@ -1,0 +1,373 @@
+"""What this machine takes for the operations of a model, measured with the kernels that do them.
+
+No weights of the model are needed. What is timed: linear layers of three sizes, attention over
+pages of the model's own heads and format, and two tiny models that the engine runs;
+:class:`Measured` interpolates. All are medians; a busy machine gives the times of a busy machine.
+"""
+
+import itertools
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from quire.analysis.roofline import Limit
+from quire.analysis.shape import LayerShape, ModelShape
+from quire.analysis.steps import Op, Work
+from quire.backends import Backend, MlpParams, Projection
+from quire.cache import KVCache
+from quire.config import CacheConfig
+from quire.engine import Engine, SamplingParams
+from quire.engine.sampler import likeliest
+from quire.layout import CacheLayout, lay_out, with_open_pages
+from quire.machine import this_machine
+from quire.models import resolve_model
+
+__all__ = ["Measured", "Profile", "calibrate"]
+
+Array = npt.NDArray[Any]
+Table = Mapping[tuple[int, int], float]
+
+DTYPES: dict[str, Any] = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}
+# hidden, inner and layers of MLPs: of a model that caches hold, of a small and of a large one.
+MLPS = ((256, 704, 4), (768, 2048, 12), (2048, 5632, 4))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+CHUNK = 512
+DECODES = ((1, 256), (1, 1024), (1, 4096), (8, 4096))  # sequences and their contexts
+PREFILLS = (0, 1536, 7680)  # tokens before a chunk
+POOL_BYTES = 384 << 20  # at most, of pages that probes attend to
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds of a step outside its operations: fixed, for each sequence, for each layer."""
+
+    step: float
+    sequence: float
+    layer: float
+
+    def of(self, layers: int, sequences: int) -> float:
+        """Of one step."""
+        return max(0.0, self.step + self.sequence * sequences + self.layer * layers)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds by measurement.
+
+    linear    (rows, numbers of the matrix) -> seconds a number
+    decode    (sequences, bytes that each reads in a layer) -> seconds a byte, by format
+    prefill   (tokens before, new) -> seconds an operation, by format
+    decoding, prefilling   what a step takes outside its operations, with and without layers in one
+              call
+    choosing  seconds that choosing a token takes, for each number of the vocabulary
+    """
+
+    name: str
+    dtype: str
+    linear: Table
+    decode: Table
+    prefill: Table
+    decoding: Overhead
+    prefilling: Overhead
+    choosing: float
+    notes: tuple[str, ...] = field(default=())
+
+
+# -- between what was measured ---------------------------------------------------------------------
+
+
+def _bracket(points: Sequence[int], at: float) -> tuple[int, int, float]:
+    """The neighbours of ``at`` among ascending ``points``, and how far it is from the first."""
+    if at <= points[0]:
+        return points[0], points[0], 0.0
+    for low, high in itertools.pairwise(points):
+        if at <= high:
+            return low, high, math.log(at / low) / math.log(high / low)
+    return points[-1], points[-1], 0.0
+
+
+def _between(table: Table, first: float, second: float) -> float:
+    """Value at (first, second), linear in logarithms of both and of itself; flat outside."""
+    rows = sorted({key[0] for key in table})
+    low, high, part = _bracket(rows, first)
+    ends = []
+    for row in (low, high):
+        columns = sorted(key[1] for key in table if key[0] == row)
+        left, right, share = _bracket(columns, second)
+        values = [math.log(table[row, column]) for column in (left, right)]
+        ends.append(values[0] + share * (values[1] - values[0]))
+    return math.exp(ends[0] + part * (ends[1] - ends[0]))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A :class:`quire.analysis.roofline.Timer` of a profile."""
+
+    profile: Profile
+
+    def seconds(self, op: Op) -> float:
+        """All of ``op.count`` together; what is no linear layer or attention is in overheads."""
+        if op.what == "linear":
+            return self._linear(op)
+        return self._attention(op) if op.what == "attention" else 0.0
+
+    def limit(self, op: Op) -> Limit:
+        """By rows: few are as fast as weights come, many as units compute."""
+        if op.what == "other":
+            return "overhead"
+        many = op.rows > 16 if op.what == "linear" else op.new > 1
+        return "compute" if many else "memory bandwidth"
+
+    def overhead(self, shape: ModelShape, work: Sequence[Work]) -> float:
+        """The engine's own: scheduling, tables, calls, choosing tokens."""
+        decodes = all(each.new == 1 for each in work)
+        own = self.profile.decoding if decodes else self.profile.prefilling
+        chosen = sum(each.logits for each in work) * shape.vocab_size
+        return own.of(len(shape.layers), len(work)) + self.profile.choosing * chosen
+
+    def _linear(self, op: Op) -> float:
+        numbers = op.inputs * op.outputs
+        each = _between(self.profile.linear, op.rows, numbers)
+        if op.rows > ROWS[-1]:
+            each *= op.rows / ROWS[-1]
+        return op.count * op.copies * numbers * each
+
+    def _attention(self, op: Op) -> float:
+        if op.new > 1:
+            return op.flops * _between(self.profile.prefill, op.new, op.context + op.new)
+        read = op.kv_bytes / op.count / op.sequences
+        return op.kv_bytes * _between(self.profile.decode, op.sequences, read)
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def calibrate(shape: ModelShape, layout: CacheLayout, backend: Backend) -> Profile:
+    """Time ``backend`` on this machine with the dtype, heads and page formats of a model.
+
+    Takes some seconds and up to 0.6 GB. Of several kinds of layers the one that most layers have
+    stands for all.
+    """
+    [(layer, _)] = shape.layer_kinds.most_common(1)
+    index = shape.layers.index(layer)
+    probe = _Attending(backend, layer, layout, index)
+    decoding, prefilling = _overheads(backend)
+    return Profile(
+        name=f"this machine: {this_machine().cpu_name}, {backend.name} backend",
+        dtype=shape.dtype,
+        linear=_linear_times(backend, shape.dtype),
+        decode={
+            (count, round(read)): seconds
+            for count, context in DECODES
+            for read, seconds in [probe.decode(count, context)]
+        },
+        prefill={(CHUNK, before + CHUNK): probe.prefill(before) for before in PREFILLS},
+        decoding=decoding,
+        prefilling=prefilling,
+        choosing=_median(lambda: likeliest(np.ones(1 << 15, np.float32), 0)) / (1 << 15),
+    )
+
+
+def _median(call: Callable[[], Any], repeats: int = REPEATS) -> float:
+    call()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _linear_times(backend: Backend, dtype: str) -> Table:
+    found = {}
+    for hidden, inner, layers in MLPS:
+        blocks = [backend.block(params) for params in _mlps(backend, dtype, hidden, inner, layers)]
+        for rows in ROWS:
+            x = backend.embed(backend.weight(np.ones((1, hidden), DTYPES[dtype])), [0] * rows)
+
+            def run(x: Any = x, blocks: list[Any] = blocks) -> None:
+                for block in blocks:
+                    backend.mlp_block(x, block)
+
+            numbers = 3 * hidden * inner * layers
+            found[rows, hidden * inner] = _median(run, 3 if rows > 64 else REPEATS) / numbers
+    return found
+
+
+def _mlps(
+    backend: Backend, dtype: str, hidden: int, inner: int, layers: int
+) -> Iterator[MlpParams]:
+    def weight(*shape: int) -> Any:
+        return backend.weight(np.full(shape, 2.0**-8, DTYPES[dtype]))
+
+    for _ in range(layers):
+        gate, up = Projection(weight(inner, hidden)), Projection(weight(inner, hidden))
+        down = Projection(weight(hidden, inner))
+        yield MlpParams(weight(hidden), 1e-5, gate, up, down, "silu")
+
+
+class _Attending:
+    """Attention over pages of one layer's heads and format, in as many pools as it has layers."""
+
+    def __init__(
+        self, backend: Backend, layer: LayerShape, layout: CacheLayout, index: int
+    ) -> None:
+        self.backend, self.layer = backend, layer
+        page = layout.shapes[index]
+        self.formats, self.size = (page.key_format, page.value_format), layout.page_size
+        self.layers = max(1, min(len(layout.shapes), 12))
+
+    def _cache(self, sequences: int, context: int) -> tuple[KVCache, list[int]]:
+        """A cache with so many sequences whose tokens were never computed."""
+        one = lay_out([None], [self.layer.kv], self.size, [self.formats])
+        tokens = sequences * (context + self.size)
+        layers = max(
+            1, min(self.layers, POOL_BYTES // max(1, tokens * one.page_bytes(0) // self.size))
+        )
+        layout = lay_out(
+            [None] * layers, [self.layer.kv] * layers, self.size, [self.formats] * layers
+        )
+        pages = [sequences * (-(-context // self.size) + 2)]
+        counts = with_open_pages(layout, pages, sequences, context)
+        pools = [self.backend.pool(shape, *counts) for shape in layout.shapes]
+        for pool in pools:
+            for array in pool.arrays:
+                array[...] = np.ones((), array.dtype)
+        cache = KVCache(layout, counts, pools, None)
+        return cache, [cache.create() for _ in range(sequences)]
+
+    def _time(self, cache: KVCache, chunks: list[tuple[int, int]]) -> tuple[float, int]:
+        """Seconds of attention in one layer when ``chunks`` are added, and how many layers ran."""
+        reservation = cache.reserve(chunks)
+        rows = sum(count for _, count in chunks)
+        query = np.full((rows, self.layer.num_heads, self.layer.kv.key_dim), 0.1, np.float32)
+        batch = reservation.batch
+
+        def run() -> None:
+            for pool in cache.pools:
+                self.backend.attend(query, pool, batch, 0)
+
+        seconds = _median(run)
+        cache.rollback(reservation)
+        return seconds / len(cache.pools), len(cache.pools)
+
+    def decode(self, count: int, context: int) -> tuple[float, float]:
+        """Bytes that a sequence reads in a layer, and seconds a byte."""
+        cache, sequences = self._cache(count, context)
+        self._fill(cache, sequences, context - 1)
+        seconds, layers = self._time(cache, [(sequence, 1) for sequence in sequences])
+        read = cache.layout.seen_bytes(context - 1) / layers
+        return read, seconds / (read * count)
+
+    def prefill(self, before: int) -> float:
+        """Seconds an operation, of a chunk behind so many tokens."""
+        cache, sequences = self._cache(1, before + CHUNK)
+        if before:
+            self._fill(cache, sequences, before)
+        seconds, _ = self._time(cache, [(sequences[0], CHUNK)])
+        pairs = CHUNK * before + CHUNK * (CHUNK + 1) // 2
+        return seconds / self.layer.attention_flops(pairs)
+
+    @staticmethod
+    def _fill(cache: KVCache, sequences: list[int], tokens: int) -> None:
+        cache.commit(cache.reserve([(sequence, tokens) for sequence in sequences]))
+
+
+# -- what steps take outside operations ------------------------------------------------------------
+
+
+def _overheads(backend: Backend) -> tuple[Overhead, Overhead]:
+    """Of steps that decode, and of those that prefill: two tiny models, one and many sequences."""
+    few, many, layers = 1, 16, (2, 10)
+    decode, prefill = {}, {}
+    for count in layers:
+        with tempfile.TemporaryDirectory() as directory:
+            _write_tiny(Path(directory), count)
+            for sequences in (few, many):
+                decode[count, sequences] = _decode_step(directory, backend, sequences)
+            prefill[count] = _prefill_step(directory, backend)
+    first, last = layers
+    per_layer = (decode[last, few] - decode[first, few]) / (last - first)
+    per_sequence = (decode[first, many] - decode[first, few]) / (many - few)
+    fixed = decode[first, few] - first * per_layer - few * per_sequence
+    layer = (prefill[last] - prefill[first]) / (last - first)
+    begin = prefill[first] - first * layer - per_sequence
+    return Overhead(fixed, per_sequence, per_layer), Overhead(begin, per_sequence, layer)
+
+
+def _write_tiny(directory: Path, layers: int) -> None:
+    """A checkpoint with nothing to compute."""
+    hidden, vocab = 32, 64
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": hidden,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
+    square, row = np.ones((hidden, hidden), DTYPES["bf16"]), np.ones(hidden, DTYPES["bf16"])
+    tensors = {"model.embed_tokens.weight": np.ones((vocab, hidden), DTYPES["bf16"])}
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        for name in ("q", "k", "v", "o"):
+            tensors[f"{at}self_attn.{name}_proj.weight"] = square
+        for name in ("gate", "up", "down"):
+            tensors[f"{at}mlp.{name}_proj.weight"] = square
+        tensors[f"{at}input_layernorm.weight"] = row
+        tensors[f"{at}post_attention_layernorm.weight"] = row
+    tensors["model.norm.weight"] = row
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, directory / "model.safetensors")
+
+
+def _tiny_engine(directory: str, backend: Backend, chunk: int) -> Engine:
+    cache = CacheConfig(num_pages=1024, prefix_cache=False)
+    threads = this_machine().threads
+    return Engine(
+        resolve_model(directory),
+        backend=backend.name,
+        threads=threads if backend.name == "native" else None,
+        cache=cache,
+        max_batch_tokens=chunk,
+    )
+
+
+def _steps(engine: Engine) -> list[float]:
+    found = []
+    while engine.has_work:
+        started = time.perf_counter()
+        engine.step()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def _decode_step(directory: str, backend: Backend, sequences: int) -> float:
+    engine = _tiny_engine(directory, backend, CHUNK)
+    for _ in range(sequences):
+        engine.submit([1, 2, 3], SamplingParams(max_new_tokens=200, ignore_eos=True))
+    return statistics.median(_steps(engine)[2:])
+
+
+def _prefill_step(directory: str, backend: Backend) -> float:
+    engine = _tiny_engine(directory, backend, 2)
+    engine.submit([1] * 400, SamplingParams(max_new_tokens=1))
+    return statistics.median(_steps(engine)[1:-1])
