@@ -21,11 +21,12 @@ import prefix_bookkeeping as books
 from prefix_engine import Setting, restart, shared
 from prefix_figures import Figure, Quiet, Report
 from prefix_replay import pages_wanted, pretended
+from prefix_replay import replay as replay_and_tell
 from prefix_stub import LAYOUT, PAGE, stub_cache
-from prefix_trace import conversation, synthetic
+from prefix_trace import conversation, lines, synthetic
 
 from quire.analysis.replay import Replay
-from quire.analysis.trace import BLOCK, Arrival, Tokens, unbounded_hits
+from quire.analysis.trace import BLOCK, Arrival, Tokens, read_trace, unbounded_hits
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -124,6 +125,27 @@ def test_a_replay_is_deterministic_and_a_small_pool_evicts() -> None:
     refused = bench_replay(trace, num_pages // 4, 1e5).run()
     assert refused.refused > 0
     assert refused.requests + refused.refused == len(trace)
+
+
+def test_the_example_is_what_the_generator_writes() -> None:
+    path = Path(__file__).parents[1] / "examples" / "trace.jsonl"
+    assert path.read_text(encoding="utf-8") == lines(synthetic(64, seed=1))
+    for written, made in zip(read_trace(path), synthetic(64, seed=1), strict=True):
+        assert abs(written.seconds - made.seconds) <= 0.0005
+        assert (written.input_length, written.output_length) == (
+            made.input_length,
+            made.output_length,
+        )
+
+
+def test_a_trace_is_told_by_the_size_of_the_pool() -> None:
+    report = Report()
+    replay_and_tell(report, synthetic(24, seed=2), "synthetic, seed 2")
+    parts = dict.fromkeys(figure.part for figure in report.figures)
+    assert len(parts) == 5  # the dict's, without limit, and three shares
+    kept = [figure.median for figure in report.figures if "index at the end" in figure.name]
+    assert sorted(kept) == [*kept[1:], kept[0]]
+    assert kept[0] / 4 >= kept[3] > 0
 
 
 # -- bookkeeping, shared, restart ------------------------------------------------------------
