@@ -54,7 +54,7 @@ def read_trace(path: Path, most: int | None = None) -> list[Arrival]:
             if line.strip():
                 try:
                     arrivals.append(_parse(line))
-                except (ValueError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:  # ConfigError is one
                     raise ConfigError(f"{path}, line {number}: {error}") from None
     if not arrivals:
         raise ConfigError(
@@ -64,23 +64,23 @@ def read_trace(path: Path, most: int | None = None) -> list[Arrival]:
 
 
 def _parse(line: str) -> Arrival:
-    """The request of a line; ValueError says what is wrong with it."""
+    """The request of a line; ConfigError, or what JSON raises, says what is wrong with it."""
     given = json.loads(line)
     if not isinstance(given, dict):
-        raise ValueError(f"a request must be a JSON object, not {line.strip()[:40]}")
+        raise ConfigError(f"a request must be a JSON object, not {line.strip()[:40]}")
     for name in FIELDS:
         if name not in given:
-            raise ValueError(f"{name} is missing; there are {', '.join(map(str, given)) or 'none'}")
+            raise ConfigError(f"{name} is missing; there are {', '.join(map(str, given)) or 'none'}")
     when, ids = given["timestamp"], given["hash_ids"]
     if not _is_number(when) or not 0 <= when < 1e15:
-        raise ValueError(f"timestamp must be milliseconds, 0 or more, not {when!r}")
+        raise ConfigError(f"timestamp must be milliseconds, 0 or more, not {when!r}")
     length = _count("input_length", given["input_length"], 1)
     reply = _count("output_length", given["output_length"], 0)
     if not isinstance(ids, list) or not all(_is_int(block) for block in ids):
-        raise ValueError(f"hash_ids must be a list of ints, not {str(ids)[:40]}")
+        raise ConfigError(f"hash_ids must be a list of ints, not {str(ids)[:40]}")
     wanted = -(-length // BLOCK)
     if len(ids) != wanted:
-        raise ValueError(
+        raise ConfigError(
             f"hash_ids has {len(ids)} ids; input_length {length} is {wanted} blocks of {BLOCK}"
         )
     return Arrival(when / 1000, length, reply, tuple(ids))
@@ -88,7 +88,7 @@ def _parse(line: str) -> Arrival:
 
 def _count(name: str, value: Any, least: int) -> int:
     if not _is_int(value) or not least <= value < 1 << 31:
-        raise ValueError(f"{name} must be an int of at least {least}, not {value!r}")
+        raise ConfigError(f"{name} must be an int of at least {least}, not {value!r}")
     return int(value)
 
 
