@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caches import layout_of
@@ -278,6 +278,45 @@ def test_preempted_requests_are_computed_again_and_served() -> None:
     assert (done.requests, done.reply_tokens, done.refused) == (2, 320, 0)
     assert done.computed_tokens > 2 * (32 + 159)
     assert done.hit_tokens == 0  # what is found of its own after a preemption is no hit
+
+
+requests = st.tuples(
+    st.integers(0, 20),  # tenths of a second
+    st.integers(1, 700),
+    st.integers(0, 60),
+    st.integers(0, 2),
+    st.integers(0, 2),
+)
+
+
+@given(
+    st.lists(requests, min_size=1, max_size=12),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.integers(5, 60),
+    st.integers(1, 4),
+    st.integers(8, 200),
+)
+@settings(deadline=None, max_examples=60)
+def test_every_request_is_served_or_refused_on_any_pool(
+    drawn: list[tuple[int, int, int, int, int]], name: str, pages: int, most: int, chunk: int
+) -> None:
+    trace = [
+        Arrival(when / 10, prompt, reply, (one, 3 + other)[: -(-prompt // BLOCK)])
+        for when, prompt, reply, one, other in drawn
+    ]
+    layout, limits = LAYOUTS[name], Limits(max(chunk, most), most)
+    counts = [pages if not area.is_open else max(3, pages // 2) for area in layout.areas]
+    replay = Replay(trace, layout, counts, BUSY, limits=limits)
+    done = replay.run()
+    assert done.requests + done.refused == len(trace)
+    assert done.peak_bytes <= done.pool_bytes
+    assert done.points == () or done.seconds > 0
+    assert replay.cache.sequences == ()
+    replay.cache.check()
+    for times in (done.waiting_s, done.first_token_s, done.completion_s):
+        assert (times is None) == (done.requests == 0)
+    if done.waiting_s and done.first_token_s and done.completion_s:
+        assert 0 <= done.waiting_s.p50 < done.first_token_s.p50 <= done.completion_s.p50
 
 
 # -- refusals and settings -------------------------------------------------------------------

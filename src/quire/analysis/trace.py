@@ -70,7 +70,9 @@ def _parse(line: str) -> Arrival:
         raise ConfigError(f"a request must be a JSON object, not {line.strip()[:40]}")
     for name in FIELDS:
         if name not in given:
-            raise ConfigError(f"{name} is missing; there are {', '.join(map(str, given)) or 'none'}")
+            raise ConfigError(
+                f"{name} is missing; there are {', '.join(map(str, given)) or 'none'}"
+            )
     when, ids = given["timestamp"], given["hash_ids"]
     if not _is_number(when) or not 0 <= when < 1e15:
         raise ConfigError(f"timestamp must be milliseconds, 0 or more, not {when!r}")
