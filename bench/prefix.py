@@ -13,7 +13,8 @@
                  1,000,000 pages that hold nothing, and the memory of the books
     trace        thousands of requests with shared prefixes through the real scheduler and cache,
                  without a model: hit rate and memory over pool sizes; synthetic, or a file in the
-                 format of the Mooncake traces (prefix_trace.py says what both are)
+                 format of the Mooncake traces (prefix_trace.py makes the one,
+                 quire.analysis.trace reads the other)
 
 Only ``shared`` and ``restart`` compute with a model: the one of --model, or the random 160m of
 bench/peers.py, made once in --cache. A figure is the median of several, ± half of greatest less
@@ -37,9 +38,10 @@ from prefix_bookkeeping import bookkeeping, memory
 from prefix_engine import Setting, restart, shared
 from prefix_figures import Quiet, Report
 from prefix_replay import replay
-from prefix_trace import read_trace, synthetic
+from prefix_trace import synthetic
 
 import quire
+from quire.analysis.trace import read_trace
 from quire.architectures import read_model_config
 from quire.machine import this_machine
 

@@ -1,11 +1,9 @@
 """bench/prefix.py and the prefix cases of bench/peers.py: what they count is right."""
 
 import itertools
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +20,13 @@ import prefix
 import prefix_bookkeeping as books
 from prefix_engine import Setting, restart, shared
 from prefix_figures import Figure, Quiet, Report
-from prefix_replay import Replay, Replayed, pages_wanted
-from prefix_stub import PAGE, stub_cache
-from prefix_trace import (
-    BLOCK,
-    Arrival,
-    Tokens,
-    conversation,
-    read_trace,
-    synthetic,
-    unbounded_hits,
-)
+from prefix_replay import pages_wanted, pretended
+from prefix_replay import replay as replay_and_tell
+from prefix_stub import LAYOUT, PAGE, stub_cache
+from prefix_trace import conversation, lines, synthetic
+
+from quire.analysis.replay import Replay
+from quire.analysis.trace import BLOCK, Arrival, Tokens, read_trace, unbounded_hits
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -58,8 +52,8 @@ def one_by_one(trace: Sequence[Arrival]) -> list[Arrival]:
     ]
 
 
-def without_time(done: Replayed) -> dict[str, Any]:
-    return asdict(done) | {"seconds": 0}
+def bench_replay(trace: Sequence[Arrival], num_pages: int, speed: float) -> Replay:
+    return Replay(trace, LAYOUT, [num_pages], pretended(speed))
 
 
 # -- traces ----------------------------------------------------------------------------------
@@ -99,86 +93,59 @@ def test_the_hit_rate_is_that_of_a_dict_where_nothing_is_evicted(seed: int) -> N
     repeated = Arrival(1e9, again.input_length, 1, again.blocks)
     parted = Arrival(2e9, BLOCK - 7, 3, again.blocks[:1])  # ends inside a page
     trace = [*trace, repeated, parted]
-    replay = Replay(trace, pages_wanted(trace), speed=1e6)
+    replay = bench_replay(trace, pages_wanted(trace), 1e6)
     done = replay.run()
     replay.cache.check()
-    assert done.hits == unbounded_hits(trace) == brute_force_hits(trace) > 0
-    assert (done.evicted, done.preempted, done.refused) == (0, 0, 0)
-    assert done.asked == sum(arrival.input_length for arrival in trace)
+    assert done.hit_tokens == unbounded_hits(trace) == brute_force_hits(trace) > 0
+    assert (done.evicted_pages, done.preemptions, done.refused) == (0, 0, 0)
+    assert done.prompt_tokens == sum(arrival.input_length for arrival in trace)
     replies = sum(arrival.output_length - 1 for arrival in trace)
-    assert done.computed == done.asked - done.hits + replies
+    assert done.computed_tokens == done.prompt_tokens - done.hit_tokens + replies
     assert replay.cache.sequences == ()
-    assert 0 < done.kept <= pages_wanted(trace)
+    assert 0 < replay.cache.cached_pages[0] <= pages_wanted(trace)
 
 
 def test_requests_side_by_side_share_what_is_whole() -> None:
     """The same requests at once: what an unfinished page would have given may be missing."""
     trace = [Arrival(0.0, 3 * BLOCK + 100, 4, (1, 2, 3, 10 + at)) for at in range(6)]
-    done = Replay(trace, pages_wanted(trace), speed=1e4).run()
-    assert done.hits == unbounded_hits(trace) == 5 * 3 * BLOCK
+    done = bench_replay(trace, pages_wanted(trace), 1e4).run()
+    assert done.hit_tokens == unbounded_hits(trace) == 5 * 3 * BLOCK
 
 
 def test_a_replay_is_deterministic_and_a_small_pool_evicts() -> None:
     trace = synthetic(24, seed=2)
     num_pages = max(pages_wanted([arrival]) for arrival in trace) + 10
-    runs = [Replay(trace, num_pages, speed=1e5) for _ in range(2)]
+    runs = [bench_replay(trace, num_pages, 1e5) for _ in range(2)]
     one, other = (replay.run() for replay in runs)
-    assert without_time(one) == without_time(other)
-    assert one.evicted > 0
-    assert one.hits < unbounded_hits(trace)
-    assert one.kept <= num_pages
-    assert one.held <= num_pages
+    assert one == other
+    assert one.evicted_pages > 0
+    assert one.hit_tokens < unbounded_hits(trace)
+    assert one.peak_bytes <= one.pool_bytes
     runs[0].cache.check()
-    refused = Replay(trace, num_pages // 4, speed=1e5).run()
+    refused = bench_replay(trace, num_pages // 4, 1e5).run()
     assert refused.refused > 0
     assert refused.requests + refused.refused == len(trace)
 
 
-GOOD = {"timestamp": 27, "input_length": 700, "output_length": 5, "hash_ids": [0, 9]}
+def test_the_example_is_what_the_generator_writes() -> None:
+    path = Path(__file__).parents[1] / "examples" / "trace.jsonl"
+    assert path.read_text(encoding="utf-8") == lines(synthetic(64, seed=1))
+    for written, made in zip(read_trace(path), synthetic(64, seed=1), strict=True):
+        assert abs(written.seconds - made.seconds) <= 0.0005
+        assert (written.input_length, written.output_length) == (
+            made.input_length,
+            made.output_length,
+        )
 
 
-def test_a_mooncake_file_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    later = {**GOOD, "timestamp": 1500.5, "input_length": 512, "hash_ids": [0], "more": "ignored"}
-    path.write_text(f"{json.dumps(later)}\n\n{json.dumps(GOOD)}\n", encoding="utf-8")
-    first, second = Arrival(0.027, 700, 5, (0, 9)), Arrival(1.5005, 512, 5, (0,))
-    assert read_trace(path, 9) == [first, second]
-    assert read_trace(path, 1) == [second]
-    assert unbounded_hits([first, second]) == 511
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "Expecting property name"),
-        ("[1]", "must be a JSON object"),
-        ({"timestamp": None}, "timestamp must be milliseconds, not None"),
-        ({"timestamp": -1}, "timestamp must be milliseconds, not -1"),
-        ({"timestamp": float("nan")}, "timestamp must be milliseconds, not nan"),
-        ({"input_length": 0}, "input_length must be an int of at least 1, not 0"),
-        ({"input_length": True}, "input_length must be an int"),
-        ({"input_length": 1e300}, "input_length must be an int"),
-        ({"output_length": "5"}, "output_length must be an int of at least 0, not '5'"),
-        ({"hash_ids": 7}, "hash_ids must be a list of ints, not 7"),
-        ({"hash_ids": [0, "1"]}, "hash_ids must be a list of ints"),
-        ({"hash_ids": [1]}, "hash_ids has 1 ids; input_length 700 is 2 blocks of 512"),
-        ("{}", "timestamp is missing"),
-        ("[" * 100_000, "recursion"),
-    ],
-)
-def test_a_bad_line_is_refused_by_name(tmp_path: Path, line: Any, message: str) -> None:
-    path = tmp_path / "trace.jsonl"
-    text = line if isinstance(line, str) else json.dumps({**GOOD, **line})
-    path.write_text(f"{json.dumps(GOOD)}\n{text}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=f"trace.jsonl, line 2: .*{message}"):
-        read_trace(path, 9)
-
-
-def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    path.write_text("\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="holds no request"):
-        read_trace(path, 9)
+def test_a_trace_is_told_by_the_size_of_the_pool() -> None:
+    report = Report()
+    replay_and_tell(report, synthetic(24, seed=2), "synthetic, seed 2")
+    parts = dict.fromkeys(figure.part for figure in report.figures)
+    assert len(parts) == 5  # the dict's, without limit, and three shares
+    kept = [figure.median for figure in report.figures if "index at the end" in figure.name]
+    assert sorted(kept) == [*kept[1:], kept[0]]
+    assert kept[0] / 4 >= kept[3] > 0
 
 
 # -- bookkeeping, shared, restart ------------------------------------------------------------

@@ -189,9 +189,15 @@ class CacheLayout:
             if place >= size:
                 opened += max(0, size - first)
             seen, packs = place + 1 - first, self.packs[index]
-            total += (seen - opened if packs else seen) * self.page_bytes(index)
-            total += opened * self.open_page_bytes(index) if packs else 0
+            page_bytes, open_page_bytes = self._bytes_by_kind[index]
+            total += (seen - opened if packs else seen) * page_bytes
+            total += opened * open_page_bytes if packs else 0
         return total // size
+
+    @cached_property
+    def _bytes_by_kind(self) -> tuple[tuple[int, int], ...]:
+        """For each group, bytes of a page and of an open one."""
+        return tuple((self.page_bytes(g), self.open_page_bytes(g)) for g in range(len(self.groups)))
 
     def token_bytes(self, group: int) -> float:
         """Bytes of one token in a group, over all of its layers: exactly, an int if whole."""

@@ -48,7 +48,13 @@ def strategies(shape: ModelShape, load: Load, budget: int) -> list[Strategy]:
         ("paged", own, "auto", load.context, "nothing"),
         ("paged", "int8", "auto", load.context, "bits; see quire measure"),
         ("paged", "int4", "auto", load.context, "bits; see quire measure"),
-        (f"window or eviction, {budget:,} tokens", own, "auto", kept, "tokens that may be asked for"),
+        (
+            f"window or eviction, {budget:,} tokens",
+            own,
+            "auto",
+            kept,
+            "tokens that may be asked for",
+        ),
         (f"eviction, {budget:,} tokens", "int8", "auto", kept, "both"),
     ]
     found: list[Strategy] = []
@@ -76,7 +82,9 @@ class PrefillPeak:
         return f"{self.name}: {format_bytes(self.score_bytes)}"
 
 
-def prefill_peaks(shape: ModelShape, tokens: int, chunk: int, threads: int) -> Sequence[PrefillPeak]:
+def prefill_peaks(
+    shape: ModelShape, tokens: int, chunk: int, threads: int
+) -> Sequence[PrefillPeak]:
     """A prompt of ``tokens`` at once, in chunks, and in the tiles of a kernel: all heads' scores.
 
     The last is what Quire's kernels hold, one tile a thread; FlashAttention, arXiv:2205.14135.
