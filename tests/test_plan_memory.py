@@ -68,7 +68,9 @@ def test_weights_are_counted_by_part() -> None:
     assert found["attention"] == 2 * 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
     assert found["norms"] == 2 * 65 * 4096
     assert sum(found.values()) == 2 * 8_030_261_248
-    assert sum(weight_bytes(shape, "int8").values()) == 8_030_261_248
+    assert sum(weight_bytes(shape, "fp32").values()) == 4 * 8_030_261_248
+    small = weight_bytes(shape, "int8")  # embeddings, norms and the head stay as they are
+    assert (small["mlp"] * 2, small["head"]) == (found["mlp"], found["head"])
     assert weight_bytes(known_model("llama-3.2-1b"))["head"] == 0  # tied
 
 
@@ -80,7 +82,7 @@ def test_parts_that_a_checkpoint_stores_smaller_are_counted_so() -> None:
 
 
 def test_an_unknown_dtype_of_weights_brings_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no weights of dtype 'bf61'.*did you mean 'bf16'"):
+    with pytest.raises(ConfigError, match=r"unknown dtype of weights 'bf61'.*did you mean 'bf16'"):
         weight_bytes(known_model("gpt2"), "bf61")
 
 

@@ -11,6 +11,7 @@ import pytest
 from quire.analysis.catalogue import known_model
 from quire.analysis.families import shape_of
 from quire.analysis.hardware import Hardware, known_hardware
+from quire.analysis.memory import score_matrix_bytes, stored_bits
 from quire.analysis.roofline import (
     Roof,
     cache_read_bytes,
@@ -25,10 +26,8 @@ from quire.analysis.steps import (
     Op,
     Work,
     deploy,
-    score_matrix_bytes,
     seen_pairs,
     step_ops,
-    stored_bits,
     weight_bytes,
 )
 from quire.errors import ConfigError

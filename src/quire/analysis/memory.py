@@ -33,6 +33,7 @@ __all__ = [
     "pool_bytes",
     "pool_pages",
     "score_matrix_bytes",
+    "stored_bits",
     "weight_bytes",
     "workspace",
 ]
@@ -83,22 +84,29 @@ class Load:
 # -- weights ---------------------------------------------------------------------------------------
 
 
-def weight_bytes(shape: ModelShape, dtype: str | None = None) -> dict[Part, int]:
-    """Bytes of all weights by part, stored as ``dtype``; None is as the checkpoint stores them.
+def stored_bits(shape: ModelShape, weights: str | None = None) -> dict[Part, Fraction]:
+    """Bits a weight by part: as the checkpoint stores it, or with ``weights`` as dtype of matrices.
 
-    Raises ConfigError, with the nearest name, for a dtype that is not known.
+    Embeddings, norms and the head stay in the model's own dtype, as quantised checkpoints keep
+    them, unless ``weights`` is a float of 16 or 32 bits. Raises ConfigError for an unknown dtype.
     """
-    if dtype is not None and dtype not in DTYPE_BITS:
+    if weights is not None and weights not in DTYPE_BITS:
         raise ConfigError(
-            f"no weights of dtype {dtype!r}{did_you_mean(dtype, DTYPE_BITS)} "
-            f"(there are: {', '.join(DTYPE_BITS)})"
+            f"unknown dtype of weights {weights!r}{did_you_mean(weights, DTYPE_BITS)} "
+            f"(known: {', '.join(DTYPE_BITS)})"
         )
-    stored = dict(shape.stored) if dtype is None else {}
-    found = {}
-    for part in PART_NAMES:
-        bits = DTYPE_BITS[stored.get(part, dtype or shape.dtype)]
-        found[part] = int(shape.numbers[part] * bits / 8)
-    return found
+    if weights is None:
+        dtypes = dict(shape.stored)
+        return {part: DTYPE_BITS[dtypes.get(part, shape.dtype)] for part in PART_NAMES}
+    outside = weights if DTYPE_BITS[weights] >= 16 else shape.dtype
+    inside = ("attention", "mlp", "experts")
+    return {part: DTYPE_BITS[weights if part in inside else outside] for part in PART_NAMES}
+
+
+def weight_bytes(shape: ModelShape, dtype: str | None = None) -> dict[Part, int]:
+    """Bytes of all weights by part; see :func:`stored_bits`."""
+    bits = stored_bits(shape, dtype)
+    return {part: int(shape.numbers[part] * bits[part] / 8) for part in PART_NAMES}
 
 
 # -- keys and values -------------------------------------------------------------------------------

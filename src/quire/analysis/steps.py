@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from quire.analysis.memory import kv_layout, stored_bits
 from quire.analysis.shape import DTYPE_BITS, PART_NAMES, LayerShape, Matrix, ModelShape, Part
-from quire.errors import ConfigError, did_you_mean
-from quire.format_choice import describe_formats, parse_formats
-from quire.layout import CacheLayout, lay_out
+from quire.errors import ConfigError
+from quire.format_choice import describe_formats
+from quire.layout import CacheLayout
 from quire.pages import PageShape
 
 __all__ = [
@@ -29,10 +30,8 @@ __all__ = [
     "expands",
     "head_ops",
     "layer_ops",
-    "score_matrix_bytes",
     "seen_pairs",
     "step_ops",
-    "stored_bits",
     "weight_bytes",
 ]
 
@@ -81,31 +80,12 @@ class Deployment:
         return float(DTYPE_BITS[self.activations] / 8)
 
 
-def stored_bits(shape: ModelShape, weights: str | None = None) -> dict[Part, Fraction]:
-    """Bits a weight by part: as the checkpoint stores it, or with ``weights`` as dtype of matrices.
-
-    Embeddings, norms and the head stay in the model's own dtype, as quantised checkpoints keep
-    them, unless ``weights`` is a float of 16 or 32 bits. Raises ConfigError for an unknown dtype.
-    """
-    if weights is not None and weights not in DTYPE_BITS:
-        raise ConfigError(
-            f"unknown dtype of weights {weights!r}{did_you_mean(weights, DTYPE_BITS)} "
-            f"(known: {', '.join(DTYPE_BITS)})"
-        )
-    if weights is None:
-        dtypes = dict(shape.stored)
-        return {part: DTYPE_BITS[dtypes.get(part, shape.dtype)] for part in PART_NAMES}
-    outside = weights if DTYPE_BITS[weights] >= 16 else shape.dtype
-    inside = ("attention", "mlp", "experts")
-    return {part: DTYPE_BITS[weights if part in inside else outside] for part in PART_NAMES}
-
-
 def deploy(
     shape: ModelShape,
     *,
     weights: str | None = None,
     kv_format: str = "auto",
-    page_size: int = 32,
+    page_size: int | str = "auto",
     compute: str | None = None,
 ) -> Deployment:
     """``shape`` with weights and pages in those formats; multiplied in its own dtype by default.
@@ -113,8 +93,7 @@ def deploy(
     With smaller weights that is what kernels do that widen them as they are read; ``compute="fp8"``
     or ``"int8"`` says that activations are quantised, too. Raises ConfigError.
     """
-    formats = parse_formats(kv_format).of_layers(len(shape.layers), shape.dtype)
-    layout = lay_out(shape.windows, shape.kv, page_size, formats)
+    layout = kv_layout(shape, kv_format, page_size)
     return Deployment(
         shape, stored_bits(shape, weights), layout, compute or shape.dtype, shape.dtype
     )
@@ -311,15 +290,6 @@ def seen_pairs(window: int | None, context: int, new: int) -> int:
     growing = new if window is None else min(max(window - 1 - context, 0), new)
     pairs = growing * context + growing * (growing + 1) // 2
     return pairs if window is None else pairs + (new - growing) * window
-
-
-def score_matrix_bytes(queries: int, keys: int, dtype: str = "fp32") -> int:
-    """Bytes of one head's scores, which a kernel without tiles writes and reads back.
-
-    Kernels that never make it (FlashAttention, arXiv:2205.14135; Quire's) move no such bytes, and
-    ``step_ops`` counts none.
-    """
-    return int(queries * keys * DTYPE_BITS[dtype] / 8)
 
 
 def _read_bytes(layer: LayerShape, pages: PageShape, context: int, new: int) -> Fraction:
