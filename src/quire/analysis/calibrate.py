@@ -21,10 +21,12 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from quire.analysis.hardware import Hardware
 from quire.analysis.roofline import Limit
 from quire.analysis.shape import LayerShape, ModelShape
 from quire.analysis.steps import Op, Work
 from quire.backends import Backend, MlpParams, Projection
+from quire.backends.native import NativeBackend
 from quire.cache import KVCache
 from quire.config import CacheConfig
 from quire.engine import Engine, SamplingParams
@@ -33,7 +35,7 @@ from quire.layout import CacheLayout, lay_out, with_open_pages
 from quire.machine import this_machine
 from quire.models import resolve_model
 
-__all__ = ["Measured", "Profile", "calibrate"]
+__all__ = ["Measured", "Profile", "calibrate", "measured_hardware"]
 
 Array = npt.NDArray[Any]
 Table = Mapping[tuple[int, int], float]
@@ -178,6 +180,35 @@ def calibrate(shape: ModelShape, layout: CacheLayout, backend: Backend) -> Profi
         prefilling=prefilling,
         choosing=_median(lambda: likeliest(np.ones(1 << 15, np.float32), 0)) / (1 << 15),
     )
+
+
+def measured_hardware(profile: Profile, backend: Backend) -> Hardware:
+    """This machine as hardware: its memory, what it reads, and what linear layers reach.
+
+    Bandwidth is of reading 256 MiB on all threads, by the native kernels; the rate of operations is
+    the best that linear layers reached in ``profile``, not what the processor could do.
+    """
+    machine, native = this_machine(), NativeBackend(threads=_threads(backend))
+    buffer = np.ones(1 << 28, np.uint8)
+    seconds = _median(lambda: native.probe_read(buffer))
+    best = max(2 * rows / each for (rows, _), each in profile.linear.items())
+    return Hardware(
+        name="this machine",
+        kind="machine",
+        memory_bytes=machine.available_bytes or machine.memory_bytes or 0,
+        bandwidth=buffer.nbytes / seconds,
+        flops={"fp32": best, profile.dtype: best},
+        link_bandwidth=None,
+        source=f"measured now: {machine.cpu_name}, {_threads(backend)} threads",
+        notes=(
+            "memory is what is available now",
+            f"operations a second are what linear layers of {profile.dtype} reach",
+        ),
+    )
+
+
+def _threads(backend: Backend) -> int:
+    return backend.threads if isinstance(backend, NativeBackend) else this_machine().threads
 
 
 def _median(call: Callable[[], Any], repeats: int = REPEATS) -> float:
@@ -341,11 +372,10 @@ def _write_tiny(directory: Path, layers: int) -> None:
 
 def _tiny_engine(directory: str, backend: Backend, chunk: int) -> Engine:
     cache = CacheConfig(num_pages=1024, prefix_cache=False)
-    threads = this_machine().threads
     return Engine(
         resolve_model(directory),
         backend=backend.name,
-        threads=threads if backend.name == "native" else None,
+        threads=_threads(backend) if backend.name == "native" else None,
         cache=cache,
         max_batch_tokens=chunk,
     )

@@ -1,0 +1,298 @@
+"""What ``quire plan`` answers: bytes, what fits, how fast, and ways of keeping the cache.
+
+Nothing is loaded and no framework imported; what is predicted here, :mod:`quire.analysis.verify`
+measures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quire.analysis.catalogue import MODELS, known_model
+from quire.analysis.families import read_shape
+from quire.analysis.hardware import Hardware
+from quire.analysis.memory import (
+    Load,
+    MemoryPlan,
+    fragmentation,
+    kv_bytes,
+    kv_fixed_bytes,
+    kv_growth,
+    kv_layout,
+    kv_token_bytes,
+    most_context,
+    most_requests,
+    plan_memory,
+    pool_bytes,
+)
+from quire.analysis.parallel import Split, SplitTime, split, split_time
+from quire.analysis.roofline import (
+    StepTime,
+    Timer,
+    cache_read_bytes,
+    compute_bound_batch,
+    decode_time,
+    decoding,
+    prefill_time,
+)
+from quire.analysis.shape import ModelShape
+from quire.analysis.steps import Deployment, deploy
+from quire.analysis.strategies import PrefillPeak, Strategy, prefill_peaks, strategies
+from quire.errors import ConfigError, did_you_mean
+from quire.format_choice import parse_formats
+
+__all__ = [
+    "Asked",
+    "FormatRow",
+    "Plan",
+    "Speed",
+    "budget_of",
+    "growth_contexts",
+    "make_plan",
+    "plan_shape",
+    "waste",
+]
+
+SPARE = 0.05  # of a memory, for what is not planned: drivers, other programs, fragments
+BATCHES = (1, 8, 64)
+
+
+def plan_shape(model: str | None) -> ModelShape:
+    """The shape of a directory with a config.json, of a name of the catalogue, or of quill.
+
+    A name of the hub that is not in the catalogue is looked up in the local hub cache. Raises
+    ConfigError, with the nearest names, for what is none of these.
+    """
+    from quire.models.source import QUILL, resolve_model
+
+    if model is None or model == QUILL:
+        return replace(read_shape(resolve_model(None)), name=QUILL)
+    if Path(model).expanduser().is_dir():
+        return read_shape(Path(model).expanduser())
+    try:
+        return known_model(model)
+    except ConfigError:
+        directory = _cached(model)
+    if directory is not None:
+        return replace(read_shape(directory), name=model)
+    names = [*MODELS, *(hub for hub, _ in MODELS.values())]
+    raise ConfigError(
+        f"no model {model!r}: it is neither a directory with a config.json, nor in the hub's "
+        f"cache, nor in the catalogue{did_you_mean(model, names)} (there are: {', '.join(MODELS)})"
+    )
+
+
+def _cached(name: str) -> Path | None:
+    """The directory of a hub model in the local cache; only its config.json need be there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be planned.
+
+    formats      page formats to compare; the plan is for the first
+    weights      dtype of weights; None as the checkpoint stores them
+    budget       bytes that model and cache may take together
+    evict        tokens that evicting strategies keep of a sequence
+    tensor, pipeline   devices that share each layer, and stages of layers
+    """
+
+    shape: ModelShape
+    load: Load
+    hardware: Hardware
+    budget: int
+    formats: tuple[str, ...] = ("auto",)
+    page_size: int | str = "auto"
+    weights: str | None = None
+    evict: int | None = None
+    tensor: int = 1
+    pipeline: int = 1
+
+    def __post_init__(self) -> None:
+        most = self.shape.max_position
+        if self.load.context > most:
+            raise ConfigError(
+                f"a context of {self.load.context:,} tokens is past the {most:,} of "
+                f"{self.shape.name}; plan for at most that"
+            )
+        if self.budget < 1:
+            raise ConfigError(f"a budget of {self.budget} bytes holds nothing; give some memory")
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """Keys and values in one page format.
+
+    kv_bytes       of one sequence at the context that was asked for, whole pages
+    max_context    with as many requests as were asked for; 0 if not one token fits
+    max_requests   at the context that was asked for
+    """
+
+    kv_format: str
+    kv_bytes_per_token: float
+    kv_bytes: int
+    max_context: int
+    max_requests: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of prefill and of decode steps, by batch.
+
+    read_cache_s   of reading all pages of the load once
+    compute_bound  sequences from which decoding is limited by computing; None if never
+    """
+
+    prefill: StepTime
+    decode: dict[int, StepTime]
+    read_cache_s: float
+    compute_bound: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer to :class:`Asked`."""
+
+    asked: Asked
+    deployment: Deployment
+    memory: MemoryPlan
+    rows: tuple[FormatRow, ...]
+    growth: tuple[tuple[int, int], ...]
+    speed: Speed
+    strategies: tuple[Strategy, ...]
+    peaks: tuple[PrefillPeak, ...]
+    split: Split | None
+    split_decode: SplitTime | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the load fits the budget."""
+        return self.memory.total <= self.asked.budget
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; bytes, seconds and tokens."""
+        asked, shape, first = self.asked, self.asked.shape, self.rows[0]
+        layout, requests = self.deployment.layout, self.asked.load.sequences
+        return {
+            "model": shape.name,
+            "source": shape.source,
+            "notes": list(shape.notes),
+            "parameters": shape.total_numbers,
+            "active_parameters": shape.active_numbers,
+            "kv_format": first.kv_format,
+            "page_size": layout.page_size,
+            "context": asked.load.context,
+            "requests": requests,
+            "hardware": asked.hardware.as_dict(),
+            "budget_bytes": asked.budget,
+            "fits": self.fits,
+            "weight_bytes": self.memory.weight_bytes,
+            "weight_bytes_by_part": dict(self.memory.weights),
+            "kv_bytes_per_token": first.kv_bytes_per_token,
+            "kv_bytes": self.memory.kv,
+            "kv_bytes_per_request": first.kv_bytes,
+            "kv_fixed_bytes": kv_fixed_bytes(layout),
+            "kv_bytes_per_further_token": float(kv_growth(layout, asked.load.context)),
+            "workspace_bytes": self.memory.workspace.total,
+            "logits_bytes": self.memory.workspace.logits,
+            "total_bytes": self.memory.total,
+            "max_context": first.max_context,
+            "max_requests": first.max_requests,
+            "prefill_s": self.speed.prefill.seconds,
+            "decode_tokens_per_s": requests / self.speed.decode[requests].seconds,
+            "prefill": self.speed.prefill.as_dict(),
+            "decode": {str(n): step.as_dict() for n, step in self.speed.decode.items()},
+            "read_cache_s": self.speed.read_cache_s,
+            "compute_bound_requests": self.speed.compute_bound,
+            "formats": [vars(row) for row in self.rows],
+            "growth": [{"context": tokens, "kv_bytes": taken} for tokens, taken in self.growth],
+            "strategies": [strategy.as_dict() for strategy in self.strategies],
+            "prefill_score_bytes": {str(peak.name): peak.score_bytes for peak in self.peaks},
+            "split": None if self.split is None else self.split.as_dict(),
+            "split_decode": None if self.split_decode is None else self.split_decode.as_dict(),
+        }
+
+
+def make_plan(asked: Asked, timer: Timer) -> Plan:
+    """Answer; ``timer`` says how long operations take. Raises ConfigError for what cannot be."""
+    shape, load, first = asked.shape, asked.load, asked.formats[0]
+    deployment = deploy(shape, weights=asked.weights, kv_format=first, page_size=asked.page_size)
+    parted = together = None
+    if asked.tensor * asked.pipeline > 1:
+        parted = split(deployment, asked.tensor, asked.pipeline)
+        work = decoding(load.sequences, load.context - 1)
+        together = split_time(parted, timer, work, asked.hardware.link_bandwidth)
+    evict = load.context // 4 if asked.evict is None else asked.evict
+    return Plan(
+        asked=asked,
+        deployment=deployment,
+        memory=plan_memory(shape, deployment.layout, load, asked.weights),
+        rows=tuple(_row(asked, kv_format) for kv_format in asked.formats),
+        growth=tuple(
+            (tokens, load.sequences * kv_bytes(deployment.layout, tokens, load.chunk))
+            for tokens in growth_contexts(shape.max_position, load.context)
+        ),
+        speed=_speed(asked, deployment, timer),
+        strategies=tuple(strategies(shape, load, max(1, evict))),
+        peaks=tuple(prefill_peaks(shape, load.context, load.chunk, load.threads)),
+        split=parted,
+        split_decode=together,
+    )
+
+
+def growth_contexts(longest: int, asked: int) -> Sequence[int]:
+    """Powers of two from 128 up to the model's context, that, and what was asked for."""
+    powers = {1 << n for n in range(7, 40) if 1 << n < longest}
+    return sorted(powers | {longest, asked})
+
+
+def _row(asked: Asked, kv_format: str) -> FormatRow:
+    page_size = "auto" if parse_formats(kv_format).by_page else asked.page_size
+    layout = kv_layout(asked.shape, kv_format, page_size)
+    load, of = asked.load, (asked.budget, asked.weights)
+    a_token = kv_token_bytes(layout)
+    return FormatRow(
+        kv_format=layout.format_text,
+        kv_bytes_per_token=a_token.numerator if a_token.denominator == 1 else float(a_token),
+        kv_bytes=pool_bytes(layout, replace(load, sequences=1)),
+        max_context=most_context(asked.shape, layout, load, *of),
+        max_requests=most_requests(asked.shape, layout, load, *of),
+    )
+
+
+def _speed(asked: Asked, deployment: Deployment, timer: Timer) -> Speed:
+    """Decoding is that of the last token of the context."""
+    load = asked.load
+    batches = sorted({*BATCHES, load.sequences})
+    return Speed(
+        prefill=prefill_time(deployment, timer, load.context, load.chunk),
+        decode={n: decode_time(deployment, timer, n, load.context - 1) for n in batches},
+        read_cache_s=cache_read_bytes(deployment, load.sequences, load.context - 1)
+        / asked.hardware.bandwidth,
+        compute_bound=compute_bound_batch(deployment, asked.hardware),
+    )
+
+
+def waste(lengths: Sequence[int], longest: int, page_size: int) -> str:
+    """One line about empty memory, for a person."""
+    found = fragmentation(lengths, longest, page_size)
+    return (
+        f"{found.contiguous_waste:.0%} of a contiguous cache of {longest:,} tokens a sequence, "
+        f"{found.paged_waste:.1%} of pages of {page_size}"
+    )
+
+
+def budget_of(memory: int) -> int:
+    """What of a memory can be planned for."""
+    if memory < 1:
+        raise ConfigError(f"a memory of {memory} bytes holds nothing; give some")
+    return int(memory * (1 - SPARE))
