@@ -24,9 +24,9 @@ from quire.analysis.memory import (
     most_context,
     most_requests,
     plan_memory,
-    pool_bytes,
 )
 from quire.analysis.parallel import Split, SplitTime, split, split_time
+from quire.analysis.replayed import Timing
 from quire.analysis.roofline import (
     StepTime,
     Timer,
@@ -51,6 +51,7 @@ __all__ = [
     "growth_contexts",
     "make_plan",
     "plan_shape",
+    "timing_of",
     "waste",
 ]
 
@@ -263,7 +264,7 @@ def _row(asked: Asked, kv_format: str) -> FormatRow:
     return FormatRow(
         kv_format=layout.format_text,
         kv_bytes_per_token=a_token.numerator if a_token.denominator == 1 else float(a_token),
-        kv_bytes=pool_bytes(layout, replace(load, sequences=1)),
+        kv_bytes=kv_bytes(layout, load.context, load.chunk),
         max_context=most_context(asked.shape, layout, load, *of),
         max_requests=most_requests(asked.shape, layout, load, *of),
     )
@@ -280,6 +281,19 @@ def _speed(asked: Asked, deployment: Deployment, timer: Timer) -> Speed:
         / asked.hardware.bandwidth,
         compute_bound=compute_bound_batch(deployment, asked.hardware),
     )
+
+
+def timing_of(plan: Plan, timer: Timer) -> Timing:
+    """A plan's steps as a replay takes them: weights once, prompts by token, pages by byte."""
+    deployment, load = plan.deployment, plan.asked.load
+    alone = decode_time(deployment, timer, 1, load.context - 1)
+    cache = alone.by_part.get("cache", 0.0)
+    step = alone.seconds - cache
+    read = cache_read_bytes(deployment, 1, load.context - 1)
+    chunk = min(load.chunk, load.context)
+    prefill = prefill_time(deployment, timer, load.context, chunk)
+    a_token = max(0.0, prefill.seconds - prefill.steps * step) / load.context
+    return Timing(step, a_token, cache / read if read else 0.0)
 
 
 def waste(lengths: Sequence[int], longest: int, page_size: int) -> str:

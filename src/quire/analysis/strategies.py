@@ -43,19 +43,19 @@ def strategies(shape: ModelShape, load: Load, budget: int) -> list[Strategy]:
     own, size = shape.dtype, kv_layout(shape).page_size
     kept = min(load.context, budget + size)
     rows = [
-        ("contiguous", "fp32", "whole", load.context, "memory for tokens that never come"),
-        ("contiguous", "fp16", "whole", load.context, "memory for tokens that never come"),
+        ("contiguous", "fp32", "whole", load.context, "memory that is never used"),
+        ("contiguous", "fp16", "whole", load.context, "memory that is never used"),
         ("paged", own, "auto", load.context, "nothing"),
-        ("paged", "int8", "auto", load.context, "bits; see quire measure"),
-        ("paged", "int4", "auto", load.context, "bits; see quire measure"),
+        ("paged", "int8", "auto", load.context, "bits of every number"),
+        ("paged", "int4", "auto", load.context, "bits of every number"),
         (
             f"window or eviction, {budget:,} tokens",
             own,
             "auto",
             kept,
-            "tokens that may be asked for",
+            "old tokens",
         ),
-        (f"eviction, {budget:,} tokens", "int8", "auto", kept, "both"),
+        (f"eviction, {budget:,} tokens", "int8", "auto", kept, "old tokens and bits"),
     ]
     found: list[Strategy] = []
     for name, kv_format, page_size, context, gives in rows:

@@ -13,11 +13,12 @@ import time
 import tracemalloc
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from quire.analysis.plan import Plan
 from quire.analysis.residence import (
     allocated,
     mapped_bytes,
@@ -26,12 +27,14 @@ from quire.analysis.residence import (
     resident_bytes,
     touch_mapped,
 )
-from quire.config import CacheConfig
+from quire.analysis.roofline import Timer, decode_time, prefill_time
+from quire.config import CacheConfig, format_bytes
 from quire.engine import Engine, SamplingParams
 from quire.errors import ConfigError, QuireError
 from quire.machine import PeakMemory
+from quire.models import resolve_model
 
-__all__ = ["Asked", "Measured", "measure"]
+__all__ = ["Asked", "Measured", "Row", "measure", "verify"]
 
 WEIGHTS = ".safetensors"
 STEADY = 16  # steps in which all sequences decode
@@ -93,6 +96,88 @@ def measure(asked: Asked) -> Measured:
         decode_s=ran["decode_s"],
         decode_all_s=ran["decode_all_s"],
     )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One term: bytes or seconds, as they were predicted and found; None where there is neither."""
+
+    name: str
+    unit: Literal["bytes", "seconds"]
+    predicted: float | None
+    measured: float | None
+
+    @property
+    def difference(self) -> str:
+        """Of the measured one to the predicted, in percent."""
+        if not self.predicted or self.measured is None:
+            return ""
+        return f"{100 * (self.measured / self.predicted - 1):+.1f} %"
+
+    def show(self, value: float | None) -> str:
+        """``value`` for a person."""
+        if value is None:
+            return ""
+        return format_bytes(value) if self.unit == "bytes" else f"{value * 1e3:.4g} ms"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def verify(plan: Plan, model: str | None, timer: Timer) -> list[Row]:
+    """Run what was planned and hold every term against it.
+
+    "unaccounted" is what the process came to hold beside what it held before the model and all
+    that was predicted: tokenizer, libraries that loading needs, Python's own objects. Raises
+    QuireError if the run fails, with its reason.
+    """
+    load = plan.asked.load
+    layout, space = plan.deployment.layout, plan.memory.workspace
+    run = Asked(
+        model=str(resolve_model(model)),
+        kv_format=layout.format_text,
+        page_size=layout.page_size,
+        kv_bytes=plan.memory.kv,
+        context=load.context,
+        sequences=load.sequences,
+        chunk=load.chunk,
+        threads=load.threads,
+    )
+    found, new = measure(run), _new_tokens(run)
+    prompt = load.context - new
+    times = (
+        ("prefill", prefill_time(plan.deployment, timer, prompt, load.chunk), found.prefill_s),
+        (
+            "decode step, 1 request",
+            decode_time(plan.deployment, timer, 1, prompt + new // 2),
+            found.decode_s,
+        ),
+        (
+            f"decode step, {load.sequences} requests",
+            decode_time(plan.deployment, timer, load.sequences, load.context - STEADY // 2),
+            found.decode_all_s,
+        ),
+    )
+    return [
+        Row("weights", "bytes", plan.memory.weight_bytes, found.weights),
+        Row("keys and values", "bytes", plan.memory.kv, found.kv),
+        Row("workspace", "bytes", space.total - space.logits, found.workspace),
+        Row("logits", "bytes", space.logits, found.logits),
+        Row("process before", "bytes", None, found.base),
+        *_totals(plan, found),
+        *(Row(name, "seconds", time.seconds, seconds) for name, time, seconds in times),
+    ]
+
+
+def _totals(plan: Plan, found: Measured) -> list[Row]:
+    if found.peak is None or found.base is None:
+        return []
+    predicted = plan.memory.total
+    return [
+        Row("unaccounted", "bytes", None, found.peak - found.base - predicted),
+        Row("total", "bytes", predicted + found.base, found.peak),
+    ]
 
 
 def _child(asked: Asked, what: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from quire.cli.doctor import doctor
 from quire.cli.generate import generate
 from quire.cli.inspect import inspect
 from quire.cli.measure import measure
+from quire.cli.plan import plan
 from quire.errors import QuireError, did_you_mean
 
 __all__ = ["cli", "main"]
@@ -58,7 +59,7 @@ def cli() -> None:
     """
 
 
-for command in (generate, chat, bench, measure, doctor, inspect):
+for command in (generate, chat, plan, measure, bench, doctor, inspect):
     cli.add_command(command)
 
 
