@@ -20,6 +20,7 @@ __all__ = [
     "Fragmentation",
     "Load",
     "MemoryPlan",
+    "Share",
     "Workspace",
     "fragmentation",
     "kv_bytes",
@@ -336,6 +337,22 @@ class MemoryPlan:
         )
 
 
+@dataclass(frozen=True)
+class Share:
+    """Of all weights and all pages, what the fullest of several devices holds."""
+
+    weights: float = 1.0
+    kv: float = 1.0
+
+    def bytes(self, memory: MemoryPlan) -> int:
+        """On that device; it has a workspace of its own."""
+        held = self.weights * memory.weight_bytes + self.kv * memory.kv
+        return int(held) + memory.workspace.total
+
+
+ALL = Share()
+
+
 def plan_memory(
     shape: ModelShape, layout: CacheLayout, load: Load, weights: str | None = None
 ) -> MemoryPlan:
@@ -354,32 +371,46 @@ def _greatest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def most_context(
-    shape: ModelShape, layout: CacheLayout, load: Load, budget: int, weights: str | None = None
+    shape: ModelShape,
+    layout: CacheLayout,
+    load: Load,
+    budget: int,
+    weights: str | None = None,
+    *,
+    share: Share = ALL,
 ) -> int:
     """The longest context, up to the model's, at which ``load`` takes at most ``budget`` bytes.
 
-    0 if not even one token fits.
+    Of each device, if ``share`` is what the fullest of several holds. 0 if not even one token fits.
     """
 
     def fits(context: int) -> bool:
         one = replace(load, context=context)
-        return plan_memory(shape, layout, one, weights).total <= budget
+        return share.bytes(plan_memory(shape, layout, one, weights)) <= budget
 
     return _greatest(fits, shape.max_position)
 
 
 def most_requests(
-    shape: ModelShape, layout: CacheLayout, load: Load, budget: int, weights: str | None = None
+    shape: ModelShape,
+    layout: CacheLayout,
+    load: Load,
+    budget: int,
+    weights: str | None = None,
+    *,
+    share: Share = ALL,
 ) -> int:
-    """The most sequences of ``load.context`` tokens that take at most ``budget`` bytes; or 0."""
+    """The most sequences of ``load.context`` tokens that take at most ``budget`` bytes; or 0.
+
+    Of each device, as in :func:`most_context`.
+    """
 
     def fits(sequences: int) -> bool:
         some = replace(load, sequences=sequences)
-        return plan_memory(shape, layout, some, weights).total <= budget
+        return share.bytes(plan_memory(shape, layout, some, weights)) <= budget
 
-    left = budget - sum(weight_bytes(shape, weights).values())
-    each = kv_bytes(layout, load.context, load.chunk)
-    return _greatest(fits, max(0, left // each + 1))
+    each = share.kv * kv_bytes(layout, load.context, load.chunk)
+    return _greatest(fits, int(budget / each) + 1)
 
 
 # -- waste -----------------------------------------------------------------------------------------

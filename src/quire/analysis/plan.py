@@ -15,6 +15,7 @@ from quire.analysis.hardware import Hardware
 from quire.analysis.memory import (
     Load,
     MemoryPlan,
+    Share,
     fragmentation,
     kv_bytes,
     kv_fixed_bytes,
@@ -37,7 +38,7 @@ from quire.analysis.roofline import (
     prefill_time,
 )
 from quire.analysis.shape import ModelShape
-from quire.analysis.steps import Deployment, deploy
+from quire.analysis.steps import Deployment, deploy, weight_bytes
 from quire.analysis.strategies import PrefillPeak, Strategy, prefill_peaks, strategies
 from quire.errors import ConfigError, did_you_mean
 from quire.format_choice import parse_formats
@@ -102,7 +103,7 @@ class Asked:
 
     formats      page formats to compare; the plan is for the first
     weights      dtype of weights; None as the checkpoint stores them
-    budget       bytes that model and cache may take together
+    budget       bytes that model and cache may take together, on each device
     evict        tokens that evicting strategies keep of a sequence
     tensor, pipeline   devices that share each layer, and stages of layers
     """
@@ -175,9 +176,19 @@ class Plan:
     split_decode: SplitTime | None
 
     @property
+    def share(self) -> Share:
+        """What the fullest device holds."""
+        return _share(self.split, self.deployment)
+
+    @property
+    def device_bytes(self) -> int:
+        """On the fullest device."""
+        return self.share.bytes(self.memory)
+
+    @property
     def fits(self) -> bool:
-        """Whether the load fits the budget."""
-        return self.memory.total <= self.asked.budget
+        """Whether the load fits the budget of each device."""
+        return self.device_bytes <= self.asked.budget
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; bytes, seconds and tokens."""
@@ -206,6 +217,7 @@ class Plan:
             "workspace_bytes": self.memory.workspace.total,
             "logits_bytes": self.memory.workspace.logits,
             "total_bytes": self.memory.total,
+            "device_bytes": self.device_bytes,
             "max_context": first.max_context,
             "max_requests": first.max_requests,
             "prefill_s": self.speed.prefill.seconds,
@@ -237,7 +249,9 @@ def make_plan(asked: Asked, timer: Timer) -> Plan:
         asked=asked,
         deployment=deployment,
         memory=plan_memory(shape, deployment.layout, load, asked.weights),
-        rows=tuple(_row(asked, kv_format) for kv_format in asked.formats),
+        rows=tuple(
+            _row(asked, kv_format, _share(parted, deployment)) for kv_format in asked.formats
+        ),
         growth=tuple(
             (tokens, load.sequences * kv_bytes(deployment.layout, tokens, load.chunk))
             for tokens in growth_contexts(shape.max_position, load.context)
@@ -256,7 +270,16 @@ def growth_contexts(longest: int, asked: int) -> Sequence[int]:
     return sorted(powers | {longest, asked})
 
 
-def _row(asked: Asked, kv_format: str) -> FormatRow:
+def _share(parted: Split | None, deployment: Deployment) -> Share:
+    if parted is None:
+        return Share()
+    weights = max(stage.weight_bytes for stage in parted.stages)
+    kept = max(stage.kv_token_bytes for stage in parted.stages)
+    every = float(kv_token_bytes(deployment.layout))
+    return Share(weights / weight_bytes(deployment), kept / every)
+
+
+def _row(asked: Asked, kv_format: str, share: Share) -> FormatRow:
     page_size = "auto" if parse_formats(kv_format).by_page else asked.page_size
     layout = kv_layout(asked.shape, kv_format, page_size)
     load, of = asked.load, (asked.budget, asked.weights)
@@ -265,8 +288,8 @@ def _row(asked: Asked, kv_format: str) -> FormatRow:
         kv_format=layout.format_text,
         kv_bytes_per_token=a_token.numerator if a_token.denominator == 1 else float(a_token),
         kv_bytes=kv_bytes(layout, load.context, load.chunk),
-        max_context=most_context(asked.shape, layout, load, *of),
-        max_requests=most_requests(asked.shape, layout, load, *of),
+        max_context=most_context(asked.shape, layout, load, *of, share=share),
+        max_requests=most_requests(asked.shape, layout, load, *of, share=share),
     )
 
 

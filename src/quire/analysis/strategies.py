@@ -1,10 +1,10 @@
 """Ways of keeping a cache side by side: what each takes for the same load, and what it gives up."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from quire.analysis.memory import Load, kv_layout, pool_bytes, score_matrix_bytes
+from quire.analysis.memory import Load, kv_bytes, kv_layout, score_matrix_bytes
 from quire.analysis.shape import ModelShape
 from quire.config import format_bytes
 
@@ -60,7 +60,7 @@ def strategies(shape: ModelShape, load: Load, budget: int) -> list[Strategy]:
     found: list[Strategy] = []
     for name, kv_format, page_size, context, gives in rows:
         layout = kv_layout(shape, kv_format, page_size)
-        taken = pool_bytes(layout, replace(load, context=context))
+        taken = load.sequences * kv_bytes(layout, context, load.chunk)
         saving = 1 - taken / found[0].kv_bytes if found else 0.0
         found.append(Strategy(name, kv_format, taken, saving, gives))
     return found

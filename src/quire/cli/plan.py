@@ -19,6 +19,7 @@ THIS = "this"
 FORMATS = ("auto", "int8", "int4")
 DEFAULT_CONTEXT = 4096
 VERIFY_CONTEXT, VERIFY_REQUESTS = 512, 4
+WIDTH = 160  # of tables in a file or a pipe
 
 
 @click.command()
@@ -381,7 +382,9 @@ def _console() -> Any:
 
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    if sys.stdout.isatty():
+        return Console(highlight=False, markup=False)
+    return Console(highlight=False, markup=False, soft_wrap=True, width=WIDTH)
 
 
 def _table(*headings: str) -> Any:
@@ -435,21 +438,19 @@ def _print_memory(made: "Plan") -> None:
     table.add_row("logits", format_bytes(space.logits), "")
     table.add_row("total", format_bytes(memory.total), _verdict(made))
     console.print(table)
+    console.print(f"budget: {format_bytes(asked.budget)}, {asked.hardware.name}")
     if made.split is not None:
         _print_split(made, console)
-    else:
-        console.print(f"budget: {format_bytes(asked.budget)}, {asked.hardware.name}")
 
 
 def _verdict(made: "Plan") -> str:
     from quire.config import format_bytes
 
-    memory, asked = made.memory, made.asked
-    if made.split is not None:
-        return f"over {asked.tensor * asked.pipeline} devices"
+    asked, taken = made.asked, made.device_bytes
+    many = "" if made.split is None else f"{asked.tensor * asked.pipeline} devices: each "
     if made.fits:
-        return f"fits, with {format_bytes(asked.budget - memory.total)} to spare"
-    return f"does not fit: {format_bytes(memory.total - asked.budget)} too much"
+        return f"{many}fits, with {format_bytes(asked.budget - taken)} to spare"
+    return f"{many}does not fit: {format_bytes(taken - asked.budget)} too much"
 
 
 def _kv_note(made: "Plan") -> str:
@@ -464,21 +465,22 @@ def _kv_note(made: "Plan") -> str:
 
 
 def _print_split(made: "Plan", console: Any) -> None:
+    from quire.analysis.memory import kv_token_bytes
     from quire.config import format_bytes
 
     asked, parted, together = made.asked, made.split, made.split_decode
     assert parted is not None
     assert together is not None
     console.print(f"\nEach device of {asked.tensor} x {asked.pipeline}, {asked.hardware.name}")
-    table = _table("stage", "layers", "weights", "KV", "fits", "")
-    share = made.memory.kv / max(1.0, sum(s.kv_token_bytes for s in parted.stages))
+    table = _table("stage", "layers", "weights", "keys and values")
+    every = float(kv_token_bytes(made.deployment.layout))
     for number, stage in enumerate(parted.stages):
-        kv = stage.kv_token_bytes * share
-        taken = stage.weight_bytes + kv + made.memory.workspace.total
-        fits = "yes" if taken <= asked.budget else "no"
-        layers = len(stage.share.shape.layers)
-        weights = format_bytes(stage.weight_bytes)
-        table.add_row(str(number), str(layers), weights, format_bytes(kv), fits, "")
+        table.add_row(
+            str(number),
+            str(len(stage.share.shape.layers)),
+            format_bytes(stage.weight_bytes),
+            format_bytes(made.memory.kv * stage.kv_token_bytes / every),
+        )
     console.print(table)
     for note in parted.notes:
         console.print(f"  {note}")
