@@ -3,8 +3,8 @@
 Without a cache, the model computes keys and values of all earlier tokens again for every new token.
 With one it computes each once, stores it, and reads it back. Here one layer of grouped-query
 attention (4 query heads share 2 KV heads) reads 40 tokens one at a time through pages, and NumPy in
-float64 computes all of them from a full causal score matrix. How far float32 may be off follows from
-the number of roundings; nothing is tuned.
+float64 computes all of them from a full causal score matrix. How far float32 may be off follows
+from the number of roundings; nothing is tuned.
 """
 
 import numpy as np
@@ -49,7 +49,7 @@ full = np.einsum("hqk,khd->qhd", weights, v).reshape(T, H * D)
 # and an exponential (16 roundings is generous), once for itself and once for every block of 16 keys
 # that is merged; T sums follow. So numerator and denominator are each off by a share r at most,
 # their quotient, a mean of values, by 2 r / (1 - r) of the greatest value.
-u = 2.0**-24
+u = 1.001 * 2.0**-24  # 1.001: terms in u^2
 most = np.einsum("qhd,khd->hqk", abs(q), abs(k)).max() / np.sqrt(D)
 merges = -(-T // 16) + 1
 r = u * ((D + 4) * most + merges * (2 * most + 16) + T)

@@ -1,9 +1,9 @@
 """A whole transformer through the cache: prefill the prompt once, then decode token by token.
 
 quill is a 4-layer Llama that ships with Quire. *Prefill* runs the prompt through the model in one
-step and leaves its keys and values in the cache; each step of *decode* runs one token, which attends
-to all that is cached. The same tokens are then computed without a cache, the whole text again for
-every new token. The logits are not close: they are the same bits.
+step and leaves its keys and values in the cache; each step of *decode* runs one token, which
+attends to all that is cached. The same is then computed without a cache, the whole text again for
+every new token. The logits are not merely close: they are the same bits.
 """
 
 import numpy as np
@@ -46,21 +46,18 @@ print("step       with    without   cache a layer      alike    token")
 for n in range(7):
     before = cache.length(sequence)
     logits = forward(sequence, new)  # all of the prompt first, one token afterwards
-    alike = logits.tobytes() == recompute(text).tobytes()
-    assert alike
+    assert logits.tobytes() == recompute(text).tobytes()
     token = int(logits.argmax())
     kind = "decode" if n else "prefill"
     shown = repr(quill.codec.decode([token]))
-    print(
-        f"{kind:<8} {len(new):>6} {len(text):>10} {before:>15}      {'all bits':>8}   {shown}",
-    )
+    print(f"{kind:<8} {len(new):>6} {len(text):>10} {before:>16}     {'all bits':>8}   {shown}")
     tokens_with, tokens_without = tokens_with + len(new), tokens_without + len(text)
     text, new = [*text, token], [token]
 
 print(f"{'in all':<8} {tokens_with:>6} {tokens_without:>10}")
 print(f"\n{quill.codec.decode(text)}")
 held = cache.usage(sequence)
-print(f"\n{held.tokens} tokens x {held.bytes_per_token} bytes = {held.used_bytes} bytes in the cache")
+print(f"\n{held.tokens} tokens x {held.bytes_per_token} bytes = {held.used_bytes} in the cache")
 # keys and values x layers x KV heads x head_dim x bytes of bf16
 assert held.bytes_per_token == 2 * 4 * 2 * 64 * 2
 assert tokens_with == len(prompt) + 6

@@ -23,7 +23,7 @@ with engine.forced() as a, engine.forced() as b:  # sequences whose tokens are t
         b.read(tokens[end - 20 : end])
     for name, text in (("a", a), ("b", b)):
         [(_, pages)] = engine.cache.page_tables(text.sequence)
-        print(f"  {name}: token 0 to 59 are on pages {' '.join(map(str, pages))}")
+        print(f"  {name}: tokens 0 to 59 are on pages {' '.join(map(str, pages))}")
         assert len(pages) == pages_for(60, 16)
 assert engine.cache.free_pages == (64,)  # all given back
 
@@ -60,5 +60,5 @@ system, once = tokens[:70], quire.SamplingParams(max_new_tokens=1, ignore_eos=Tr
 print("\nprompts that begin with the same 70 tokens, one after the other:")
 for name, ending in (("first", tokens[70:80]), ("second", tokens[80:90])):
     done = engine.generate([system + ending], once)[0]
-    print(f"  {name:<6} {done.prompt_tokens} tokens, {done.cached_tokens} of them found in the cache")
+    print(f"  {name:<6} {done.prompt_tokens} tokens, {done.cached_tokens} of them in the cache")
 assert done.cached_tokens == 70  # 4 whole pages, and 6 tokens of the fifth, which is copied

@@ -32,8 +32,8 @@ for name, coding in codings.items():
 
 # A large channel sets the scale of its token's other channels, or, by channel, its own alone.
 # The bounds: int8 rounds to a step of max|key| / 127 for each token and head, int4 and int2 to a
-# step of (max - min) / 15 or / 3 of each channel; steps are kept in bf16, rounded up by 2^-7 at most,
-# and the minimum is rounded down, by 2^-7 of itself at most, which widens the range.
+# step of (max - min) / 15 or / 3 of each channel. Steps are kept in bf16, rounded up by 2^-7 at
+# most; so is the minimum, rounded down, which widens the range.
 top, low = abs(keys).max(axis=-1, keepdims=True), keys.min(axis=0)
 bounds = {"int8": top / 127 / 2 * (1 + 2**-7) * np.ones_like(keys)}
 for name, levels in (("int4", 15), ("int2", 3)):
@@ -59,8 +59,8 @@ source = (
     "import os\nimport sys\n\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n\n"
     "    def push(self, item):\n        self.items.append(item)\n\n    def pop(self):\n"
     "        if not self.items:\n            raise IndexError('pop from an empty stack')\n"
-    "        return self.items.pop()\n\n    def __len__(self):\n        return len(self.items)\n\n\n"
-    "def main():\n    stack = Stack()\n    for arg in sys.argv[1:]:\n        stack.push(arg)\n"
+    "        return self.items.pop()\n\n    def __len__(self):\n        return len(self.items)\n\n"
+    "\ndef main():\n    stack = Stack()\n    for arg in sys.argv[1:]:\n        stack.push(arg)\n"
     "    while stack:\n        print(stack.pop())\n\n\nif __name__ == '__main__':\n    main()\n"
 )
 engine = quire.Engine(backend="reference", cache=quire.CacheConfig(num_pages=16))

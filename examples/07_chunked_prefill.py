@@ -35,7 +35,7 @@ for chunk in (300, 128, 64, 17, 1):
 # maximum and sum. The bound on what a step takes is what chunks are for.
 
 # -- nobody waits ---------------------------------------------------------------------------------
-# One request is decoding when the long prompt arrives. A step has room for 64 tokens: the token that
+# One request is decoding when the long prompt arrives. A step has room for 64 tokens: the one that
 # decodes comes first, the prompt gets what is left.
 steps = engine.twin(quire.EngineConfig(cache=cache, max_batch_tokens=64))
 talk = steps.submit(tokens[:10], quire.SamplingParams(max_new_tokens=9, ignore_eos=True))

@@ -1,7 +1,7 @@
 """Ways to keep a cache side by side: what each takes, how many sequences fit, what it gives up.
 
-Everything here is arithmetic on the shape of a model, Llama-3.2-1B, for a sequence of 8000 tokens in
-a context of 32,768: nothing is loaded and nothing runs. `quire.layout` is what the engine itself
+Everything here is arithmetic on the shape of a model, Llama-3.2-1B, for a sequence of 8000 tokens
+in a context of 32,768: nothing is loaded and nothing runs. `quire.layout` is what the engine itself
 sizes its pools with, so that a plan and what is then allocated agree to the byte.
 """
 
@@ -56,18 +56,18 @@ def row(name: str, plan: CacheLayout, tokens: int, loses: str) -> int:
 paged = layout("bf16", 16)
 exact = pages_for(TOKENS, 16) * paged.page_bytes(0)
 assert exact == TOKENS * LAYERS * KV_HEADS * DIM * 2 * 2  # keys and values of 2 bytes; 16 | 8000
-print(f"Llama-3.2-1B, one sequence of {TOKENS} tokens; a context of {CONTEXT}; 8 GiB for the cache\n")
+print(f"Llama-3.2-1B, a sequence of {TOKENS} tokens, a context of {CONTEXT}, 8 GiB of memory\n")
 print("                                       of  sequences")
 print("strategy                      MiB  paged bf16  in 8 GiB   what it gives up")
-row("contiguous fp32", layout("fp32", CONTEXT), TOKENS, "memory: all of the context is set aside")
+row("contiguous fp32", layout("fp32", CONTEXT), TOKENS, "memory: the context is set aside")
 row("contiguous fp16", layout("fp16", CONTEXT), TOKENS, "the same")
 assert row("paged bf16", paged, TOKENS, "nothing") == exact
-row("paged int8", layout("int8", 16), TOKENS, "a step of max / 127 a number")
-row("paged int4", layout("int4", 32), TOKENS, "15 steps a group; eviction")
-row("paged k=int4, v=int2", layout("k=int4,v=int2", 32), TOKENS, "3 steps for values")
-row(f"sliding window {WINDOW}", layout("bf16", 16, WINDOW), TOKENS, "older tokens; made for it")
+row("paged int8", layout("int8", 16), TOKENS, "exactness: 255 steps for a token and head")
+row("paged int4", layout("int4", 32), TOKENS, "exactness: 16 steps for 32 numbers")
+row("paged k=int4, v=int2", layout("k=int4,v=int2", 32), TOKENS, "exactness: 4 steps for values")
+row(f"sliding window {WINDOW}", layout("bf16", 16, WINDOW), TOKENS, "older tokens (trained so)")
 # Kept tokens move together into the first pages; decoding may be a page above the budget.
-row(f"eviction to {BUDGET}", paged, BUDGET + 16, "what a rule thinks unimportant")
+row(f"eviction to {BUDGET}", paged, BUDGET + 16, "tokens that a rule holds unimportant")
 row(f"eviction to {BUDGET}, int8", layout("int8", 16), BUDGET + 16, "both")
 
 print(f"\nscores of a layer of {HEADS} heads in float32 while the prompt is read:")

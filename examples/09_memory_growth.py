@@ -63,12 +63,11 @@ print(f"{'':<12}" + "".join(f"{mark:>8}" for mark in MARKS))
 for name, held in curves.items():
     print(f"{name:<12}" + "".join(f"{held[mark - 1] / 1024:>8.0f}" for mark in MARKS))
 
-print("\nthe same as a picture; each column is 16 tokens, its height the bytes")
-ROWS, most = 10, max(map(max, curves.values()))
-for name in ("bf16", "int8", "int4", f"window {WINDOW}", f"budget {BUDGET}"):
-    heights = [round(curves[name][end - 1] * ROWS / most) for end in range(16, 1025, 16)]
+print("\nthe same as a picture: a column is 32 tokens, a # 256 KiB")
+for name, held in curves.items():
+    heights = [-(-held[end - 1] // 2**18) for end in range(32, 1025, 32)]
     for level in range(max(heights), 0, -1):
         line = "".join("#" if height >= level else " " for height in heights)
         print(f"{name if level == max(heights) else '':<12}|{line}".rstrip())
-    print(f"{'':<12}+{'-' * 64}")
+    print(f"{'':<12}+{'-' * 32}")
 assert curves["bf16"][-1] == 1024 * 4 * 2 * 64 * 2 * 2  # layers, heads, dim, k and v, bytes
