@@ -2,8 +2,8 @@
 
 `fp8` and `int8` give every token and head a scale; `int4` and `int2` (after KIVI, arXiv:2402.02750)
 give a range to every *channel* of 32 tokens' keys, because keys have channels that are large in
-every token and would spoil the scale of all others. A number is then off by half a step at most.
-Results are no longer those of the exact cache, but they are still the same bits in any chunks.
+every token and would spoil the scale of all others. How far a number is off at most follows, and is
+asserted. Results are no longer those of the exact cache, but still the same bits in any chunks.
 """
 
 import math
@@ -31,14 +31,16 @@ for name, coding in codings.items():
     print(f"{name:<14} {bits:>14.2f} {small:>15.2f} {large:>22.2f}")
 
 # A large channel sets the scale of its token's other channels, or, by channel, its own alone.
-# The bounds: int8 rounds to a step of max|key| / 127 for each token and head, int4 and int2 to a
-# step of (max - min) / 15 or / 3 of each channel. Steps are kept in bf16, rounded up by 2^-7 at
-# most; so is the minimum, rounded down, which widens the range.
-top, low = abs(keys).max(axis=-1, keepdims=True), keys.min(axis=0)
-bounds = {"int8": top / 127 / 2 * (1 + 2**-7) * np.ones_like(keys)}
+# The bounds: bf16 keeps 8 bits of a number, fp8 (at full scale) 4. int8 rounds to a step of
+# max|key| / 127 for each token and head, int4 and int2 to one of (max - min) / 15 or / 3 of each
+# channel: half a step is lost. Scales and steps are kept in bf16, rounded up by 2^-7 at most; so is
+# the minimum, rounded down, which widens the range.
+top, low = abs(keys).max(axis=-1, keepdims=True) * (1 + 2**-7), keys.min(axis=0)
+bounds = {"bf16": abs(keys) / 2**8, "int8": top / 127 / 2 + 0 * keys}
+bounds["fp8"] = np.maximum(abs(keys) / 2**4, top / 448 / 2**10)
 for name, levels in (("int4", 15), ("int2", 3)):
     span = keys.max(axis=0) - low + abs(low) * 2**-7
-    bounds[name] = span / levels / 2 * (1 + 2**-7) * np.ones_like(keys)
+    bounds[name] = span / levels / 2 * (1 + 2**-7) + 0 * keys
 for name, bound in bounds.items():
     off = abs(codings[name].decode(codings[name].encode(keys), 64) - keys)
     assert (off <= bound + 2**-20 * abs(keys)).all()  # and float32's own rounding

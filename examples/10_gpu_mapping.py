@@ -38,6 +38,7 @@ for s, n in lengths.items():
         listed = " ".join([*ids[:3], "...", *ids[-2:]] if len(ids) > 5 else ids)
         tokens = f"{start}-{end - 1}"
         print(f"{s:>8} {start // 256:>7}   {tokens:<9} {listed:<24} {(end - start) * 4 * D:>15,}")
+print("merged in order: split 0 with 1, the result with 2, whichever program ends first")
 
 print("\nlines of 128 bytes that a load of keys touches: 32 lanes of 16 bytes, 4 lines at best")
 lane = np.arange(32)
@@ -105,7 +106,8 @@ print(f"  unsplit attention in float64 is within {worst:.4f}, the bound from cou
 tokens = sum(lengths.values())
 moved, sums = tokens * G * 2 * D * 2, tokens * H * 4 * D
 print(f"\na step moves {moved:,} bytes of K and V for {sums:,} operations: {sums / moved:g} a byte")
-print("GPU (data sheet)   TFLOP/s bf16   TB/s   operations a byte   share used by decode")
+# At that many operations a byte a GPU could compute all the time. Decode waits for the bus.
+print("GPU (data sheet)   TFLOP/s bf16   TB/s   operations a byte   used by decode")
 for name, rate, bus in (("A100 80GB SXM", 312, 2.04), ("H100 SXM", 989, 3.35), ("H200", 989, 4.8)):
-    print(f"{name:<16} {rate:>14} {bus:>6} {rate / bus:>19.0f} {sums / moved * bus / rate:>22.1%}")
+    print(f"{name:<16} {rate:>14} {bus:>6} {rate / bus:>19.0f} {sums / moved * bus / rate:>16.1%}")
 print(f"a prompt's chunk of 512 reads the same bytes once: {512 * sums // moved} operations a byte")
