@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from quire.cache import KVCache
 from quire.config import CacheConfig
 from quire.engine import Engine, SamplingParams
 from quire.engine.sampler import likeliest
-from quire.layout import CacheLayout, lay_out, with_open_pages
+from quire.layout import CacheLayout, lay_out
 from quire.machine import this_machine
 from quire.models import resolve_model
 
@@ -42,13 +42,13 @@ Table = Mapping[tuple[int, int], float]
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 # hidden, inner and layers of MLPs: of a model that caches hold, of a small and of a large one.
-MLPS = ((256, 704, 4), (768, 2048, 12), (2048, 5632, 4))
+MLPS = ((256, 704, 4), (768, 2048, 12), (2048, 5632, 2))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CHUNK = 512
 DECODES = ((1, 256), (1, 1024), (1, 4096), (8, 4096))  # sequences and their contexts
 PREFILLS = (0, 1536, 7680)  # tokens before a chunk
 POOL_BYTES = 384 << 20  # at most, of pages that probes attend to
-REPEATS = 5
+REPEATS, SECONDS = 3, 0.12  # of each probe, at least
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,10 @@ def _threads(backend: Backend) -> int:
     return backend.threads if isinstance(backend, NativeBackend) else this_machine().threads
 
 
-def _median(call: Callable[[], Any], repeats: int = REPEATS) -> float:
+def _median(call: Callable[[], Any]) -> float:
     call()
-    seconds = []
-    for _ in range(repeats):
+    seconds: list[float] = []
+    while len(seconds) < REPEATS or sum(seconds) < SECONDS:
         started = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - started)
@@ -222,31 +222,50 @@ def _median(call: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def _linear_times(backend: Backend, dtype: str) -> Table:
+    """Weights are mapped from a file, as those of a checkpoint are."""
     found = {}
-    for hidden, inner, layers in MLPS:
-        blocks = [backend.block(params) for params in _mlps(backend, dtype, hidden, inner, layers)]
-        for rows in ROWS:
-            x = backend.embed(backend.weight(np.ones((1, hidden), DTYPES[dtype])), [0] * rows)
+    with tempfile.TemporaryFile() as file:
+        weights = _Weights(backend, file, DTYPES[dtype])
+        for hidden, inner, layers in MLPS:
+            weights.begin()
+            blocks = [backend.block(weights.mlp(hidden, inner)) for _ in range(layers)]
+            for rows in ROWS:
+                x = backend.embed(backend.weight(np.ones((1, hidden), DTYPES[dtype])), [0] * rows)
 
-            def run(x: Any = x, blocks: list[Any] = blocks) -> None:
-                for block in blocks:
-                    backend.mlp_block(x, block)
+                def run(x: Any = x, blocks: list[Any] = blocks) -> None:
+                    for block in blocks:
+                        backend.mlp_block(x, block)
 
-            numbers = 3 * hidden * inner * layers
-            found[rows, hidden * inner] = _median(run, 3 if rows > 64 else REPEATS) / numbers
+                found[rows, hidden * inner] = _median(run) / (3 * hidden * inner * layers)
     return found
 
 
-def _mlps(
-    backend: Backend, dtype: str, hidden: int, inner: int, layers: int
-) -> Iterator[MlpParams]:
-    def weight(*shape: int) -> Any:
-        return backend.weight(np.full(shape, 2.0**-8, DTYPES[dtype]))
+class _Weights:
+    """Matrices of a mapped file, each with a place of its own since the last :meth:`begin`."""
 
-    for _ in range(layers):
-        gate, up = Projection(weight(inner, hidden)), Projection(weight(inner, hidden))
-        down = Projection(weight(hidden, inner))
-        yield MlpParams(weight(hidden), 1e-5, gate, up, down, "silu")
+    def __init__(self, backend: Backend, file: Any, dtype: Any) -> None:
+        self.backend, self.dtype, self.place = backend, np.dtype(dtype), 0
+        self.numbers = max(3 * hidden * inner * layers for hidden, inner, layers in MLPS)
+        some = np.full(1 << 20, 2.0**-8, dtype)
+        for _ in range(-(-self.numbers // len(some))):
+            file.write(memoryview(some.view(np.uint8)))
+        file.flush()
+        self.mapped = np.memmap(file, self.dtype, "r", shape=(self.numbers,))
+
+    def begin(self) -> None:
+        """Start over."""
+        self.place = 0
+
+    def matrix(self, outputs: int, inputs: int) -> Projection:
+        """The next one."""
+        start, self.place = self.place, self.place + outputs * inputs
+        return Projection(self.backend.weight(self.mapped[start : self.place].reshape(outputs, -1)))
+
+    def mlp(self, hidden: int, inner: int) -> MlpParams:
+        """The next three, and a norm."""
+        gate, up = self.matrix(inner, hidden), self.matrix(inner, hidden)
+        norm = self.backend.weight(np.ones(hidden, self.dtype))
+        return MlpParams(norm, 1e-5, gate, up, self.matrix(hidden, inner), "silu")
 
 
 class _Attending:
@@ -270,8 +289,8 @@ class _Attending:
         layout = lay_out(
             [None] * layers, [self.layer.kv] * layers, self.size, [self.formats] * layers
         )
-        pages = [sequences * (-(-context // self.size) + 2)]
-        counts = with_open_pages(layout, pages, sequences, context)
+        pages, opened = -(-context // self.size) + 2, CHUNK // self.size + 3 * sequences
+        counts = [opened if area.is_open else sequences * pages for area in layout.areas]
         pools = [self.backend.pool(shape, *counts) for shape in layout.shapes]
         for pool in pools:
             for array in pool.arrays:
@@ -311,9 +330,11 @@ class _Attending:
         pairs = CHUNK * before + CHUNK * (CHUNK + 1) // 2
         return seconds / self.layer.attention_flops(pairs)
 
-    @staticmethod
-    def _fill(cache: KVCache, sequences: list[int], tokens: int) -> None:
-        cache.commit(cache.reserve([(sequence, tokens) for sequence in sequences]))
+    def _fill(self, cache: KVCache, sequences: list[int], tokens: int) -> None:
+        """A page at a time: there are open ones for no more of all sequences."""
+        for start in range(0, tokens, self.size):
+            new = min(self.size, tokens - start)
+            cache.commit(cache.reserve([(sequence, new) for sequence in sequences]))
 
 
 # -- what steps take outside operations ------------------------------------------------------------

@@ -37,7 +37,7 @@ from quire.models import resolve_model
 __all__ = ["Asked", "Measured", "Row", "measure", "verify"]
 
 WEIGHTS = ".safetensors"
-STEADY = 16  # steps in which all sequences decode
+STEADY = 48  # steps in which all sequences decode
 
 
 @dataclass(frozen=True)
