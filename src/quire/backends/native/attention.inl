@@ -63,7 +63,7 @@ template <Form F>
 inline void attend_packed(const Weights& w, const Mix& m) {
     NoLines ask;
     StretchWeights weights(weights_room(StretchWeights::size(TILE, m.dim)), w.tile.rows, m.dim);
-    soften_packed_rows<F>(w, m.blocks, 0, weights, ask);
+    soften_packed_rows<F>(w, m.blocks, weights, ask);
     mix_packed_rows<F>(0, w.tile.rows, {m.blocks, 0, m.count, weights, m.dim, false, m.mixed}, ask);
 }
 
