@@ -63,7 +63,7 @@ template <Form F>
 inline void attend_packed(const Weights& w, const Mix& m) {
     NoLines ask;
     StretchWeights weights(weights_room(StretchWeights::size(TILE, m.dim)), w.tile.rows, m.dim);
-    soften_packed_rows<F>(w, m.blocks, 0, weights, ask);
+    soften_packed_rows<F>(w, m.blocks, weights, ask);
     mix_packed_rows<F>(0, w.tile.rows, {m.blocks, 0, m.count, weights, m.dim, false, m.mixed}, ask);
 }
 
@@ -91,6 +91,16 @@ void attend_split(const Attention& a, const Tile& tile, int64_t split, Blocks bl
     });
 }
 
+// What the rows of a tile, from `row` on, see of a part.
+inline void see(const Attention& a, int64_t sequence, int64_t row, Tile& tile) {
+    int64_t share = a.num_heads / a.pool.heads;
+    for (int r = 0; r < tile.rows; ++r) {
+        int64_t token = a.query_indptr[sequence] + (row + r) / share;
+        Sight seen = sight(a.part, a.positions[token], a.window, a.pool.page_size);
+        tile.low[r] = seen.low, tile.high[r] = seen.high;
+    }
+}
+
 // Rows [row, row + rows) of one sequence and KV head: their queries in the form that `score` reads
 // (room for query_room words a row), and what they see.
 Tile make_tile(const Attention& a, int64_t sequence, int64_t head, int64_t row, int rows,
@@ -102,9 +112,8 @@ Tile make_tile(const Attention& a, int64_t sequence, int64_t head, int64_t row, 
         int64_t at = row + r, token = a.query_indptr[sequence] + at / share;
         const float* from = a.query + (token * a.num_heads + head * share + at % share) * dim;
         by_form(a.pool.key.form, [&](auto form) { lay_query<form()>(from, dim, r, tile, query); });
-        Sight seen = sight(a.part, a.positions[token], a.window, a.pool.page_size);
-        tile.low[r] = seen.low, tile.high[r] = seen.high;
     }
+    see(a, sequence, row, tile);
     return tile;
 }
 
@@ -186,19 +195,32 @@ struct State {
     }
 };
 
-// One part of what an item's rows see, merged split by split with what they saw before.
-void prefill_part(const Attention& a, const PrefillItem& item, const State& state) {
-    const Pool& pool = a.pool;
-    int64_t dim = pool.value.dim, room = query_room(pool.key.dim);
-    int64_t tiles = ceil_div(item.rows, TILE);
-    std::vector<uint32_t> queries(size_t(item.rows * room));
-    std::vector<Tile> tile(static_cast<size_t>(tiles));
-    std::vector<float> mixed2(size_t(TILE * dim));
-    for (int64_t t = 0; t < tiles; ++t) {
-        int64_t from = t * TILE, rows = item.rows - from < TILE ? item.rows - from : TILE;
-        tile[size_t(t)] = make_tile(a, item.sequence, item.head, item.row + from, int(rows),
-                                    queries.data() + from * room);
+// The queries of an item, laid out for the first part of a pool that asks.
+struct Tiles {
+    std::vector<uint32_t> queries;
+    std::vector<Tile> tile;
+
+    void see_part(const Attention& a, const PrefillItem& item) {
+        const int64_t count = ceil_div(item.rows, TILE), room = query_room(a.pool.key.dim);
+        const bool laid = !tile.empty();
+        queries.resize(size_t(item.rows * room)), tile.resize(size_t(count));
+        for (int64_t t = 0; t < count; ++t) {
+            int64_t from = t * TILE, rows = item.rows - from < TILE ? item.rows - from : TILE;
+            if (laid) see(a, item.sequence, item.row + from, tile[size_t(t)]);
+            else
+                tile[size_t(t)] = make_tile(a, item.sequence, item.head, item.row + from, int(rows),
+                                            queries.data() + from * room);
+        }
     }
+};
+
+// One part of what an item's rows see, merged split by split with what they saw before.
+void prefill_part(const Attention& a, const PrefillItem& item, Tiles& laid, const State& state) {
+    const Pool& pool = a.pool;
+    int64_t dim = pool.value.dim, tiles = ceil_div(item.rows, TILE);
+    laid.see_part(a, item);
+    const std::vector<Tile>& tile = laid.tile;
+    std::vector<float> mixed2(size_t(TILE * dim));
     static thread_local HeadBlocks blocks;
     const Tile &front = tile.front(), &back = tile.back();
     Pages pages = pages_of(a, item.sequence);
@@ -226,7 +248,9 @@ void prefill(const Attention* parts, int count, const PrefillItem& item) {
     const Attention& a = parts[0];
     int64_t dim = a.pool.value.dim, share = a.num_heads / a.pool.heads;
     State state(item.rows, dim);
-    for (int part = 0; part < count; ++part) prefill_part(parts[part], item, state);
+    Tiles laid[2];  // of open pages, whose form the first and the last part share, and of packed ones
+    for (int part = 0; part < count; ++part)
+        prefill_part(parts[part], item, laid[parts[part].part == Part::packed], state);
     for (int64_t r = 0; r < item.rows; ++r) {
         int64_t at = item.row + r, token = a.query_indptr[item.sequence] + at / share;
         write_row(a, token, item.head * share + at % share, state.total[r], state.mixed + r * dim);

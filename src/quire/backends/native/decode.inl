@@ -237,7 +237,7 @@ void mix_packed_split(const Attention& a, const SplitBlocks& split, const Heads&
                 split.get(heads.kv_head[t], 0, split.count, spare.data(), blocks);
                 soften_packed_rows<form()>({tile, heads.scores_of(t), split.count, split.at, a.scale,
                                             nullptr, partial.best + head, partial.total + head},
-                                           blocks, 0, weights, ask);
+                                           blocks, weights, ask);
             }
             int64_t count = split.count - b < GROUP ? split.count - b : GROUP;
             split.get(heads.kv_head[t], b, count, spare.data(), blocks);

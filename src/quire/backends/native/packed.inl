@@ -50,7 +50,7 @@ inline void fold(const Tile& tile, const uint16_t* scale, int64_t dim, uint32_t*
             store_pairs(a * step[0], b * step[1], folded + r * FOLDED + d / 2);
         }
     }
-    for (int r = 0; r < R; ++r) start[r] = sum(sums[r]);
+    store_sums(sums, start);
 }
 
 // Scores of R rows against B blocks, every two of one stretch. A function of its own, like `score`.

@@ -31,10 +31,9 @@ inline uint32_t* weights_room(int64_t words) {
     return reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) & ~uintptr_t(63));
 }
 
-// Steps and centres of tokens that a row does not see count for nothing, whatever they are.
-template <Form F, int R, class Ask>
-inline void soften_packed(const Weights& w, const Values* blocks, int row, const StretchWeights& to,
-                          Ask& ask) {
+// Weights of R rows, and their sums.
+template <int R, class Ask>
+inline void soften_floats(const Weights& w, int row, Ask& ask) {
     Powers<R> powers(w, row);
     F16 sums[R];
     for (F16& s : sums) s = F16::zero();
@@ -48,33 +47,81 @@ inline void soften_packed(const Weights& w, const Values* blocks, int row, const
             weights.store(at);
         }
     for (int r = 0; r < R; ++r) w.total[row + r] = sum(sums[r]);
-    const F16 middle = F16::set(middle_of(BITS<F>));
-    const int64_t stride = blocks[0].stride;
-    for (int64_t g = 0; g < to.stretches; ++g) {
-        for (F16& s : sums) s = F16::zero();
-        for (int64_t b = 0; b < w.count; ++b) {
-            const uint16_t* scale = blocks[b].scale + 2 * g * stride;
-            F16 step = F16::load_bf16(scale + stride);
-            F16 centre = fma(step, middle, F16::load_bf16(scale));
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                int64_t at = w.at + b * BLOCK;
-                F16 weights = F16::load(w.scores + (row + r) * SPLIT + b * BLOCK);
-                F16 seen = seen_by(w.tile, row + r, at, centre, 0.0f);
-                sums[r] = fma(weights, seen, sums[r]);
-                store_rounded(seen_by(w.tile, row + r, at, weights * step, 0.0f),
-                              reinterpret_cast<uint16_t*>(to.row(g, row + r)) + b * BLOCK);
-            }
-        }
-        for (int r = 0; r < R; ++r) to.middle[(row + r) * to.stretches + g] = sum(sums[r]);
-    }
 }
 
-template <Form F, int R = 4, class Ask>
-inline void soften_packed_rows(const Weights& w, const Values* blocks, int row,
-                               const StretchWeights& to, Ask& ask) {
-    for (; row + R <= w.tile.rows; row += R) soften_packed<F, R>(w, blocks, row, to, ask);
-    if constexpr (R > 1) soften_packed_rows<F, R - 1>(w, blocks, row, to, ask);
+// Weights of R rows times the steps of S stretches from `first` on, and the sums of weights times centres.
+// Steps and centres of tokens that a row does not see count for nothing, whatever they are; ALL: rows see
+// all tokens. Two blocks at a time: a block that the last has not counts for nothing, too.
+template <Form F, int R, int S, bool ALL>
+__attribute__((noinline)) void weigh_stretches(const Weights& w, const Values* blocks, int row,
+                                               int64_t first, const StretchWeights& to) {
+    const F16 middle = F16::set(middle_of(BITS<F>));
+    const int64_t stride = blocks[0].stride;
+    F16 sums[S * R];
+#pragma GCC unroll 16
+    for (int i = 0; i < S * R; ++i) sums[i] = F16::zero();
+    for (int64_t b = 0; b < w.count; b += 2) {
+        const bool two = b + 1 < w.count;
+        F16 step[S][2], centre[S][2];
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s)
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) {
+                const uint16_t* scale = blocks[b + (i && two)].scale + 2 * (first + s) * stride;
+                step[s][i] = F16::load_bf16(scale + stride);
+                centre[s][i] = fma(step[s][i], middle, F16::load_bf16(scale));
+            }
+        const int64_t at = w.at + b * BLOCK;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const float* from = w.scores + (row + r) * SPLIT + b * BLOCK;
+            F16 weights[2] = {F16::load(from), two ? F16::load(from + BLOCK) : F16::zero()};
+#pragma GCC unroll 2
+            for (int s = 0; s < S; ++s) {
+                F16 product[2];
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; ++i) {
+                    F16 seen = centre[s][i];
+                    product[i] = weights[i] * step[s][i];
+                    if (!ALL) seen = seen_by(w.tile, row + r, at + i * BLOCK, seen, 0.0f);
+                    if (!ALL) product[i] = seen_by(w.tile, row + r, at + i * BLOCK, product[i], 0.0f);
+                    if (i == 0 || two) sums[s * R + r] = fma(weights[i], seen, sums[s * R + r]);
+                }
+                store_pairs(product[0], product[1], to.row(first + s, row + r) + b * (BLOCK / 2));
+            }
+        }
+    }
+    float all[S * R];
+    store_sums(sums, all);
+    for (int s = 0; s < S; ++s)
+        for (int r = 0; r < R; ++r) to.middle[(row + r) * to.stretches + first + s] = all[s * R + r];
+}
+
+template <Form F, bool ALL, int R = MIX_ROWS>
+inline void weigh_rows(const Weights& w, const Values* blocks, int row, const StretchWeights& to) {
+    for (; row + R <= w.tile.rows; row += R) {
+        int64_t first = 0;
+        for (; first + 2 <= to.stretches; first += 2)
+            weigh_stretches<F, R, 2, ALL>(w, blocks, row, first, to);
+        if (first < to.stretches) weigh_stretches<F, R, 1, ALL>(w, blocks, row, first, to);
+    }
+    if constexpr (R > 1) weigh_rows<F, ALL, R - 1>(w, blocks, row, to);
+}
+
+template <int R = 4, class Ask>
+inline void soften_all(const Weights& w, int row, Ask& ask) {
+    for (; row + R <= w.tile.rows; row += R) soften_floats<R>(w, row, ask);
+    if constexpr (R > 1) soften_all<R - 1>(w, row, ask);
+}
+
+template <Form F, class Ask>
+inline void soften_packed_rows(const Weights& w, const Values* blocks, const StretchWeights& to, Ask& ask) {
+    soften_all(w, 0, ask);
+    bool all = true;
+    for (int r = 0; r < w.tile.rows; ++r)
+        all &= w.tile.low[r] <= w.at && w.tile.high[r] >= w.at + w.count * BLOCK;
+    if (all) weigh_rows<F, true>(w, blocks, 0, to);
+    else weigh_rows<F, false>(w, blocks, 0, to);
 }
 
 // Blocks of values and their place among the weights.

@@ -285,6 +285,34 @@ inline float max(F16 a) {
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
+
+#if defined(__AVX512F__)
+// The sums of each of R vectors, every one in that order.
+template <int R>
+inline void store_sums(const F16 (&x)[R], float* to) {
+    static_assert(R <= 16);
+    auto halves = [](__m512 a, __m512 b) {  // of eight numbers each, of two vectors
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    auto quarters = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    __m512 four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // rows i, i + 4, i + 8, i + 12 in the quarters of a vector
+        auto row = [&](int r) { return x[r < R ? r : 0].v; };
+        if (R <= i) four[i] = four[0];
+        else if (R <= i + 4) four[i] = halves(row(i), row(i)), four[i] = quarters(four[i], four[i]);
+        else four[i] = quarters(halves(row(i), row(i + 4)), halves(row(i + 8), row(i + 12)));
+    }
+    auto twos = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    };
+    __m512 a = twos(four[0], four[1]), b = twos(four[2], four[3]);
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+    _mm512_mask_storeu_ps(to, __mmask16((1u << R) - 1), all);
+}
+#endif
 #else
 inline float sum(F16 a) {
     for (int half = 8; half; half /= 2)
@@ -295,6 +323,13 @@ inline float max(F16 a) {
     for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
     return a.v[0];
+}
+#endif
+
+#if !defined(__AVX512F__)
+template <int R>
+inline void store_sums(const F16 (&x)[R], float* to) {
+    for (int r = 0; r < R; ++r) to[r] = sum(x[r]);
 }
 #endif
 
