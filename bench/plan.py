@@ -18,7 +18,7 @@ from typing import Any
 
 import quire
 from quire.analysis.calibrate import Measured, calibrate, measured_hardware
-from quire.analysis.memory import Load, kv_layout
+from quire.analysis.memory import Load, kv_layout, weight_bytes
 from quire.analysis.plan import Asked, make_plan, plan_shape
 from quire.analysis.verify import Row, verify
 from quire.backends import create_backend
@@ -36,7 +36,7 @@ def compare(case: Case, context: int, requests: int) -> list[Row]:
     backend = create_backend("native", threads)
     profile = calibrate(shape, kv_layout(shape, kv_format), backend)
     hardware = measured_hardware(profile, backend)
-    timer = Measured(profile)
+    timer = Measured(profile, sum(weight_bytes(shape).values()))
     asked = Asked(shape, load, hardware, hardware.memory_bytes, formats=(kv_format,))
     return verify(make_plan(asked, timer), model, timer)
 

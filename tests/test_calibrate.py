@@ -16,6 +16,7 @@ def profile() -> Profile:
         name="made up",
         dtype="bf16",
         linear={(1, 100): 1e-9, (1, 10_000): 1e-9, (16, 100): 8e-9, (16, 10_000): 8e-9},
+        cached={1: 5e-10, 16: 4e-9},
         decode={(1, 1000): 2e-9, (1, 100_000): 4e-9, (8, 1000): 2e-9},
         prefill={(512, 512): 3e-9, (512, 8192): 3e-9},
         decoding=Overhead(1e-3, 1e-4, 1e-5),
@@ -29,7 +30,7 @@ DEPLOYMENT = deploy(SHAPE)
 
 
 def linear_seconds(rows: int) -> float:
-    timer = Measured(profile())
+    timer = Measured(profile(), 1e9)
     ops = step_ops(DEPLOYMENT, [Work(0, rows, rows)])
     return sum(timer.seconds(op) for op in ops if op.what == "linear")
 
@@ -47,16 +48,25 @@ def test_between_points_logarithms_are_linear() -> None:
     assert linear_seconds(4) == pytest.approx(numbers() * 1e-9 * math.sqrt(8))
 
 
+def test_a_small_model_is_timed_as_caches_hold_it() -> None:
+    [op, *_] = [op for op in step_ops(DEPLOYMENT, [Work(0, 4, 4)]) if op.what == "linear"]
+    from_memory = Measured(profile(), 64 << 20).seconds(op)
+    assert Measured(profile(), 4 << 20).seconds(op) == pytest.approx(from_memory / 2)
+    assert Measured(profile(), 1 << 20).seconds(op) == pytest.approx(from_memory / 2)
+    between = Measured(profile(), 16 << 20).seconds(op)
+    assert between == pytest.approx(from_memory / math.sqrt(2))
+
+
 def test_beyond_the_measured_rows_time_grows_with_them() -> None:
     table = {(rows, 100): rows * 1e-9 for rows in (1, 512)}
     own = profile()
-    timer = Measured(Profile(**{**vars(own), "linear": table}))
+    timer = Measured(Profile(**{**vars(own), "linear": table}), 1e9)
     [op] = [op for op in step_ops(DEPLOYMENT, [Work(0, 2048, 1)]) if op.outputs == 512][:1]
     assert timer.seconds(op) == pytest.approx(op.count * 2048 * 512 * 2048e-9)
 
 
 def test_attention_is_timed_by_byte_and_by_operation() -> None:
-    timer = Measured(profile())
+    timer = Measured(profile(), 1e9)
     one = decode_time(DEPLOYMENT, timer, 1, 9)
     read = 10 * 2 * 8 * 64 * 2  # bytes of a layer: between 1,000 and 100,000
     part = math.log(read / 1000) / math.log(100)
@@ -67,7 +77,7 @@ def test_attention_is_timed_by_byte_and_by_operation() -> None:
 
 
 def test_overheads_are_of_steps_sequences_layers_and_tokens_to_choose() -> None:
-    timer = Measured(profile())
+    timer = Measured(profile(), 1e9)
     decode = timer.overhead(SHAPE, [Work(5, 1), Work(6, 1)])
     assert decode == pytest.approx(1e-3 + 2e-4 + 16e-5 + 2 * 128256 * 1e-9)
     prefill = timer.overhead(SHAPE, [Work(0, 5, 0)])
@@ -76,6 +86,6 @@ def test_overheads_are_of_steps_sequences_layers_and_tokens_to_choose() -> None:
 
 
 def test_what_binds_is_told_by_rows() -> None:
-    timer = Measured(profile())
+    timer = Measured(profile(), 1e9)
     assert decode_time(DEPLOYMENT, timer, 1, 9).limit == "memory bandwidth"
     assert prefill_time(DEPLOYMENT, timer, 512).limit == "compute"

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,10 @@ Array = npt.NDArray[Any]
 Table = Mapping[tuple[int, int], float]
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}
-# hidden, inner and layers of MLPs: of a model that caches hold, of a small and of a large one.
-MLPS = ((256, 704, 4), (768, 2048, 12), (2048, 5632, 2))
+# hidden, inner and layers of MLPs: a model that caches hold, and three that they do not.
+CACHED = (256, 704, 4)
+MLPS = ((256, 704, 64), (768, 2048, 8), (2048, 5632, 2))
+CACHED_BYTES, MAPPED_BYTES = 4 << 20, 64 << 20  # of weights that caches hold, and do not
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CHUNK = 512
 DECODES = ((1, 256), (1, 1024), (1, 4096), (8, 4096))  # sequences and their contexts
@@ -68,7 +70,8 @@ class Overhead:
 class Profile:
     """Seconds by measurement.
 
-    linear    (rows, numbers of the matrix) -> seconds a number
+    linear    (rows, numbers of the matrix) -> seconds a number, from memory
+    cached    rows -> seconds a number of small matrices, from the processor's caches
     decode    (sequences, bytes that each reads in a layer) -> seconds a byte, by format
     prefill   (tokens before, new) -> seconds an operation, by format
     decoding, prefilling   what a step takes outside its operations, with and without layers in one
@@ -79,6 +82,7 @@ class Profile:
     name: str
     dtype: str
     linear: Table
+    cached: Mapping[int, float]
     decode: Table
     prefill: Table
     decoding: Overhead
@@ -115,9 +119,13 @@ def _between(table: Table, first: float, second: float) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """A :class:`quire.analysis.roofline.Timer` of a profile."""
+    """A :class:`quire.analysis.roofline.Timer` of a profile.
+
+    weights   bytes of all weights: those of a small model stay in the processor's caches
+    """
 
     profile: Profile
+    weights: float
 
     def seconds(self, op: Op) -> float:
         """All of ``op.count`` together; what is no linear layer or attention is in overheads."""
@@ -142,9 +150,21 @@ class Measured:
     def _linear(self, op: Op) -> float:
         numbers = op.inputs * op.outputs
         each = _between(self.profile.linear, op.rows, numbers)
+        if self.weights < MAPPED_BYTES:
+            each = self._partly_cached(op.rows, each)
         if op.rows > ROWS[-1]:
             each *= op.rows / ROWS[-1]
         return op.count * op.copies * numbers * each
+
+    def _partly_cached(self, rows: int, from_memory: float) -> float:
+        """Between the time from caches and that from memory, by the size of the model."""
+        points = sorted(self.profile.cached)
+        low, high, part = _bracket(points, rows)
+        ends = [math.log(self.profile.cached[row]) for row in (low, high)]
+        cached = ends[0] + part * (ends[1] - ends[0])
+        share = math.log(max(self.weights, CACHED_BYTES) / CACHED_BYTES)
+        share /= math.log(MAPPED_BYTES / CACHED_BYTES)
+        return math.exp(cached + share * (math.log(from_memory) - cached))
 
     def _attention(self, op: Op) -> float:
         if op.new > 1:
@@ -166,10 +186,12 @@ def calibrate(shape: ModelShape, layout: CacheLayout, backend: Backend) -> Profi
     index = shape.layers.index(layer)
     probe = _Attending(backend, layer, layout, index)
     decoding, prefilling = _overheads(backend)
+    linear, cached = _linear_times(backend, shape.dtype)
     return Profile(
         name=f"this machine: {this_machine().cpu_name}, {backend.name} backend",
         dtype=shape.dtype,
-        linear=_linear_times(backend, shape.dtype),
+        linear=linear,
+        cached=cached,
         decode={
             (count, round(read)): seconds
             for count, context in DECODES
@@ -221,40 +243,44 @@ def _median(call: Callable[[], Any]) -> float:
     return statistics.median(seconds)
 
 
-def _linear_times(backend: Backend, dtype: str) -> Table:
-    """Weights are mapped from a file, as those of a checkpoint are."""
-    found = {}
+def _linear_times(backend: Backend, dtype: str) -> tuple[Table, Mapping[int, float]]:
+    """From memory, by rows and size, and from caches, by rows.
+
+    Weights are mapped from a file, as those of a checkpoint are.
+    """
     with tempfile.TemporaryFile() as file:
         weights = _Weights(backend, file, DTYPES[dtype])
+        linear = {}
         for hidden, inner, layers in MLPS:
-            weights.begin()
-            blocks = [backend.block(weights.mlp(hidden, inner)) for _ in range(layers)]
-            for rows in ROWS:
-                x = backend.embed(backend.weight(np.ones((1, hidden), DTYPES[dtype])), [0] * rows)
-
-                def run(x: Any = x, blocks: list[Any] = blocks) -> None:
-                    for block in blocks:
-                        backend.mlp_block(x, block)
-
-                found[rows, hidden * inner] = _median(run) / (3 * hidden * inner * layers)
-    return found
+            for rows, seconds in weights.times(hidden, inner, layers):
+                linear[rows, hidden * inner] = seconds
+        return linear, dict(weights.times(*CACHED))
 
 
 class _Weights:
-    """Matrices of a mapped file, each with a place of its own since the last :meth:`begin`."""
+    """Matrices of a mapped file, one behind the other."""
 
     def __init__(self, backend: Backend, file: Any, dtype: Any) -> None:
         self.backend, self.dtype, self.place = backend, np.dtype(dtype), 0
         self.numbers = max(3 * hidden * inner * layers for hidden, inner, layers in MLPS)
         some = np.full(1 << 20, 2.0**-8, dtype)
         for _ in range(-(-self.numbers // len(some))):
-            file.write(memoryview(some.view(np.uint8)))
+            file.write(some.tobytes())
         file.flush()
         self.mapped = np.memmap(file, self.dtype, "r", shape=(self.numbers,))
 
-    def begin(self) -> None:
-        """Start over."""
-        self.place = 0
+    def times(self, hidden: int, inner: int, layers: int) -> Iterator[tuple[int, float]]:
+        """Rows, and seconds a number of so many MLPs one behind the other."""
+        self.place, backend = 0, self.backend
+        blocks = [backend.block(self.mlp(hidden, inner)) for _ in range(layers)]
+        for rows in ROWS:
+            x = backend.embed(backend.weight(np.ones((1, hidden), self.dtype)), [0] * rows)
+
+            def run(x: Any = x) -> None:
+                for block in blocks:
+                    backend.mlp_block(x, block)
+
+            yield rows, _median(run) / (3 * hidden * inner * layers)
 
     def matrix(self, outputs: int, inputs: int) -> Projection:
         """The next one."""

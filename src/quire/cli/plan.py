@@ -224,11 +224,13 @@ def _hardware(
         known = known_hardware(name)
         return known, Roof(known)
     from quire.analysis.calibrate import Measured, calibrate, measured_hardware
+    from quire.analysis.memory import weight_bytes
     from quire.backends import create_backend
 
     backend = create_backend("native", threads)
     profile = calibrate(shape, layout, backend)
-    return measured_hardware(profile, backend), Measured(profile)
+    timer = Measured(profile, sum(weight_bytes(shape).values()))
+    return measured_hardware(profile, backend), timer
 
 
 def _list_hardware() -> None:
