@@ -126,15 +126,16 @@ def count_axis(title: str, high: float) -> Axis:
 
 def doublings(high: int, title: str) -> Axis:
     """Linear from 0 to ``high`` tokens, with ticks at a power of two."""
-    step = _doubling_step(high)
-    ticks = tuple((step * i, _tokens(step * i)) for i in range(int(high / step) + 1))
+    step = max(1.0, _doubling_step(high))
+    values = [int(step) * i for i in range(int(high / step) + 1)]
+    ticks = tuple((value, _tokens(value, step)) for value in values)
     return Axis(title, 0, high, ticks, straight)
 
 
 def doubling_axis(title: str, low: int, high: int) -> Axis:
     """Logarithmic from ``low`` to ``high`` tokens, with ticks at powers of two."""
     powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
-    return Axis(title, low, high, tuple((2.0**p, _tokens(2**p)) for p in powers), math.log2)
+    return Axis(title, low, high, tuple((2.0**p, _tokens(2**p, 2**p)) for p in powers), math.log2)
 
 
 def decade_axis(title: str, low: float, high: float, unit: str = "") -> Axis:
@@ -158,6 +159,6 @@ def _doubling_step(high: float) -> float:
     return float(2.0 ** math.floor(math.log2(high / 4)))
 
 
-def _tokens(count: float) -> str:
-    whole = count >= 1024 and count % 1024 == 0
-    return f"{count / 1024:.0f}K" if whole else f"{count:.0f}"
+def _tokens(count: int, step: float) -> str:
+    """In units of 1,024 where all ticks are such."""
+    return f"{count // 1024:,}K" if count and step % 1024 == 0 else f"{count:,}"

@@ -17,6 +17,8 @@ COLOURS = {
     "axis": "#3c4148",
     "shade": "#e9ebee",
     "limit": "#c21f2e",
+    "point": "#1d2025",
+    "diamond": "#1d2025",
     "blue": "#0b62c4",
     "orange": "#c2570c",
     "green": "#1b7f3b",
@@ -31,6 +33,8 @@ DARK = {
     "grid": "#2b2f36",
     "shade": "#23272e",
     "limit": "#ff7a80",
+    "point": "#e8eaed",
+    "diamond": "#e8eaed",
     "blue": "#6cb0ff",
     "orange": "#ff9d57",
     "green": "#63d083",
@@ -69,6 +73,7 @@ $dashes
 text.name { paint-order: stroke; stroke: var(--page); stroke-width: 3; stroke-linejoin: round; }
 circle, rect { stroke: var(--page); stroke-width: 1.5; fill: var(--grey); }
 circle.front { fill: var(--front); } .exact { fill: var(--exact); } .shade { fill: var(--shade); }
+.point, .diamond { fill: var(--ink); }
 $tones
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: 1rem 0 .25rem; }
