@@ -164,19 +164,25 @@ def place_names(
 
 
 def spread(wanted: Sequence[float], apart: float, low: float, high: float) -> list[float]:
-    """Places near the ``wanted`` ones, in their order, at least ``apart``, from ``low`` to ``high``.
+    """Places near the ``wanted`` ones, in their order and ``apart``, from ``low`` to ``high``.
 
     If there is no room for all, they go beyond ``high``.
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = list(wanted)
-    last = high + apart
-    for i in reversed(order):  # none above the one after it
-        last = placed[i] = min(placed[i], last - apart)
-    last = low - apart
-    for i in order:
-        last = placed[i] = max(placed[i], last + apart)
-    return placed
+    sought = [wanted[i] for i in order]
+    below = [-place for place in _pushed([-place for place in reversed(sought)], apart)][::-1]
+    middle = [(a + b) / 2 for a, b in zip(_pushed(sought, apart), below, strict=True)]
+    fits = [min(place, high - apart * i) for i, place in enumerate(reversed(middle))][::-1]
+    fits = [max(place, low + apart * i) for i, place in enumerate(fits)]
+    return [fits[order.index(i)] for i in range(len(wanted))]
+
+
+def _pushed(places: Sequence[float], apart: float) -> list[float]:
+    """Each at least ``apart`` above the one before it, which stays."""
+    found: list[float] = []
+    for place in places:
+        found.append(max(place, found[-1] + apart) if found else place)
+    return found
 
 
 def meet(a: Box, b: Box) -> bool:
@@ -185,9 +191,7 @@ def meet(a: Box, b: Box) -> bool:
 
 
 def _inside(box: Box, bounds: Box) -> bool:
-    return (
-        box[0] > bounds[0] and box[1] > bounds[1] and box[2] < bounds[2] and box[3] < bounds[3]
-    )
+    return box[0] > bounds[0] and box[1] > bounds[1] and box[2] < bounds[2] and box[3] < bounds[3]
 
 
 def _beside(mark: Mark, width: float, side: int, dy: float) -> Box:

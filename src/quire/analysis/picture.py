@@ -26,7 +26,9 @@ def _table(report: Report) -> Table:
         *("same top-1", "recalled, asked after the prompt", "asked in the prompt"),
     )
     measured = (report.exact, *(made for _, made in report.candidates))
-    rows = [_cells(each, each is report.exact) for each in measured if isinstance(each, Measurement)]
+    rows = [
+        _cells(each, each is report.exact) for each in measured if isinstance(each, Measurement)
+    ]
     return Table(heads, tuple(rows))
 
 

@@ -36,7 +36,7 @@ from quire.config import format_bytes
 __all__ = ["plan_picture"]
 
 WIDTH, LEFT, MARGIN = 1120, 92, 212  # MARGIN: right of the growth panel, for names of lines
-TOP, TALL, BETWEEN = 104, 340, 122  # of the growth panel; from its bottom to the panels below
+TOP, TALL, BETWEEN = 116, 340, 122  # of the growth panel; from its bottom to the panels below
 BAR, GAP = 26, 16
 COUNTS = ("solid", "dashed", "dotted")  # lines of the first, second and third number of requests
 OFF = 4.0  # times above all lines from which on a limit is not drawn to scale
@@ -51,7 +51,7 @@ def plan_picture(
     parts = _Parts()
     _draw_growth(parts, growth, tones)
     top = TOP + TALL + BETWEEN
-    bottoms = [TOP + TALL]
+    bottoms: list[float] = [TOP + TALL]
     if capacity is not None:
         right = WIDTH - MARGIN if roofline is None else WIDTH * 0.44
         bottoms.append(_draw_capacity(parts, capacity, tones, (LEFT + 16, top, right, 0)))
@@ -116,28 +116,27 @@ def _draw_growth(parts: _Parts, growth: Growth, tones: dict[str, str]) -> None:
     panel, off = _growth_panel(growth, [curve.line for curve in curves])
     lines, labels = panel.frame()
     labels += [Label("title", LEFT, 30, _title(growth)), Label("note", LEFT, 52, _note(growth))]
-    labels.append(Label("heading", LEFT, TOP - 18, _growth_heading(growth)))
+    labels.append(Label("heading", LEFT, TOP - 28, _growth_heading(growth)))
     labels.append(_shade(parts, panel, growth))
     if growth.limit is not None:
         line, label = _limit(panel, growth, off)
         lines.append(line)
         labels.append(label)
     taken = [label.box for label in labels if not label.turned]
-    taken += [(x0, y - 3, x1, y + 3) for each in lines if each.tone for (x0, y), (x1, _) in [each.points]]
+    taken += [_flat_box(line) for line in lines if line.tone]  # the limit
     drawn = [_draw_curve(panel, curve) for curve in curves]
     lines += drawn
     marks = [mark for curve in curves if (mark := _crossing(panel, growth, curve))]
     lines += [Line("leader", ((m.x, m.y + 6), (m.x, panel.box[3])), m.tone) for m in marks]
-    ends, leaving = [], []
-    for curve, line in zip(curves, drawn, strict=True):
-        at_right = line.points[-1][0] > panel.box[2] - 1
-        (ends if at_right else leaving).append((curve, line))
-    named, leaders = _end_names(panel, ends)
-    anchors, names = _crossing_names(marks, curves, leaving)
-    bounds = (panel.box[0], panel.box[1] - 6, panel.box[2] + 60, panel.box[3])
+    ends = list(zip(curves, drawn, strict=True))
+    inside = [end for end in ends if end[1].points[-1][0] > panel.box[2] - 1]
+    named, leaders = _right_names(panel, inside)
+    named += _top_names(panel, [end for end in ends if end not in inside])
+    bounds = (panel.box[0], panel.box[1] - 2, panel.box[2] + 20, panel.box[3])
     crossed = [line for line in lines if line.kind not in ("grid", "axis", "leader")]
     taken += [label.box for label in named]
-    placed, more = place_names(anchors, names, bounds, crossed, taken)
+    numbers = [f"{_tokens(curve):,}" for curve in curves if _crossing(panel, growth, curve)]
+    placed, more = place_names(marks, numbers, bounds, crossed, taken)
     parts.add([*lines, *leaders, *more], marks, [*labels, *named, *placed])
     parts.tables.append(_growth_table(growth))
 
@@ -150,9 +149,8 @@ def _curves(growth: Growth, tones: dict[str, str]) -> list[_Curve]:
         together.setdefault((line.sequences, line.points), []).append(line)
     curves = []
     if growth.unwindowed is not None:
-        ghost = growth.unwindowed
-        name = f"{_named(ghost.name, ghost.sequences, counts)}, no windows"
-        curves.append(_Curve(replace(ghost, most=None), name, "ghost", ""))
+        ghost = replace(growth.unwindowed, most=None)
+        curves.append(_Curve(ghost, "no windows", "ghost", ""))
     for (count, _), same in together.items():
         name = _named(", ".join(line.name for line in same), count, counts)
         kind = _kind(counts.index(count))
@@ -220,27 +218,17 @@ def _crossing(panel: Panel, growth: Growth, curve: _Curve) -> Mark | None:
     return Mark("crossing", x, y, f"{curve.name}: fits up to {most:,} tokens", curve.tone)
 
 
-def _crossing_names(
-    marks: Sequence[Mark], curves: Sequence[_Curve], leaving: Sequence[tuple[_Curve, Line]]
-) -> tuple[list[Mark], list[str]]:
-    """Places to name: crossings, and where lines without one leave through the top."""
-    gone = {curve.name for curve, _ in leaving}
-    by_title = {mark.title.split(": fits")[0]: mark for mark in marks}
-    anchors, names = [], []
-    for curve in curves:
-        mark = by_title.get(curve.name)
-        if mark is not None:
-            anchors.append(mark)
-            count = f"{curve.line.most:,}"
-            names.append(f"{curve.name}: {count}" if curve.name in gone else count)
-    for curve, line in leaving:
-        if curve.name not in by_title:
-            anchors.append(Mark("", *line.points[-1], "", curve.tone))
-            names.append(curve.name)
-    return anchors, names
+def _tokens(curve: _Curve) -> int:
+    """The longest context of a line that has one."""
+    return curve.line.most or 0
 
 
-def _end_names(
+def _flat_box(line: Line) -> Box:
+    (left, y), (right, _) = line.points
+    return left, y - 3, right, y + 3
+
+
+def _right_names(
     panel: Panel, ends: Sequence[tuple[_Curve, Line]]
 ) -> tuple[list[Label], list[Line]]:
     """Names right of the panel, at the ends of lines; a short line leads to each."""
@@ -249,10 +237,25 @@ def _end_names(
     labels, leaders = [], []
     for (curve, line), y in zip(ends, places, strict=True):
         end = line.points[-1]
-        size = format_bytes(curve.line.points[-1][1])
-        labels.append(Label("name", right + 24, y + 4, f"{curve.name}: {size}", tone=curve.tone))
+        full = f"{curve.name}: {format_bytes(curve.line.points[-1][1])}"
+        text = full if LETTER * len(full) < MARGIN - 26 else curve.name
+        labels.append(Label("name", right + 24, y + 4, text, tone=curve.tone))
         leaders.append(Line("leader", (end, (right + 20, y)), curve.tone))
     return labels, leaders
+
+
+def _top_names(panel: Panel, ends: Sequence[tuple[_Curve, Line]]) -> list[Label]:
+    """Names above the panel, where lines leave it."""
+    if not ends:
+        return []
+    left, top, right, _ = panel.box
+    half = max(LETTER * len(curve.name) for curve, _ in ends) / 2 + 4
+    wanted = [line.points[-1][0] for _, line in ends]
+    places = spread(wanted, 2 * half, left + half, right + half)
+    return [
+        Label("name", x, top - 7, curve.name, "middle", tone=curve.tone)
+        for (curve, _), x in zip(ends, places, strict=True)
+    ]
 
 
 def _shade(parts: _Parts, panel: Panel, growth: Growth) -> Label:
@@ -291,12 +294,22 @@ def _growth_heading(growth: Growth) -> str:
 
 
 def _note(growth: Growth) -> str:
-    says = [f"weights {format_bytes(growth.weights)}"]
-    if growth.limit is not None:
-        says.append("a mark is the longest context that fits")
-    if growth.windows:
+    most = [line.most for line in growth.lines]
+    if growth.limit is None:
+        says = ["memory is that of weights, keys and values, and workspace"]
+    elif all(tokens == 0 for tokens in most):
+        says = ["no context fits"]
+    elif all(tokens == growth.longest for tokens in most):
+        says = ["all contexts fit"]
+    else:
+        says = ["a mark is the longest context that fits"]
+    if growth.windows and growth.unwindowed is not None:
         kept = " or ".join(f"{window:,}" for window in growth.windows)
-        says.append(f"layers with a sliding window keep {kept} tokens")
+        line = growth.unwindowed
+        says.append(
+            f"layers with a sliding window keep {kept} tokens; no windows: "
+            f"{line.sequences:,} × {line.name} if they kept all"
+        )
     return "; ".join(says)
 
 
@@ -316,6 +329,7 @@ def _growth_table(growth: Growth) -> Table:
 def _draw_capacity(parts: _Parts, capacity: Capacity, tones: dict[str, str], room: Box) -> float:
     """Bars from the top of ``room`` down; returns where they end."""
     left, top, right, _ = room
+    left = max(left, 20 + LETTER * max(len(bar.name) for bar in capacity.bars))
     bottom = top + GAP + len(capacity.bars) * (BAR + GAP)
     texts = _bar_texts(capacity)
     widest = max(len(text) for text in texts) * LETTER + 16
@@ -325,6 +339,8 @@ def _draw_capacity(parts: _Parts, capacity: Capacity, tones: dict[str, str], roo
         x = doublings(int(high), "tokens")
     else:
         x = count_axis(capacity.unit, high)
+    last = capacity.ceiling or high
+    x = replace(x, ticks=tuple(tick for tick in x.ticks if tick[0] <= last))
     panel = Panel((left, top, right, bottom), x, Axis("", 0, 1, (), straight))
     lines, labels = panel.frame()
     labels.append(Label("heading", left, top - 18, capacity.heading))

@@ -90,7 +90,9 @@ def draw_roofline(roofline: Roofline, box: Box) -> Drawn:
         ridges.append(Mark("ridge", *ridge, f"{roof.name}: ridge", tone))
         row = bottom - 8 - 17 * i
         name = f"ridge {si(roof.ridge, '')} FLOP/byte"
-        labels.append(Label("name", ridge[0] + 7, row, name, tone=tone))
+        first = len(roofline.roofs) > 1 and roof.ridge == min(r.ridge for r in roofline.roofs)
+        side, anchor = (-7, "end") if first else (7, "start")
+        labels.append(Label("name", ridge[0] + side, row, name, anchor, tone=tone))
         labels.append(Label("name", right - 6, ridge[1] - 8, _flat(roof), "end", tone=tone))
         speed = si(roof.bandwidth, "B/s")
         if speed not in names:  # one slope of several roofs
