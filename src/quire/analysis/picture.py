@@ -1,17 +1,14 @@
-"""The Pareto picture in a file: PNG by matplotlib (the extra ``bench``), HTML by itself."""
+"""The Pareto picture in a file: the scene, and on a page the table of all that was measured."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from quire.analysis.drawing import Table
+from quire.analysis.paint import require_drawable, write_picture
 from quire.analysis.quality import Measurement, Report
-from quire.analysis.rendering import require_drawable, write_scene
 from quire.analysis.scene import scene_of
 
 __all__ = ["draw", "require_drawable"]
-
-_HEADS = (
-    *("setting", "bytes a token", "compression", "perplexity", "change", "KL mean, nats"),
-    *("same top-1", "recalled, asked after the prompt", "asked in the prompt"),
-)
 
 
 def draw(report: Report, model: str, path: Path) -> None:
@@ -20,10 +17,19 @@ def draw(report: Report, model: str, path: Path) -> None:
     Raises QuireError for another suffix, without matplotlib, and if the file cannot be written.
     """
     require_drawable(path)
+    write_picture(replace(scene_of(report, model), tables=(_table(report),)), path)
+
+
+def _table(report: Report) -> Table:
+    heads = (
+        *("setting", "bytes a token", "compression", "perplexity", "change", "KL mean, nats"),
+        *("same top-1", "recalled, asked after the prompt", "asked in the prompt"),
+    )
     measured = (report.exact, *(made for _, made in report.candidates))
-    rows = [_cells(m, m is report.exact) for m in measured if isinstance(m, Measurement)]
-    title = f"{model}: memory against quality"
-    write_scene(scene_of(report, model), title, [_HEADS, *rows], path)
+    rows = [
+        _cells(each, each is report.exact) for each in measured if isinstance(each, Measurement)
+    ]
+    return Table(heads, tuple(rows))
 
 
 def _cells(each: Measurement, exact: bool) -> tuple[str, ...]:

@@ -1,194 +1,150 @@
-"""The roofline picture: what a device can do, and where steps of a deployment lie below it.
+"""The roofline as shapes: what a machine can do at most, and where a workload's steps lie.
 
-Operations a byte to the right, operations a second upwards, both logarithmic (Williams, Waterman
-and Patterson, CACM 52(4), 2009): on the slope memory is the limit, below a level line computing.
+After Williams, Waterman and Patterson, 2009 (doi:10.1145/1498765.1498785): operations a second
+over operations for each byte that is moved, both logarithmic. Where the slope of bandwidth meets
+the flat roof of arithmetic is the ridge.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
-from quire.analysis.drawing import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Label,
-    Line,
-    Mark,
-    Scene,
-    place_names,
-)
-from quire.analysis.hardware import Hardware
-from quire.analysis.rendering import write_scene
-from quire.analysis.roofline import StepTime, Timer, decode_time, prefill_time
-from quire.analysis.steps import Deployment
+from quire.analysis.axes import Panel, decade_axis, si
+from quire.analysis.drawing import TONES, Box, Label, Line, Mark, Table, place_names
 from quire.errors import ConfigError
 
-__all__ = ["Point", "draw_roofline", "roofline_scene", "workload_points"]
-
-BATCHES = (1, 8, 64)
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+__all__ = ["Roof", "Roofline", "RooflinePoint", "draw_roofline"]
 
 
 @dataclass(frozen=True)
-class Point:
-    """A step in the picture: its ``kind`` is ``decode`` or ``prefill``."""
+class Roof:
+    """A machine: ``flops`` operations a second and ``bandwidth`` bytes a second at most."""
 
     name: str
-    kind: str
-    time: StepTime
+    flops: float
+    bandwidth: float
+
+    def __post_init__(self) -> None:
+        if self.flops <= 0 or self.bandwidth <= 0:
+            raise ConfigError(
+                f"{self.name} cannot be drawn with {self.flops:g} FLOP/s and {self.bandwidth:g} "
+                "bytes/s; both must be above 0"
+            )
 
     @property
-    def rate(self) -> float:
-        """Operations a second."""
-        return self.time.flops / self.time.seconds
+    def ridge(self) -> float:
+        """FLOP a byte from which on arithmetic is what bounds."""
+        return self.flops / self.bandwidth
+
+    def at(self, intensity: float) -> float:
+        """Operations a second at most."""
+        return min(self.flops, self.bandwidth * intensity)
 
 
-def workload_points(
-    deployment: Deployment,
-    timer: Timer,
-    context: int,
-    chunk: int | None = None,
-    batches: Sequence[int] = BATCHES,
-) -> tuple[Point, ...]:
-    """Decoding behind ``context`` tokens with each batch, and the prefill of that many."""
-    steps = [
-        Point(_decode_name(many), "decode", decode_time(deployment, timer, many, context))
-        for many in batches
-    ]
-    whole = prefill_time(deployment, timer, context, chunk)
-    return (*steps, Point(f"prefill of {context:,}", "prefill", whole))
+@dataclass(frozen=True)
+class RooflinePoint:
+    """A step of a workload: FLOP a byte, FLOP/s, and what bounds it."""
+
+    name: str
+    intensity: float
+    flops: float
+    bound: Literal["memory", "compute"]
+
+    def __post_init__(self) -> None:
+        if self.intensity <= 0 or self.flops <= 0:
+            raise ConfigError(
+                f"{self.name} cannot be drawn at {self.intensity:g} FLOP/byte and {self.flops:g} "
+                "FLOP/s; both must be above 0"
+            )
 
 
-def draw_roofline(hardware: Hardware, points: Sequence[Point], model: str, path: Path) -> None:
-    """Write the picture to a ``.png`` or ``.html`` file; ``model`` names it.
+@dataclass(frozen=True)
+class Roofline:
+    """At least one roof, and points below or on it."""
 
-    Raises QuireError for another suffix, without matplotlib, and if the file cannot be written.
-    """
-    heads = ("step", "FLOP a byte", "FLOP/s", "bytes", "seconds", "limited by")
-    rows = [
-        (
-            point.name,
-            f"{point.time.intensity:.4g}",
-            _short(point.rate),
-            f"{point.time.bytes:.4g}",
-            f"{point.time.seconds:.4g}",
-            point.time.limit,
-        )
-        for point in points
-    ]
-    title = f"{model} on {hardware.name}"
-    write_scene(roofline_scene(hardware, points, model), title, [heads, *rows], path)
+    roofs: tuple[Roof, ...]
+    points: tuple[RooflinePoint, ...]
+
+    def __post_init__(self) -> None:
+        if not self.roofs:
+            raise ConfigError("a roofline needs at least one roof")
 
 
-def roofline_scene(hardware: Hardware, points: Sequence[Point], model: str) -> Scene:
-    """The picture; raises ConfigError without points."""
-    if not points:
-        raise ConfigError("a roofline without steps shows nothing; give one point or more")
-    axes = _Axes(hardware, points)
-    lines, labels = axes.frame()
-    roofs, names = _roofs(hardware, axes)
-    labels += [
-        Label("title", LEFT, 30, f"{model} on {hardware.name}"),
-        Label(
-            "note",
-            LEFT,
-            52,
-            f"memory: {hardware.bandwidth / 1e9:,.5g} GB/s; on the slope it is the limit, at a "
-            "level line the units are",
-        ),
-        *names,
-    ]
-    marks = [
-        Mark(
-            point.kind,
-            axes.x(point.time.intensity),
-            axes.y(point.rate),
-            f"{point.name}: {point.time.intensity:.4g} FLOP a byte, {_short(point.rate)}, "
-            f"{point.time.seconds:.4g} s, {point.time.limit}",
-        )
-        for point in points
-    ]
-    lines += roofs
-    placed, leaders = place_names(marks, [point.name for point in points], lines, names)
-    return Scene((*lines, *leaders), tuple(marks), (*labels, *placed))
+Drawn = tuple[list[Line], list[Mark], list[Label], Table]
 
 
-def _roofs(hardware: Hardware, axes: "_Axes") -> tuple[list[Line], list[Label]]:
-    """The slope of the memory, and a level line for each rate; dtypes of one rate share it."""
-    dtypes: dict[float, list[str]] = {}
-    for dtype, rate in hardware.flops.items():
-        dtypes.setdefault(rate, []).append(dtype)
-    right, best = WIDTH - RIGHT, max(dtypes)
-    slope = (axes.x(axes.low), axes.y(axes.low * hardware.bandwidth))
-    lines = [Line("roof", (slope, (axes.x(best / hardware.bandwidth), axes.y(best))))]
-    labels = []
-    for rate, names in dtypes.items():
-        y = axes.y(rate)
-        lines.append(Line("roof", ((axes.x(rate / hardware.bandwidth), y), (right, y))))
-        text = f"{', '.join(names)}: {_short(rate)}"
-        labels.append(Label("tick", right - 4, y - 5, text, "end"))
-    return lines, labels
+def draw_roofline(roofline: Roofline, box: Box) -> Drawn:
+    """Shapes inside ``box``, with axes around it and a heading above; and the same as a table."""
+    panel = _panel(roofline, box)
+    lines, labels = panel.frame()
+    left, top, right, bottom = box
+    labels.append(Label("heading", left, top - 18, "Roofline"))
+    says = "● bound by memory   ◆ bound by arithmetic"
+    labels.append(Label("note", right, top - 18, says, "end"))
+    ridges, anchors, names = [], [], []
+    for i, roof in enumerate(roofline.roofs):
+        tone = TONES[(i + 3) % len(TONES)]  # the first three are page formats, as a rule
+        ends = (panel.x.low, roof.ridge, panel.x.high)
+        ridge = panel.at(roof.ridge, roof.flops)
+        lines.append(Line("solid", tuple(panel.at(x, roof.at(x)) for x in ends), tone, _says(roof)))
+        lines.append(Line("leader", (ridge, (ridge[0], bottom)), tone))
+        ridges.append(Mark("ridge", *ridge, f"{roof.name}: ridge", tone))
+        row = bottom - 8 - 17 * i
+        name = f"ridge {si(roof.ridge, '')} FLOP/byte"
+        first = len(roofline.roofs) > 1 and roof.ridge == min(r.ridge for r in roofline.roofs)
+        side, anchor = (-7, "end") if first else (7, "start")
+        labels.append(Label("name", ridge[0] + side, row, name, anchor, tone=tone))
+        labels.append(Label("name", right - 6, ridge[1] - 8, _flat(roof), "end", tone=tone))
+        speed = si(roof.bandwidth, "B/s")
+        if speed not in names:  # one slope of several roofs
+            slope = (panel.x.low * roof.ridge) ** 0.5
+            anchors.append(Mark("", *panel.at(slope, roof.at(slope)), "", tone))
+            names.append(speed)
+    marks = [_mark(panel, point) for point in roofline.points]
+    crossed = [line for line in lines if line.kind in ("solid", "leader")]
+    placed, leaders = place_names(
+        [*marks, *anchors],
+        [*(point.name for point in roofline.points), *names],
+        box,
+        crossed,
+        [*(label.box for label in labels if not label.turned), *map(_around, ridges)],
+    )
+    return [*lines, *leaders], [*ridges, *marks], [*labels, *placed], _table(roofline)
 
 
-class _Axes:
-    """From operations a byte and operations a second to pixels."""
-
-    def __init__(self, hardware: Hardware, points: Sequence[Point]) -> None:
-        rates = hardware.flops.values()
-        ridges = [rate / hardware.bandwidth for rate in rates]
-        across = [point.time.intensity for point in points]
-        self.low = min(*across, *ridges) / 3
-        self._high = 16 * max(*across, *ridges)
-        self._bottom = min(*(point.rate for point in points), self.low * hardware.bandwidth) / 1.2
-        self._top = 2.5 * max(*rates, *(point.rate for point in points))
-
-    def x(self, intensity: float) -> float:
-        """Pixels from the left."""
-        share = math.log(intensity / self.low) / math.log(self._high / self.low)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def y(self, rate: float) -> float:
-        """Pixels from the top."""
-        share = math.log(rate / self._bottom) / math.log(self._top / self._bottom)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-    def frame(self) -> tuple[list[Line], list[Label]]:
-        """Axes, a grid of decades with their units, and what the axes are."""
-        right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-        lines, labels = [], []
-        for power in _decades(self._bottom, self._top):
-            y = self.y(10.0**power)
-            lines.append(Line("grid", ((LEFT, y), (right, y))))
-            labels.append(Label("tick", LEFT - 8, y + 4, _short(10.0**power, ""), "end"))
-        for power in _decades(self.low, self._high):
-            x = self.x(10.0**power)
-            lines.append(Line("grid", ((x, TOP), (x, bottom))))
-            labels.append(Label("tick", x, bottom + 20, f"{10.0**power:,.10g}", "middle"))
-        lines.append(Line("axis", ((LEFT, TOP), (LEFT, bottom), (right, bottom))))
-        across, up = (LEFT + right) / 2, (TOP + bottom) / 2
-        labels += [
-            Label("axis", across, HEIGHT - 18, "operations a byte moved (FLOP/byte)", "middle"),
-            Label("axis", 20, up, "operations a second (FLOP/s)", "middle", True),
-        ]
-        return lines, labels
+def _panel(roofline: Roofline, box: Box) -> Panel:
+    roofs, points = roofline.roofs, roofline.points
+    intensities = [*(roof.ridge for roof in roofs), *(point.intensity for point in points)]
+    low, high = min(intensities) / 4, max(intensities) * 6
+    attained = [*(roof.at(low) for roof in roofs), *(point.flops for point in points)]
+    x = decade_axis("arithmetic intensity, FLOP/byte", low, high)
+    most = max(roof.flops for roof in roofs)
+    y = decade_axis("FLOP/s, at most and reached", min(attained) / 2, most * 3, "FLOP/s")
+    return Panel(box, x, y, y_title=96)
 
 
-def _decades(low: float, high: float) -> range:
-    return range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+def _mark(panel: Panel, point: RooflinePoint) -> Mark:
+    kind = "diamond" if point.bound == "compute" else "point"
+    title = (
+        f"{point.name}: {si(point.flops, 'FLOP/s')} at {si(point.intensity, '')} FLOP/byte, "
+        f"bound by {point.bound}"
+    )
+    return Mark(kind, *panel.at(point.intensity, point.flops), title)
 
 
-def _decode_name(sequences: int) -> str:
-    return f"decode, {sequences:,} sequence{'s' if sequences > 1 else ''}"
+def _around(mark: Mark) -> Box:
+    return mark.x - 7, mark.y - 7, mark.x + 7, mark.y + 7
 
 
-def _short(rate: float, unit: str = "FLOP/s") -> str:
-    """``989.4 TFLOP/s``."""
-    for size, prefix in _PREFIXES:
-        if rate >= 0.99999 * size:
-            return f"{rate / size:.4g} {prefix}{unit}"
-    return f"{rate:.4g} {unit}"
+def _flat(roof: Roof) -> str:
+    return f"{roof.name}: {si(roof.flops, 'FLOP/s')}"
+
+
+def _says(roof: Roof) -> str:
+    return f"{_flat(roof)}, {si(roof.bandwidth, 'B/s')}, ridge {si(roof.ridge, '')} FLOP/byte"
+
+
+def _table(roofline: Roofline) -> Table:
+    rows = tuple(
+        (p.name, si(p.intensity, ""), si(p.flops, "FLOP/s"), p.bound) for p in roofline.points
+    )
+    return Table(("step", "FLOP/byte", "FLOP/s", "bound by"), rows, "Roofline")

@@ -1,4 +1,4 @@
-"""The Pareto picture as shapes in pixels: laid out once, drawn as PNG or SVG by ``picture``.
+"""The Pareto picture as shapes in pixels: laid out once, drawn as PNG or SVG by ``paint``.
 
 Memory to the right on a logarithmic axis, loss upwards on one that is linear about zero and
 logarithmic beyond, so that losses of 0.001 % and of 100 % are seen in one picture.
@@ -7,26 +7,16 @@ logarithmic beyond, so that losses of 0.001 % and of 100 % are seen in one pictu
 import math
 from collections.abc import Sequence
 
-from quire.analysis.drawing import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    LETTER,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Label,
-    Line,
-    Mark,
-    Scene,
-    place_names,
-)
+from quire.analysis.axes import Axis, Panel
+from quire.analysis.drawing import LETTER, Box, Label, Line, Mark, Scene, place_names
 from quire.analysis.pareto import front
 from quire.analysis.quality import Measurement, Report
 from quire.config import format_bytes
 
-__all__ = ["HEIGHT", "LETTER", "WIDTH", "Label", "Line", "Mark", "Scene", "scene_of"]
+__all__ = ["HEIGHT", "LETTER", "WIDTH", "Box", "Label", "Line", "Mark", "Scene", "scene_of"]
 
+WIDTH, HEIGHT = 880, 540
+LEFT, RIGHT, TOP, BOTTOM = 92, 28, 78, 64
 LINEAR = 1e-4  # losses below a hundredth of a percent lie on the linear part
 DECADES = (-1e-1, -1e-2, -1e-3, -1e-4, 0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
@@ -36,10 +26,11 @@ def scene_of(report: Report, model: str) -> Scene:
     own = report.exact.setting  # a candidate that is the exact cache would lie under its mark
     found = [each for _, each in report.candidates if isinstance(each, Measurement)]
     measured = [each for each in found if each.setting != own]
-    axes = _Axes([report.exact, *measured])
-    lines, labels = axes.frame()
+    panel = _panel([report.exact, *measured])
+    lines, labels = panel.frame()
+    title = f"{model}: memory against quality"
     labels += [
-        Label("title", LEFT, 30, f"{model}: memory against quality"),
+        Label("title", LEFT, 30, title),
         Label(
             "note",
             LEFT,
@@ -50,18 +41,25 @@ def scene_of(report: Report, model: str) -> Scene:
     ]
     best = front([report.exact, *measured])
     if len(best) > 1:
-        lines.append(Line("front", tuple(axes.at(each) for each in best)))
-    marks = [_mark(axes, each, best, report) for each in (*measured, report.exact)]
+        lines.append(Line("front", tuple(_at(panel, each) for each in best)))
+    marks = [_mark(panel, each, best, report) for each in (*measured, report.exact)]
     for each in measured:
         low, high = each.summary.perplexity_change_interval
-        x, _ = axes.at(each)
-        lines.append(Line("whisker", ((x, axes.y(low)), (x, axes.y(high)))))
+        lines.append(
+            Line("whisker", tuple(panel.at(each.bytes_per_token, end) for end in (low, high)))
+        )
     names = [*(each.setting.name for each in measured), f"exact ({report.exact.setting.name})"]
-    placed, leaders = place_names(marks, names, lines)
-    return Scene((*lines, *leaders), tuple(marks), (*labels, *placed))
+    crossed = [line for line in lines if line.kind in ("front", "zero", "whisker")]
+    placed, leaders = place_names(marks, names, (LEFT, TOP - 20, WIDTH - 4, math.inf), crossed)
+    drawn = (*lines, *leaders), tuple(marks), (*labels, *placed)
+    return Scene(title, "Pareto picture", (WIDTH, HEIGHT), *drawn)
 
 
-def _mark(axes: "_Axes", each: Measurement, best: Sequence[Measurement], report: Report) -> Mark:
+def _at(panel: Panel, each: Measurement) -> tuple[float, float]:
+    return panel.at(each.bytes_per_token, each.summary.perplexity_change)
+
+
+def _mark(panel: Panel, each: Measurement, best: Sequence[Measurement], report: Report) -> Mark:
     kind = "exact" if each is report.exact else "front" if each in best else "beaten"
     low, high = each.summary.perplexity_change_interval
     title = (
@@ -69,62 +67,31 @@ def _mark(axes: "_Axes", each: Measurement, best: Sequence[Measurement], report:
         f"({each.compression:.2f}x), perplexity {each.summary.perplexity_change:+.4%} "
         f"[{low:+.4%}, {high:+.4%}], KL {each.summary.kl_mean:.2e}"
     )
-    return Mark(kind, *axes.at(each), title)
+    return Mark(kind, *_at(panel, each), title)
 
 
-class _Axes:
-    """From bytes a token and changes of perplexity (0.01 is one percent) to pixels."""
-
-    def __init__(self, measured: Sequence[Measurement]) -> None:
-        sizes = [each.bytes_per_token for each in measured]
-        self._low, self._high = math.log2(min(sizes)) - 0.5, math.log2(max(sizes)) + 0.5
-        ends = [end for each in measured for end in each.summary.perplexity_change_interval]
-        self._ticks = _ticks(min(ends), max(ends))
-        self._bottom, self._top = _bent(self._ticks[0]), _bent(self._ticks[-1])
-
-    def at(self, each: Measurement) -> tuple[float, float]:
-        """Where a measurement lies, in pixels from the left and from the top."""
-        return self.x(each.bytes_per_token), self.y(each.summary.perplexity_change)
-
-    def x(self, count: float) -> float:
-        """Pixels from the left of ``count`` bytes a token."""
-        share = (math.log2(count) - self._low) / (self._high - self._low)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def y(self, loss: float) -> float:
-        """Pixels from the top of a relative change of perplexity."""
-        share = (_bent(loss) - self._bottom) / (self._top - self._bottom)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-    def frame(self) -> tuple[list[Line], list[Label]]:
-        """Axes, grid, ticks with their units, and what the axes are."""
-        right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-        lines, labels = [], []
-        for loss in self._ticks:
-            y = self.y(loss)
-            lines.append(Line("zero" if loss == 0 else "grid", ((LEFT, y), (right, y))))
-            text = "0" if loss == 0 else f"{100 * loss:+.10g} %"
-            labels.append(Label("tick", LEFT - 8, y + 4, text, "end"))
-        for power in range(math.ceil(self._low), math.floor(self._high) + 1):
-            x = self.x(2.0**power)
-            lines.append(Line("grid", ((x, TOP), (x, bottom))))
-            labels.append(Label("tick", x, bottom + 20, format_bytes(2.0**power), "middle"))
-        lines.append(Line("axis", ((LEFT, TOP), (LEFT, bottom), (right, bottom))))
-        middle = (LEFT + right) / 2, (TOP + bottom) / 2
-        labels.append(
-            Label("axis", middle[0], HEIGHT - 18, "bytes of keys and values a token", "middle")
-        )
-        labels.append(
-            Label(
-                "axis",
-                20,
-                middle[1],
-                "change of perplexity against the exact cache",
-                "middle",
-                True,
-            )
-        )
-        return lines, labels
+def _panel(measured: Sequence[Measurement]) -> Panel:
+    """Bytes a token to the right, changes of perplexity (0.01 is one percent) upwards."""
+    sizes = [each.bytes_per_token for each in measured]
+    low, high = math.log2(min(sizes)) - 0.5, math.log2(max(sizes)) + 0.5
+    powers = [2.0**power for power in range(math.ceil(low), math.floor(high) + 1)]
+    x = Axis(
+        "bytes of keys and values a token",
+        2**low,
+        2**high,
+        tuple((power, format_bytes(power)) for power in powers),
+        math.log2,
+    )
+    ends = [end for each in measured for end in each.summary.perplexity_change_interval]
+    ticks = _ticks(min(ends), max(ends))
+    y = Axis(
+        "change of perplexity against the exact cache",
+        ticks[0],
+        ticks[-1],
+        tuple((loss, "0" if loss == 0 else f"{100 * loss:+.10g} %") for loss in ticks),
+        _bent,
+    )
+    return Panel((LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM), x, y)
 
 
 def _bent(loss: float) -> float:

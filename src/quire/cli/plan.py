@@ -152,7 +152,7 @@ def plan(model: str | None, **options: Any) -> None:
     if verify:
         _add_verified(model, made, timer, found, parts)
     for path in pictures:
-        _draw(made, timer, path)
+        _draw(made, path)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -276,10 +276,10 @@ def _require_pictures(pictures: tuple[Path, ...]) -> None:
             require_drawable(path)
 
 
-def _draw(made: "Plan", timer: "Timer", path: Path) -> None:
+def _draw(made: "Plan", path: Path) -> None:
     from quire.analysis.plan_picture import draw_plan
 
-    draw_plan(made, timer, path)
+    draw_plan(made, path)
 
 
 # -- a trace ---------------------------------------------------------------------------------------
