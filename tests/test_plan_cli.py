@@ -161,6 +161,29 @@ def test_counts_are_positive(text: str) -> None:
     assert done.exit_code == 2
 
 
+def test_a_picture_is_drawn_of_the_plans_own_numbers(tmp_path: Path) -> None:
+    args = ("llama-3.1-8b", "--hardware", "rtx-4090", "--context", "8192", "--requests", "8")
+    found = answer(*args, "--plot", str(tmp_path / "plan.html"))
+    page = (tmp_path / "plan.html").read_text()
+    assert "llama-3.1-8b: what fits into rtx-4090" in page
+    assert "8 × int8" in page
+    for row in found["formats"]:
+        assert f"{row['max_context']:,}" in page  # where the dashed line meets the limit
+    assert "decode of 64" in page
+    assert "prefill of 8,192" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_at_once(tmp_path: Path) -> None:
+    args = ("gpt2", "--hardware", "h100", "--plot")
+    with pytest.raises(QuireError, match=r"\.jpg"):
+        run(*args, str(tmp_path / "plan.jpg"))
+    with pytest.raises(QuireError, match="nowhere"):
+        run(*args, str(tmp_path / "nowhere" / "plan.html"))
+    done = CliRunner().invoke(plan, [*args, str(tmp_path / "plan.html"), "--tensor-parallel", "2"])
+    assert "--plot draws one device" in done.output
+
+
 def test_hardware_is_listed() -> None:
     said = run("--hardware", "list")
     assert "h100-sxm" in said

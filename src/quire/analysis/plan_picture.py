@@ -22,7 +22,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     asked = plan.asked
     case = Case(
         asked.shape,
-        asked.formats,
+        tuple(row.kv_format for row in plan.rows),
         asked.load,
         Limit(asked.hardware.name, asked.budget),
         weights=asked.weights,

@@ -142,7 +142,7 @@ def plan(model: str | None, **options: Any) -> None:
     shape = plan_shape(model)
     if verify:
         _require_verifiable(options["hardware"], model, shape)
-    _require_pictures(pictures)
+    _require_pictures(pictures, options)
     asked, timer = _asked(shape, options, verify)
     made = make_plan(asked, timer)
     found = made.as_dict()
@@ -268,8 +268,10 @@ def _require_verifiable(hardware: str, model: str | None, shape: "ModelShape") -
     model_config(read_json(path), str(path))  # refuses what Quire does not run
 
 
-def _require_pictures(pictures: tuple[Path, ...]) -> None:
+def _require_pictures(pictures: tuple[Path, ...], options: dict[str, Any]) -> None:
     if pictures:
+        if options["tensor"] * options["pipeline"] > 1:
+            raise click.UsageError("--plot draws one device; leave the parallel options out")
         from quire.analysis.plan_picture import require_drawable
 
         for path in pictures:
