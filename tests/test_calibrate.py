@@ -50,10 +50,10 @@ def test_between_points_logarithms_are_linear() -> None:
 
 def test_a_small_model_is_timed_as_caches_hold_it() -> None:
     [op, *_] = [op for op in step_ops(DEPLOYMENT, [Work(0, 4, 4)]) if op.what == "linear"]
-    from_memory = Measured(profile(), 64 << 20).seconds(op)
+    from_memory = Measured(profile(), 128 << 20).seconds(op)
     assert Measured(profile(), 4 << 20).seconds(op) == pytest.approx(from_memory / 2)
     assert Measured(profile(), 1 << 20).seconds(op) == pytest.approx(from_memory / 2)
-    between = Measured(profile(), 16 << 20).seconds(op)
+    between = Measured(profile(), 2 << 23).seconds(op)
     assert between == pytest.approx(from_memory / math.sqrt(2))
 
 
