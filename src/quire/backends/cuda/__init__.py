@@ -1,0 +1,10 @@
+"""The cuda backend: PyTorch for dense work on an NVIDIA GPU, Triton for all that touches pages.
+
+Importing it needs the extra ``cuda`` (torch and triton). docs/gpu.md explains the design and says
+what is not there yet.
+"""
+
+from quire.backends.cuda.backend import CudaBackend
+from quire.backends.cuda.device import why_there_is_none
+
+__all__ = ["CudaBackend", "why_there_is_none"]

@@ -1,0 +1,143 @@
+"""Which attention kernel is launched for what, with which tiles."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quire.backends.cuda.attention import decode_kernel, merge_kernel, prefill_kernel
+from quire.backends.cuda.device import Device
+from quire.backends.cuda.pool import CudaPool, power_of_two
+from quire.backends.cuda.steps import Step, StepGroup
+
+__all__ = ["SPLIT", "Attention"]
+
+Tensor = Any
+
+SPLIT = 256  # places; a multiple of every block of keys
+_WAVES = 4  # programs a processor that decode is split into, if the context is long enough
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Rows of queries and keys that a program multiplies at a time, and its warps."""
+
+    rows: int
+    keys: int
+    warps: int
+
+
+def _tiles(pool: CudaPool, rows: int) -> _Tiles:
+    """For at least ``rows`` rows: what fits shared memory."""
+    shape = pool.shape
+    widest = max(shape.key_dim, shape.value_dim)
+    wide = "fp32" in (shape.key_format.name, shape.value_format.name)
+    return _Tiles(max(16, power_of_two(rows)), 32 if wide or widest > 128 else 64, 4)
+
+
+class Attention:
+    """Attention over a pool's pages; ``exact`` as CudaBackend has it.
+
+    Sequences with one new token go through the decode kernels, the others of the same batch
+    through the prefill kernel. Not exact: a decode program has few rows, a prefill program many,
+    and splits are as long as keeps all processors busy. Exact: both have the same tiles and splits.
+    """
+
+    def __init__(self, device: Device, exact: bool) -> None:
+        self._device, self._exact = device, exact
+
+    def __call__(self, query: Tensor, pool: CudaPool, step: Step, group: int) -> Tensor:
+        """query [T, H, D] -> [T, H * value_dim]."""
+        tokens, heads, _ = query.shape
+        out = self._device.empty((tokens, heads * pool.shape.value_dim))
+        if step.several:
+            self._prefill(out, query, pool, step, step.groups[group])
+        if step.single:
+            self._decode(out, query, pool, step, step.groups[group])
+        return out
+
+    def _prefill(
+        self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup
+    ) -> None:
+        kv_heads, share = pool.shape.num_kv_heads, query.shape[1] // pool.shape.num_kv_heads
+        tiles = _tiles(pool, max(64, share))
+        sequences = step.batch.num_sequences
+        count = len(query) // (tiles.rows // share) + sequences
+        self._device.launch(
+            prefill_kernel, (count, kv_heads),
+            out, query, step.places, step.query_indptr, group.indptr, group.indices,
+            group.first_page, sequences, group.window, *_stored(pool), _unit(pool),
+            **self._sizes(pool, share), BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
+            SPLIT=SPLIT if self._exact else 0, num_warps=tiles.warps,
+        )  # fmt: skip
+
+    def _decode(
+        self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup
+    ) -> None:
+        shape = pool.shape
+        kv_heads, share = shape.num_kv_heads, query.shape[1] // shape.num_kv_heads
+        tiles = _tiles(pool, max(64, share) if self._exact else share)
+        sequences = step.batch.num_sequences
+        split = self._split(group, sequences * kv_heads)
+        splits = group.splits(split)
+        parts = (sequences, kv_heads, splits, share)
+        mixed = self._device.empty((*parts, shape.value_dim))
+        best, total = self._device.empty(parts), self._device.empty(parts)
+        self._device.launch(
+            decode_kernel, (sequences, kv_heads, splits),
+            mixed, best, total, query, step.places, step.query_indptr, group.indptr,
+            group.indices, group.first_page, group.window, *_stored(pool), _unit(pool), split,
+            **self._sizes(pool, share), BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
+            num_warps=tiles.warps,
+        )  # fmt: skip
+        self._device.launch(
+            merge_kernel, (sequences, kv_heads),
+            out, mixed, best, total, step.places, step.query_indptr, group.first_page,
+            group.window, splits, split, G=kv_heads, SHARE=share, DV=shape.value_dim,
+            DVP=_padded(shape.value_dim), PAGE=shape.page_size, ROWS=power_of_two(share),
+            num_warps=2,
+        )  # fmt: skip
+
+    def _split(self, group: StepGroup, programs: int) -> int:
+        """Places a split; a multiple of SPLIT, and that where bits must not depend on the batch."""
+        if self._exact:
+            return SPLIT
+        wanted = max(1, _WAVES * self._device.processors // programs)
+        return SPLIT * max(1, -(-group.splits(SPLIT) // wanted))
+
+    def _sizes(self, pool: CudaPool, share: int) -> dict[str, Any]:
+        """What kernels are compiled for."""
+        shape = pool.shape
+        return {
+            "G": shape.num_kv_heads,
+            "SHARE": share,
+            "DK": shape.key_dim,
+            "DV": shape.value_dim,
+            "DKP": _padded(shape.key_dim),
+            "DVP": _padded(shape.value_dim),
+            "PAGE": shape.page_size,
+            "KEY": shape.key_format.name,
+            "VALUE": shape.value_format.name,
+            "HARDWARE": self._device.hardware,
+        }
+
+
+def _padded(dim: int) -> int:
+    """The power of two, of 16 or more as products need it, that holds ``dim`` numbers."""
+    return max(16, power_of_two(dim))
+
+
+def _unit(pool: CudaPool) -> float:
+    return math.log2(math.e) / math.sqrt(pool.shape.key_dim)
+
+
+def _stored(pool: CudaPool) -> tuple[torch.Tensor, ...]:
+    """Keys, their scales, values, their scales; any tensor where there are no scales."""
+    key, value = pool.key, pool.value
+    return (
+        key.numbers,
+        key.numbers if key.scale is None else key.scale,
+        value.numbers,
+        value.numbers if value.scale is None else value.scale,
+    )
