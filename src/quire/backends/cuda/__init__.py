@@ -5,6 +5,11 @@ what is not there yet.
 """
 
 from quire.backends.cuda.backend import CudaBackend
-from quire.backends.cuda.device import why_there_is_none
+from quire.backends.cuda.device import find_device, why_there_is_none
 
-__all__ = ["CudaBackend", "why_there_is_none"]
+__all__ = ["CudaBackend", "device_name", "why_there_is_none"]
+
+
+def device_name() -> str:
+    """What kernels run on here; BackendError if they cannot."""
+    return find_device().name

@@ -124,12 +124,8 @@ def encode_token(x, KIND: tl.constexpr):
 
     The same operations in the same order as ``formats.py``; divisions are IEEE's.
     """
-    if KIND == "int8":
-        top: tl.constexpr = 127.0
-        largest: tl.constexpr = 0x7C01  # 0x1.02p121, the greatest scale
-    else:
-        top: tl.constexpr = 448.0
-        largest: tl.constexpr = 0x7B12  # 0x1.24p119
+    top: tl.constexpr = 127.0 if KIND == "int8" else 448.0
+    largest: tl.constexpr = 0x7C01 if KIND == "int8" else 0x7B12  # 0x1.02p121, 0x1.24p119
     size = tl.abs(x)
     wild = tl.max(tl.where(size < float("inf"), 0, 1), axis=1)
     peak = tl.where(wild == 0, tl.max(size, axis=1), 0.0)

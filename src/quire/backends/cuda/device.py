@@ -92,7 +92,8 @@ class Device:
         if 0 in grid:
             return
         if self.hardware:
-            kernel[grid](*args, **named)
+            # What is not written as a fused multiply-add is not made one: bits are the source's.
+            kernel[grid](*args, enable_fp_fusion=False, **named)
             return
         with warnings.catch_warnings():  # hardware does not warn of infinities and NaN either
             warnings.simplefilter("ignore", RuntimeWarning)

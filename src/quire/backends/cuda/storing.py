@@ -36,7 +36,7 @@ def append_kernel(
 
 @triton.jit(do_not_specialize=["words"])
 def copy_kernel(stored, source, target, words, BLOCK: tl.constexpr):
-    """Rows ``source`` [n] of stored [rows, words] over rows ``target``; grid (n, parts of a row)."""
+    """Rows ``source`` [n] of stored [rows, words] over ``target``; grid (n, parts of a row)."""
     nth, part = tl.program_id(0), tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
     read, write = tl.load(source + nth) * words, tl.load(target + nth) * words
