@@ -179,12 +179,24 @@ class CudaBackend:
     def append(self, pool: PagePool, slots: Array, key: Tensor, value: Tensor) -> None:
         """Slots int64 [T], key and value [T, G, D], into the pool in its format."""
         assert isinstance(pool, CudaPool)
+        if not len(slots) == len(key) == len(value):
+            raise BackendError(f"{len(slots)} slots for {len(key)} tokens")
+        last = pool.num_pages * pool.shape.page_size - 1
+        if len(slots) and (slots.min() < 0 or slots.max() > last):
+            raise BackendError(f"tokens are to be stored outside of slots 0 to {last}")
         pool.store(self._on_device(slots), key.contiguous(), value.contiguous())
 
     def attend(self, query: Tensor, pool: PagePool, batch: PagedBatch, group: int) -> Tensor:
         """[T, H, D] -> [T, H * D]."""
         assert isinstance(pool, CudaPool)
-        return self._attention(query.contiguous(), pool, self._step(batch), group)
+        step = self._step(batch)
+        if len(query) != batch.num_tokens:
+            raise BackendError(f"{len(query)} queries for {batch.num_tokens} tokens")
+        if step.groups[group].last_page >= pool.num_pages:
+            raise BackendError(
+                f"page {step.groups[group].last_page} of a pool of {pool.num_pages} is to be read"
+            )
+        return self._attention(query.contiguous(), pool, step, group)
 
     def rows(self, x: Tensor, indices: Sequence[int]) -> Tensor:
         """[T, n], [R] -> [R, n]."""

@@ -21,6 +21,7 @@ class StepGroup:
 
     at, first   int64 [n] on the host: of sequences with one new token, its place and the first
                 place that it sees
+    last_page   the greatest page id; -1 if there is none
     """
 
     window: int
@@ -30,6 +31,7 @@ class StepGroup:
     first_page: torch.Tensor
     at: IntArray
     first: IntArray
+    last_page: int
     known: dict[int, int] = field(default_factory=dict)
 
     def splits(self, length: int) -> int:
@@ -81,7 +83,8 @@ def to_device(batch: PagedBatch, device: Device) -> Step:
     for group in batch.groups:
         window = EVERY if group.window is None else group.window
         four = next(parts), next(parts), next(parts), next(parts)
-        groups.append(StepGroup(window, *four, at, _first_seen(group, at, alone, window)))
+        first, last_page = _first_seen(group, at, alone, window), int(group.indices.max(initial=-1))
+        groups.append(StepGroup(window, *four, at, first, last_page))
     single, several = len(alone) > 0, bool((counts > 1).any())
     return Step(batch, positions, places, query_indptr, tuple(groups), single, several)
 
