@@ -198,8 +198,8 @@ def test_what_lies_outside_the_pool_is_refused(backend: Backend) -> None:
     beyond = replace(batch, groups=(replace(batch.groups[0], indices=np.array([5])),))
     with pytest.raises(BackendError, match="page 5 of a pool of 5"):
         backend.attend(pair[0], pool, beyond, 0)
+    two = activations(backend, np.ones((2, 2, 6), np.float32))
     with pytest.raises(BackendError, match="2 queries for 1 tokens"):
-        two = activations(backend, np.ones((2, 2, 6), np.float32))
         backend.attend(two, pool, batch, 0)
 
 

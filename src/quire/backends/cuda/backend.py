@@ -94,8 +94,10 @@ class CudaBackend:
         """Keys and values apart; not yet those that store whole pages at once."""
         require_formats(key, value)
 
-    def pool(self, shape: PageShape, num_pages: int) -> CudaPool:
-        """Zeroed pages in the device's memory."""
+    def pool(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> CudaPool:
+        """Zeroed pages in the device's memory; no open ones yet, which int4 and int2 need."""
+        if open_pages:
+            raise BackendError("the cuda backend cannot store open pages yet; choose int8 or fp8")
         return CudaPool(self.device, shape, num_pages)
 
     def embed(self, table: Tensor, ids: Sequence[int]) -> Tensor:
