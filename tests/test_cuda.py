@@ -251,3 +251,18 @@ def test_interpreted(tests: list[str]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow  # about three minutes
+@pytest.mark.skipif(not INSTALLED, reason="the extra cuda is not installed")
+def test_attention_kernels_compile_and_fit_the_shared_memory_of_every_card() -> None:
+    script = Path(__file__).parent / "cuda_compile.py"
+    env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, "80", "90"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -1,7 +1,7 @@
 """Which attention kernel is launched for what, with which tiles."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from quire.backends.cuda.attention import decode_kernel, merge_kernel, prefill_k
 from quire.backends.cuda.device import Device
 from quire.backends.cuda.pool import CudaPool, power_of_two
 from quire.backends.cuda.steps import Step, StepGroup
+from quire.pages import PageShape
 
-__all__ = ["SPLIT", "Attention"]
+__all__ = ["SPLIT", "Attention", "decode_tiles", "prefill_tiles"]
 
 Tensor = Any
 
@@ -20,20 +21,31 @@ _WAVES = 4  # programs a processor that decode is split into, if the context is 
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """Rows of queries and keys that a program multiplies at a time, and its warps."""
+class Tiles:
+    """Rows of queries and keys that a program multiplies at a time; warps; blocks in flight."""
 
     rows: int
     keys: int
     warps: int
+    stages: int
 
 
-def _tiles(pool: CudaPool, rows: int) -> _Tiles:
-    """For at least ``rows`` rows: what fits shared memory."""
-    shape = pool.shape
-    widest = max(shape.key_dim, shape.value_dim)
-    wide = "fp32" in (shape.key_format.name, shape.value_format.name)
-    return _Tiles(max(16, power_of_two(rows)), 32 if wide or widest > 128 else 64, 4)
+def decode_tiles(shape: PageShape, share: int) -> Tiles:
+    """For the ``share`` heads of one token: few rows."""
+    return replace(prefill_tiles(shape, share), rows=max(16, power_of_two(share)))
+
+
+def prefill_tiles(shape: PageShape, share: int) -> Tiles:
+    """For several tokens' heads: as many rows as registers and shared memory of most cards hold.
+
+    tests/cuda_compile.py checks that against what the compiler takes.
+    """
+    wide = max(shape.key_dim, shape.value_dim) > 128
+    if "fp32" in (shape.key_format.name, shape.value_format.name):
+        tiles = Tiles(16, 32, 8, 1) if wide else Tiles(32, 32, 8, 1)
+    else:
+        tiles = Tiles(64, 32, 8, 2) if wide else Tiles(64, 64, 4, 3)
+    return replace(tiles, rows=max(tiles.rows, power_of_two(share)))
 
 
 class Attention:
@@ -61,7 +73,7 @@ class Attention:
         self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup
     ) -> None:
         kv_heads, share = pool.shape.num_kv_heads, query.shape[1] // pool.shape.num_kv_heads
-        tiles = _tiles(pool, max(64, share))
+        tiles = prefill_tiles(pool.shape, share)
         sequences = step.batch.num_sequences
         count = len(query) // (tiles.rows // share) + sequences
         self._device.launch(
@@ -69,7 +81,7 @@ class Attention:
             out, query, step.places, step.query_indptr, group.indptr, group.indices,
             group.first_page, sequences, group.window, *_stored(pool), _unit(pool),
             **self._sizes(pool, share), BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
-            SPLIT=SPLIT if self._exact else 0, num_warps=tiles.warps,
+            SPLIT=SPLIT if self._exact else 0, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
     def _decode(
@@ -77,7 +89,7 @@ class Attention:
     ) -> None:
         shape = pool.shape
         kv_heads, share = shape.num_kv_heads, query.shape[1] // shape.num_kv_heads
-        tiles = _tiles(pool, max(64, share) if self._exact else share)
+        tiles = (prefill_tiles if self._exact else decode_tiles)(shape, share)
         sequences = step.batch.num_sequences
         split = self._split(group, sequences * kv_heads)
         splits = group.splits(split)
@@ -89,7 +101,7 @@ class Attention:
             mixed, best, total, query, step.places, step.query_indptr, group.indptr,
             group.indices, group.first_page, group.window, *_stored(pool), _unit(pool), split,
             **self._sizes(pool, share), BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
-            num_warps=tiles.warps,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         self._device.launch(
             merge_kernel, (sequences, kv_heads),
