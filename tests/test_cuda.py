@@ -230,7 +230,7 @@ QUICK = "test_large_scores or test_a_lone or test_append or smallest or 6x3x33 o
 @pytest.mark.parametrize(
     "tests",
     [
-        ["tests/test_cuda.py"],
+        ["tests/test_cuda.py", "tests/test_cuda_shapes.py"],
         ["tests/conformance/test_ops.py", "-k", "cuda"],
         ["tests/conformance/test_attention.py", "-k", f"cuda and ({QUICK})"],
         pytest.param(
