@@ -22,7 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import ml_dtypes
 import numpy as np
 
 from quire.backends.native import NativeBackend
-from quire.batch import GroupBatch, PagedBatch
+from quire.batch import GroupBatch, OpenPages, PagedBatch
 from quire.format_choice import parse_formats
 from quire.machine import this_machine
 from quire.pages import PageShape
@@ -146,7 +146,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class Attending:
-    """One case: pages of 16 tokens, scattered; ``new`` queries a sequence."""
+    """One case: scattered pages of 16 tokens, or 32 that are packed; ``new`` queries a sequence.
+
+    Of packed pages each sequence has the first and those of its queries open, as a cache would.
+    """
 
     sequences: int
     context: int
@@ -160,30 +163,59 @@ class Attending:
 
     def call(self, native: NativeBackend, kv_format: str) -> tuple[Call, float]:
         """What to time, and how many bytes of pages it reads."""
-        pages, heads = self.context // 16, self.heads
-        rng = np.random.default_rng(0)
+        heads = self.heads
         formats = parse_formats(kv_format).of_layers(1, "bf16")[0]
-        shape = PageShape(16, heads.kv, heads.dim, heads.dim, *formats)
-        pool = native.pool(shape, self.sequences * pages)
+        size = 32 if "page" in (formats[0].kind, formats[1].kind) else 16
+        shape = PageShape(size, heads.kv, heads.dim, heads.dim, *formats)
+        group, packed, opened = self.tables(shape)
+        pool = native.pool(shape, packed, opened)
+        rng = np.random.default_rng(0)
         some = rng.standard_normal((1024, heads.kv, heads.dim)).astype(np.float32)
-        for first in range(0, pool.num_pages * 16, len(some)):
-            slots = np.arange(first, min(first + len(some), pool.num_pages * 16))
+        start, end = (packed if opened else 0) * size, (packed + opened) * size
+        for first in range(start, end, len(some)):
+            slots = np.arange(first, min(first + len(some), end))
             native.append(pool, slots, some[: len(slots)], some[: len(slots)])
+        if opened:
+            pool.seal(packed + np.arange(packed) % opened, np.arange(packed))
         each = np.arange(self.sequences + 1, dtype=np.int64)
-        group = GroupBatch(
-            16,
-            None,
-            np.empty(0, np.int64),
-            each * pages,
-            rng.permutation(self.sequences * pages).astype(np.int64),
-            np.full(self.sequences, 16, np.int64),
-            np.zeros(self.sequences, np.int64),
-        )
         positions = np.tile(np.arange(self.context - self.new, self.context), self.sequences)
         batch = PagedBatch(positions, each * self.new, (group,), (0,))
         query = rng.standard_normal((len(positions), heads.query, heads.dim), np.float32)
-        moved = self.sequences * self.context * shape.bytes_per_token
-        return lambda: native.attend(query, pool, batch, 0), moved
+        held = packed * shape.bytes_per_page + opened * shape.open_shape.bytes_per_page
+        return lambda: native.attend(query, pool, batch, 0), held
+
+    def tables(self, shape: PageShape) -> tuple[GroupBatch, int, int]:
+        """The pages of all sequences, how many are packed (all in other formats), how many open."""
+        size, count = shape.page_size, self.sequences
+        pages = self.context // size
+        ids = np.random.default_rng(0).permutation(count * pages).astype(np.int64)
+        each = np.arange(count + 1, dtype=np.int64)
+        group = GroupBatch(
+            size,
+            None,
+            np.empty(0, np.int64),
+            each * pages,
+            ids,
+            np.full(count, size, np.int64),
+            np.zeros(count, np.int64),
+        )
+        if not shape.by_page:
+            return group, count * pages, 0
+        own = -(-self.new // size)  # the pages that queries stand in
+        packed, first = count * (pages - 1), np.full(count, pages - own)
+        ids = np.random.default_rng(0).permutation(packed).reshape(count, pages - 1)
+        sinks = packed + np.arange(count)[:, None]
+        stood = packed + count + np.arange(count * own)
+        nothing = np.empty(0, np.int64)
+        return (
+            replace(
+                group,
+                indices=np.concatenate([sinks, ids], axis=1).reshape(-1),
+                open=OpenPages(each * own, stood, first, nothing, nothing),
+            ),
+            packed,
+            count * (1 + own),
+        )
 
 
 def attention(bench: Bench, sequences: int, context: int, new: int, dim: int) -> None:

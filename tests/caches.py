@@ -7,14 +7,16 @@ that holds another's numbers is always seen. Tokens below 2**17 are exact in flo
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from quire.backends.reference import ReferencePool
 from quire.batch import PagedBatch
 from quire.cache import KVCache, Reservation
+from quire.format_choice import parse_formats
 from quire.layout import CacheLayout, LayerGroup
-from quire.pages import PAGE_FORMATS, PageShape
+from quire.pages import PagePool, PageShape
 
 Array = npt.NDArray[Any]
 Windows = tuple[int | None, ...]
@@ -28,25 +30,32 @@ def ceil_div(tokens: int, page_size: int) -> int:
 
 
 def layout_of(page_size: int, windows: Windows = (None,), format: str = "fp32") -> CacheLayout:
-    """A layout with one layer for each of ``windows``; equal windows share a group."""
+    """A layout with one layer for each of ``windows``; equal windows share a group.
+
+    With ``"k=fp32,v=int4"`` pages of any size are packed, and keys still tell every token apart.
+    """
     groups = tuple(
         LayerGroup(tuple(i for i, other in enumerate(windows) if other == window), window)
         for window in dict.fromkeys(windows)
     )
-    shape = PageShape(page_size, HEADS, KEY_DIM, VALUE_DIM, *[PAGE_FORMATS[format]] * 2)
+    [formats] = parse_formats(format).of_layers(1, "fp32")
+    shape = PageShape(page_size, HEADS, KEY_DIM, VALUE_DIM, *formats)
     return CacheLayout(page_size, groups, (shape,) * len(windows))
 
 
 def cache_over(
     layout: CacheLayout, num_pages: int | Sequence[int], identity: bytes | None = None
 ) -> KVCache:
-    """An empty cache with ``num_pages`` pages, of every group or of each.
+    """An empty cache with ``num_pages`` pages, of every area or of each.
 
     It shares prefixes if it has an ``identity``.
     """
-    counts = [num_pages] * len(layout.groups) if isinstance(num_pages, int) else list(num_pages)
+    counts = [num_pages] * len(layout.areas) if isinstance(num_pages, int) else list(num_pages)
+    of_group: list[list[int]] = [[] for _ in layout.groups]
+    for area, count in zip(layout.areas, counts, strict=True):
+        of_group[area.group].append(count)
     pools = [
-        ReferencePool(shape, counts[group])
+        ReferencePool(shape, *of_group[group])
         for shape, group in zip(layout.shapes, layout.group_of_layer, strict=True)
     ]
     return KVCache(layout, counts, pools, identity)
@@ -66,13 +75,29 @@ def stored(layer: int, tokens: Sequence[int]) -> tuple[Array, Array]:
     return both[..., :KEY_DIM], -1 - both[..., :VALUE_DIM]
 
 
+def as_kept(pool: PagePool, value: Array, start: int, length: int) -> Array:
+    """Values [S, HEADS, VALUE_DIM] of places from ``start`` on as a sequence of ``length`` tokens
+    keeps them: bf16 in its first page and its unfinished one where the others are packed.
+    """
+    shape = pool.shape
+    if not shape.by_page:
+        return value
+    held = value.astype(ml_dtypes.bfloat16).astype(np.float32)
+    coding = shape.value_format.value
+    packed = coding.decode(coding.encode(held), shape.value_dim)
+    page = np.arange(start, start + len(value)) // shape.page_size
+    is_packed = (page > 0) & (page < length // shape.page_size)
+    return np.where(is_packed[:, None, None], packed, held)
+
+
 def write(cache: KVCache, batch: PagedBatch, tokens: Sequence[int]) -> None:
     """Put the new tokens of a step, one sequence behind the other, into the slots of ``batch``."""
     for layer, pool in enumerate(cache.pools):
         assert isinstance(pool, ReferencePool)
-        slots = batch.groups[batch.group_of_layer[layer]].slots
-        assert len(slots) == len(tokens)
-        pool.store(slots, *stored(layer, tokens))
+        tables = batch.groups[batch.group_of_layer[layer]]
+        assert len(tables.slots) == len(tokens)
+        pool.store(tables.slots, *stored(layer, tokens))
+        pool.seal(tables.open.seal_from, tables.open.seal_to)
 
 
 def reserve(cache: KVCache, *chunks: tuple[int, Sequence[int]]) -> Reservation:
@@ -103,6 +128,7 @@ def assert_holds(cache: KVCache, sequence: int, tokens: Sequence[int]) -> None:
         start = 0 if window is None else max(0, len(tokens) - window + 1)
         key, value = stored(layer, tokens[start:])
         assert kv.start == start
+        value = as_kept(cache.pools[layer], value, start, len(tokens))
         np.testing.assert_array_equal(kv.key, key[None], strict=True)
         np.testing.assert_array_equal(kv.value, value[None], strict=True)
 

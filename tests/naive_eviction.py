@@ -63,13 +63,18 @@ class NaiveLlama:
                 key = self.rotate(k[t], position)[g]
                 new = {"position": position, "key": key, "value": v[t, g], "attention": 0.0}
                 self.held[layer][g].append(new)
+                seen = self.seen(layer, g, query[g * share : (g + 1) * share])
                 for head in range(g * share, (g + 1) * share):
-                    weights = self.weights(query[head], self.held[layer][g])
-                    for token, weight in zip(self.held[layer][g], weights, strict=True):
+                    weights = self.weights(query[head], seen)
+                    for token, weight in zip(seen, weights, strict=True):
                         token["attention"] += weight
-                    values = np.stack([token["value"] for token in self.held[layer][g]])
+                    values = np.stack([token["value"] for token in seen])
                     out[t, head] = weights @ values
         return out.reshape(len(x), -1)
+
+    def seen(self, layer: int, g: int, query: Array) -> Kept:
+        """The kept tokens that queries [share, D] of the newest one read: all of them."""
+        return self.held[layer][g]
 
     @property
     def share(self) -> int:

@@ -93,11 +93,11 @@ def test_check_refuses_a_free_list_that_is_not_the_free_pages(doctor: str) -> No
     allocator = PageAllocator(4)
     held = allocator.allocate(2)
     if doctor == "lost":
-        allocator._free.pop()
+        allocator.areas[0].free.pop()
     elif doctor == "twice":
-        allocator._free.append(allocator._free[0])
+        allocator.areas[0].free.append(allocator.areas[0].free[0])
     else:
-        allocator._free[0] = held[0]
+        allocator.areas[0].free[0] = held[0]
     with pytest.raises(CacheInvariantError, match="free list"):
         allocator.check(held)
 

@@ -17,6 +17,7 @@ SHORT = ("--context", "128", "--tokens", "200", "--recall-trials", "1")
 KEYS = {
     *("kv_format", "evict", "bytes_per_token", "compression", "perplexity", "perplexity_change"),
     *("kl_mean", "kl_p99", "top1_agreement", "recall", "decode_tokens_per_s"),
+    *("recall_in_prompt", "recall_in_prompt_mean", "recall_in_prompt_interval"),
 }
 SPEEDS = ("decode_tokens_per_s", "attention_bytes_per_s")
 
@@ -40,7 +41,7 @@ def test_json_is_a_list_with_the_promised_keys_and_the_same_every_time() -> None
         assert each.keys() >= KEYS
         assert (each["evict"], each["error"], each["recommended"]) == ("none", None, None)
         assert (each["tokens"], each["context"]) == (200, 128)
-        assert each["recall"].keys() == {"32", "64", "119"}
+        assert each["recall"].keys() == {"32", "64", "119"} == each["recall_in_prompt"].keys()
         assert each["exact"]["kv_format"] == "bf16"
     assert [each["compression"] for each in found] == [1.0, 0.5]
     assert without_speeds(found) == without_speeds(json.loads(again.stdout))

@@ -33,7 +33,7 @@ from tiny import (
 Array = npt.NDArray[Any]
 
 PLAIN = ("auto", "fp32", "fp16")
-PER_TOKEN = ("int8", "fp8", "k=int8,v=fp8", "fp8+k=bf16,v=int8@first")
+PER_TOKEN = ("int8", "fp8", "k=int8,v=fp8", "fp8+k=bf16,v=int8@first", "int8:rotated+fp8@last")
 
 
 class Schedule:

@@ -60,6 +60,11 @@ def test_texts_say_which_layer_has_what(text: str, expected: list[str]) -> None:
         ("key=int8,v=fp8", "neither one format nor one each for k and v"),
         ("int8+fp8", "'fp8' does not say for which layers it is"),
         ("int8@0", r"unknown page format 'int8@0'"),
+        ("bf16:rotated", "bf16 does not quantise: it would change bits for nothing"),
+        ("k=auto:rotated,v=int4", "own dtype is lossless"),
+        ("k=int4,v=int4:rotated", "only keys are rotated.* write v=int4"),
+        ("int4:rotate", r"unknown page format .* did you mean 'int4:rotated'"),
+        ("int4:rotated:rotated", "unknown page format"),
         ("int8+", "'' does not say for which layers"),
         ("int8+fp8@", "'' is no layer"),
         ("int8+fp8@frist", "'frist' is no layer; write a number"),
@@ -106,6 +111,12 @@ def test_the_description_says_the_same_as_the_formats(pairs: list[tuple[str, str
         ("int4+int8@last,first", 5, "int4+int8@0,4"),
         ("int8+fp8@0,1,2", 4, "fp8+int8@3"),
         ("k=bf16,v=int8+bf16@1+fp8@2", 4, "k=bf16,v=int8+bf16@1+fp8@2"),
+        ("k=int4:rotated,v=int4", 2, "int4:rotated"),
+        (
+            "int2:rotated+k=int8:rotated,v=int4@0+int2@1",
+            4,
+            ("int2:rotated+k=int8:rotated,v=int4@0+int2@1"),
+        ),
     ],
 )
 def test_a_description_is_the_shortest_of_its_kind(

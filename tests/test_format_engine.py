@@ -18,7 +18,7 @@ SHORT = quire.SamplingParams(max_new_tokens=5, ignore_eos=True)
 ONE = quire.SamplingParams(max_new_tokens=1, ignore_eos=True)
 PARAMS = quire.SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=3)
 
-FORMATS = ("int8", "k=int8,v=fp8", "fp8+k=bf16,v=int8@last")
+FORMATS = ("int8", "k=int8,v=fp8", "fp8+k=bf16,v=int8@last", "int8:rotated")
 every_format = pytest.mark.parametrize("kv_format", FORMATS)
 every_kind = pytest.mark.parametrize("kind", list(WRITERS))
 
@@ -36,27 +36,28 @@ def engine_with(directory: Path, num_pages: int, **settings: Any) -> quire.Engin
 # -- refused -------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def stores_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native backend without kernels for packed pages."""
+    pool = pytest.importorskip("quire.backends.native.pool")
+    monkeypatch.setattr(pool, "_FORMATS", ("fp32", "bf16", "int8"))
+
+
+@pytest.mark.usefixtures("stores_few")
 @pytest.mark.parametrize("kv_format", ["int4", "int2", "k=int8,v=int4", "int8+int2@first"])
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_formats_that_store_whole_pages_are_refused_before_loading(
-    tmp_path: Path, kv_format: str, backend: str
+def test_formats_that_a_backend_does_not_store_are_refused_before_loading(
+    tmp_path: Path, kv_format: str
 ) -> None:
-    if backend == "native":
-        pytest.importorskip("quire.backends.native")
     cache = quire.CacheConfig(kv_format=kv_format)
     with pytest.raises(BackendError, match="cannot store "):
-        quire.Engine(tmp_path, backend=backend, cache=cache)
+        quire.Engine(tmp_path, backend="native", cache=cache)
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_what_auto_stands_for_is_refused_when_it_is_known(
-    models: dict[str, Path], backend: str
-) -> None:
-    if backend == "native":
-        pytest.importorskip("quire.backends.native")
+@pytest.mark.usefixtures("stores_few")
+def test_what_auto_stands_for_is_refused_when_it_is_known(models: dict[str, Path]) -> None:
     cache = quire.CacheConfig(kv_format="k=auto,v=int4", num_pages=4)
     with pytest.raises(BackendError, match=r"cannot store .*int4"):
-        quire.Engine(models["full"], backend=backend, cache=cache)
+        quire.Engine(models["full"], backend="native", cache=cache)
 
 
 @pytest.mark.parametrize("kv_format", ["int8", "k=fp8,v=bf16", "k=fp32,v=int8", "bf16+fp8@0"])
@@ -208,7 +209,16 @@ def test_staging_pools_of_two_shapes_that_do_not_fit_are_refused(tmp_path: Path)
 
 def test_pages_of_other_formats_never_meet(models: dict[str, Path], tmp_path: Path) -> None:
     prompt, path = random_prompt(38, seed=7), tmp_path / "talk.quire"
-    formats = ("int8", "fp8", "k=int8,v=fp8", "k=fp8,v=int8", "int8+fp8@0", "int8+fp8@1", "auto")
+    formats = (
+        "int8",
+        "fp8",
+        "k=int8,v=fp8",
+        "k=fp8,v=int8",
+        "int8+fp8@0",
+        "int8+fp8@1",
+        "auto",
+        "int8:rotated",
+    )
     engine = engine_with(models["full"], 24, kv_format="int8")
     request = engine.submit(prompt, SHORT)
     while engine.has_work:

@@ -614,7 +614,7 @@ def _hold_a_page_twice(cache: KVCache) -> None:
 
 
 def _hold_a_free_page(cache: KVCache) -> None:
-    cache._sequences[0].tables[0].pages[0] = cache._allocators[0]._free[0]
+    cache._sequences[0].tables[0].pages[0] = cache._allocators[0].areas[0].free[0]
 
 
 def _hold_a_page_that_does_not_exist(cache: KVCache) -> None:

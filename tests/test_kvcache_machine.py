@@ -23,25 +23,27 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from caches import HEADS, Windows, cache_of, ceil_div, stored, write
+from caches import HEADS, Windows, as_kept, cache_over, ceil_div, layout_of, stored, write
 from quire.cache import Reservation
 from quire.errors import CacheError, CacheFull
 
 PICK = st.integers(0, 59)  # modulo the number of sequences: shrinks well, and every one can be hit
 MOST_SEQUENCES = 6
+PACKED = "k=fp32,v=int4"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A small cache, so that pages run out often. Every group has ``num_pages`` pages."""
+    """A small cache, so that pages run out often. Every area has ``num_pages`` pages."""
 
     page_size: int
     windows: Windows
     num_pages: int
     longest: int = 40
+    format: str = "fp32"
 
     def __str__(self) -> str:
-        return f"page {self.page_size}, windows {self.windows}"
+        return f"page {self.page_size}, windows {self.windows}, {self.format}"
 
 
 SETUPS = [
@@ -55,6 +57,12 @@ SETUPS = [
     Setup(4, (None, 5), 7),
     Setup(3, (2, None, 7), 8),
     Setup(20, (None, 6), 4, longest=20),
+    Setup(1, (None,), 17, format=PACKED),
+    Setup(3, (None, None), 8, format=PACKED),
+    Setup(4, (None,), 6, format=PACKED),
+    Setup(3, (1,), 4, format=PACKED),
+    Setup(3, (2, None, 7), 8, format=PACKED),
+    Setup(4, (None, 5), 7, format=PACKED),
 ]
 
 
@@ -72,7 +80,10 @@ class Modelled:
 
 @dataclass(eq=False)
 class Pending:
-    """An open reservation; ``grown[i][g]`` are the pages that sequence i has after a commit."""
+    """An open reservation; ``grown[i][g]`` are the pages that sequence i has after a commit.
+
+    ``taken`` are pages of each area.
+    """
 
     reservation: Reservation
     chunks: list[tuple[int, list[npt.NDArray[np.int64]]]]
@@ -84,7 +95,9 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         self.setup = setup
-        self.cache = cache_of(setup.page_size, setup.num_pages, setup.windows)
+        layout = layout_of(setup.page_size, setup.windows, setup.format)
+        self.cache, self.packs = cache_over(layout, setup.num_pages), setup.format == PACKED
+        self.packed: set[int] = set()  # tags of packed pages
         self.groups = list(dict.fromkeys(setup.windows))
         self.model: dict[int, Modelled] = {}
         self.pending: list[Pending] = []
@@ -96,29 +109,42 @@ class CacheMachine(RuleBasedStateMachine):
         return sum(tag in seq.pages[group].values() for seq in self.model.values())
 
     def free(self) -> list[int]:
-        taken = [sum(p.taken[g] for p in self.pending) for g in range(len(self.groups))]
-        held = [{t for s in self.model.values() for t in s.pages[g].values()} for g in self.all]
-        return [self.setup.num_pages - len(held[g]) - taken[g] for g in self.all]
+        held = self.by_area(
+            [{t for s in self.model.values() for t in s.pages[g].values()} for g in self.all]
+        )
+        taken = [sum(p.taken[a] for p in self.pending) for a in range(len(held))]
+        return [self.setup.num_pages - h - t for h, t in zip(held, taken, strict=True)]
+
+    def by_area(self, tags: list[set[int]]) -> list[int]:
+        """How many of each group's pages are in each area."""
+        kinds = [(t & self.packed, t - self.packed) if self.packs else (t,) for t in tags]
+        return [len(kind) for group in kinds for kind in group]
 
     @property
     def all(self) -> range:
         return range(len(self.groups))
 
-    def grow(self, handle: int, new: int) -> list[dict[int, int]]:
-        """The pages of a sequence with ``new`` more tokens, each one it must take with a new tag"""
+    def grow(self, handle: int, new: int) -> tuple[list[dict[int, int]], list[int]]:
+        """The pages of a sequence with ``new`` more tokens, each one it must take with a new tag,
+        and how many it takes in each area.
+
+        Tokens go through open pages; those that are whole then, but for the first, are packed.
+        """
         seq, size = self.model[handle], self.setup.page_size
-        length, grown = len(seq.tokens), []
+        length, grown, cost = len(seq.tokens), [], list[int]()
         for group in self.all:
-            pages = dict(seq.pages[group])
+            pages, taken, sealed = dict(seq.pages[group]), 0, 0
             for number in {position // size for position in range(length, length + new)}:
                 if number not in pages or self.holders(group, pages[number]) > 1:
                     pages[number] = next(self.next_tag)
+                    taken += 1
+                if self.packs and number and (number + 1) * size <= length + new:
+                    pages[number] = next(self.next_tag)
+                    self.packed.add(pages[number])
+                    sealed += 1
             grown.append(pages)
-        return grown
-
-    def cost(self, handle: int, grown: list[dict[int, int]]) -> list[int]:
-        before = self.model[handle].pages
-        return [len(set(grown[g].values()) - set(before[g].values())) for g in self.all]
+            cost += [sealed, taken] if self.packs else [taken]
+        return grown, cost
 
     def first_seen(self, group: int, length: int) -> int:
         window = self.groups[group]
@@ -136,11 +162,11 @@ class CacheMachine(RuleBasedStateMachine):
     def try_reserve(self, wanted: list[tuple[int, int]]) -> Pending | None:
         """Reserve and write, or see that the cache refuses what the model says cannot fit."""
         wanted = [(h, min(n, self.setup.longest - len(self.model[h].tokens))) for h, n in wanted]
-        grown = [self.grow(handle, new) for handle, new in wanted]
-        costs = [self.cost(h, g) for (h, _), g in zip(wanted, grown, strict=True)]
+        grows = [self.grow(handle, new) for handle, new in wanted]
+        grown, costs = [pages for pages, _ in grows], [cost for _, cost in grows]
         for (handle, new), cost in zip(wanted, costs, strict=True):
             assert self.cache.cost(handle, new) == tuple(cost)
-        need = [sum(cost[g] for cost in costs) for g in self.all]
+        need = [sum(cost[a] for cost in costs) for a in range(len(self.free()))]
         if any(n > f for n, f in zip(need, self.free(), strict=True)):
             with pytest.raises(CacheFull):
                 self.cache.reserve(wanted)
@@ -258,6 +284,11 @@ class CacheMachine(RuleBasedStateMachine):
             with pytest.raises(CacheError, match="shortest possible length"):
                 self.cache.truncate(handle, length)
             return
+        whole = len(seq.tokens) // size
+        if self.packs and length % size and 0 < length // size < whole:
+            with pytest.raises(CacheError, match="that is packed"):
+                self.cache.truncate(handle, length)
+            return
         self.cache.truncate(handle, length)
         del seq.tokens[length:]
         seq.pages = [{n: t for n, t in pages.items() if n * size < length} for pages in seq.pages]
@@ -279,6 +310,10 @@ class CacheMachine(RuleBasedStateMachine):
                 row[:] = [*range(common), *sorted(rest)]
         if any(self.groups):
             with pytest.raises(CacheError, match="cannot be dropped where layers keep a sliding"):
+                self.cache.evict(handle, keep)
+            return
+        if self.packs:
+            with pytest.raises(CacheError, match="cannot be dropped from int4 pages"):
                 self.cache.evict(handle, keep)
             return
         same = [n for n in range(kept) if all((places[:, n] == n).all() for places in keep)]
@@ -304,8 +339,8 @@ class CacheMachine(RuleBasedStateMachine):
         if (handle := self.pick(which)) is None:
             return
         pages = self.model[handle].pages
-        alone = [sum(self.holders(g, t) == 1 for t in pages[g].values()) for g in self.all]
-        assert self.cache.freed_by_release(handle) == tuple(alone)
+        alone = [{t for t in pages[g].values() if self.holders(g, t) == 1} for g in self.all]
+        assert self.cache.freed_by_release(handle) == tuple(self.by_area(alone))
         self.cache.release(handle)
         del self.model[handle]
         with pytest.raises(CacheError, match="unknown"):
@@ -316,7 +351,8 @@ class CacheMachine(RuleBasedStateMachine):
     def exhaust(self, which: int, group: int) -> None:
         """Ask for one page more than there are."""
         if (handle := self.pick(which)) is not None:
-            pages = self.free()[group % len(self.groups)] + 1
+            each = 2 if self.packs else 1  # of a group's areas the last is that of open pages
+            pages = self.free()[each * (group % len(self.groups)) + each - 1] + 1
             with pytest.raises(CacheFull, match=r"need .* are free"):
                 self.cache.reserve([(handle, pages * self.setup.page_size)])
 
@@ -339,9 +375,11 @@ class CacheMachine(RuleBasedStateMachine):
                 wanted = [
                     stored(layer, held[kv.start :, layer, head]) for head in range(HEADS)
                 ]  # of each head, K and V of all heads
+                pool = self.cache.pools[layer]
                 for head, (key, value) in enumerate(wanted):
                     np.testing.assert_array_equal(kv.key[0, :, head], key[:, head])
-                    np.testing.assert_array_equal(kv.value[0, :, head], value[:, head])
+                    kept = as_kept(pool, value, kv.start, len(seq.tokens))
+                    np.testing.assert_array_equal(kv.value[0, :, head], kept[:, head])
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)

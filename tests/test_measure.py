@@ -1,6 +1,8 @@
 """The meter: which tokens are judged, by whom, and that a known loss is measured as what it is."""
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,15 @@ import pytest
 
 import quire
 from quire.analysis import quality, walk
-from quire.analysis.candidates import Setting, base_config, with_candidate
+from quire.analysis.candidates import Setting, Track, base_config, open_tracks, with_candidate
 from quire.analysis.quality import Measurement, Plan, Report, measure
-from quire.analysis.recall import RecallWords, distances, recall_trial, recall_words
+from quire.analysis.recall import (
+    RecallWords,
+    distances,
+    recall_trial,
+    recall_trials_in_prompt,
+    recall_words,
+)
 from quire.analysis.text import documents, held_out, limited, passages
 from quire.engine.forced import ForcedText, score_together
 from quire.errors import ConfigError, QuireError, RequestError
@@ -107,8 +115,6 @@ def test_the_held_out_modules_are_those_of_the_model_card() -> None:
 
 
 def test_a_walk_gives_the_logits_of_the_whole_text(tiny: quire.Engine) -> None:
-    from quire.analysis.candidates import open_tracks
-
     assert tiny.codec is not None
     lead, found = documents(tiny.codec, TEXTS)
     every = [p for document in found for p in passages(lead, document, 40)]
@@ -117,7 +123,7 @@ def test_a_walk_gives_the_logits_of_the_whole_text(tiny: quire.Engine) -> None:
         track: [track.engine.logits([*p.prompt, *p.told]) for p in every] for track in (exact, fp16)
     }
     seen = [0] * len(every)
-    for told in walk.walk(exact, [fp16], every, lanes=3):
+    for told in walk.walk(exact, [fp16], every, 3, Track.note):
         for track, logits in zip((exact, fp16), told.logits, strict=True):
             assert logits is not None
             for row, number in enumerate(told.passages):
@@ -311,6 +317,35 @@ def test_an_answer_lies_so_many_tokens_before_its_question(size: int, lead: list
     assert recall_trial(WORDS, [9] * 5000, (size, lead, wanted), "y") != trial
 
 
+@pytest.mark.parametrize("size", [41, 60, 96, 128, 500, 2048, 4096])
+@pytest.mark.parametrize("lead", [[], [0]])
+def test_a_question_in_the_prompt_is_asked_there_and_again_after_it(
+    size: int, lead: list[int]
+) -> None:
+    wanted, filler = distances(size), [9] * 5000
+    trials = recall_trials_in_prompt(WORDS, filler, (size, lead, wanted), "x")
+    assert [list(trial.asked.values()) for trial in trials] == [[each] for each in wanted]
+    texts = set()
+    for trial in trials:
+        prompt, told = trial.passage.prompt, trial.passage.told
+        whole = [*prompt, *told]
+        assert len(whole) == size
+        assert whole[: len(lead)] == lead
+        [(at, distance)] = trial.asked.items()
+        assert at == len(told) - 1
+        name, value = whole[-1], trial.passage.targets[at]
+        question = [WORDS.hash, WORDS.get, name]
+        assert (list(told), whole[-7:-3]) == (question, [*question, WORDS.newline])
+        value_at = len(whole) - 1 - distance
+        line = [WORDS.newline, WORDS.hash, WORDS.set, name, value, WORDS.newline]
+        assert whole[value_at - 4 : value_at + 2] == line
+        assert (whole.count(name), whole.count(value)) == (3, 1)
+        assert whole.count(WORDS.get) == 2
+        texts.add(tuple(whole[:-7]))
+    assert len(texts) == 1
+    assert recall_trials_in_prompt(WORDS, filler, (size, lead, wanted), "x") == trials
+
+
 def test_passages_that_are_too_short_have_no_distances() -> None:
     assert distances(40) == []
 
@@ -330,6 +365,81 @@ def test_quill_recalls_and_a_cache_that_forgot_does_not(
     assert measured(report, 1).recall_mean == 0
     low, high = measured(report, 1).recall_interval or (1.0, 0.0)
     assert low == 0 < high < 0.2
+    assert list(report.exact.recall_in_prompt or ()) == list(report.exact.recall)
+    assert (report.exact.recall_in_prompt_mean or 0) >= 0.95
+    assert measured(report).recall_in_prompt == report.exact.recall_in_prompt
+    assert measured(report, 1).recall_in_prompt_mean == 0
+
+
+def test_a_window_recalls_what_it_holds_and_nothing_else(quill: quire.Engine) -> None:
+    """Known beforehand: a VALUE is within the window, or had left it before it was asked for."""
+    plan = Plan(context=512, tokens=8, recall_trials=5, speed=False)
+    report = measure(quill, held_out(), [Setting("bf16", "window:budget=160,sink=4")], plan)
+    found = measured(report)
+    assert list(found.recall or ()) == ["32", "64", "128", "256", "503"]
+    for recall in (found.recall, found.recall_in_prompt):
+        assert recall is not None
+        assert [recall[d] for d in ("32", "64")] == [1, 1]
+        assert [recall[d] for d in ("256", "503")] == [0, 0]
+
+
+def test_recall_in_the_prompt_is_what_one_sequence_after_the_other_answers(
+    quill: quire.Engine,
+) -> None:
+    """The same share as from a plain loop that finds question and answer in the text itself.
+
+    Prompts are read in chunks, of which only the last hears the question: some answers are gone.
+    """
+    evict, size, count = "snapkv:budget=48,window=16", 256, 5
+    plan = Plan(context=size, tokens=8, recall_trials=count, speed=False)
+    chunked = replace(quill.config, max_batch_tokens=96)
+    model = quill.twin(chunked)
+    found = measured(measure(model, held_out(), [Setting("bf16", evict)], plan))
+    assert quill.codec is not None
+    codec, wanted = quill.codec, distances(size)
+    words = recall_words(codec, len(wanted))
+    assert words is not None
+    lead, texts = documents(codec, held_out())
+    filler = [token for text in texts for token in text]
+    cache = quire.CacheConfig(page_size=32, num_pages=16, prefix_cache=False, evict=evict)
+    engine = quill.twin(replace(chunked, cache=cache))
+    right = dict.fromkeys(map(str, wanted), 0)
+    for i in range(count):
+        for trial in recall_trials_in_prompt(words, filler, (size, lead, wanted), f"0/{i}"):
+            prompt = codec.decode(list(trial.passage.prompt[len(lead) :]))
+            question = prompt.splitlines()[-1]
+            name = question.removeprefix("# get ")
+            [value] = re.findall(rf"^# set {name} (\w+)$", prompt, re.MULTILINE)
+            with engine.forced() as text:
+                text.read(trial.passage.prompt)
+                for token in codec.encode(question, add_special_tokens=False):
+                    [answer] = text.score([token])
+            right[str(*trial.asked.values())] += codec.decode([int(answer.argmax())]) == f" {value}"
+    assert found.recall_in_prompt == {d: n / count for d, n in right.items()}
+    assert 0 < sum(right.values()) < count * len(wanted)
+
+
+def test_a_question_in_the_prompt_is_what_a_vote_hears(quill: quire.Engine) -> None:
+    """With prompts read in one step SnapKV keeps what is asked for; nobody else does."""
+    whole = replace(quill.config, max_batch_tokens=512)
+    model = quill.twin(whole)
+    settings = [Setting("bf16", f"{each}:budget=64") for each in ("snapkv", "window", "knorm")]
+    plan = Plan(context=512, tokens=8, recall_trials=4, speed=False)
+    report = measure(model, held_out(), settings, plan)
+    snapkv, window, knorm = (measured(report, at) for at in range(3))
+    assert (snapkv.recall_in_prompt_mean or 0) >= 0.95
+    assert (snapkv.recall_mean or 0) < 0.8
+    for other in (window, knorm):
+        assert (other.recall_in_prompt_mean or 0) < 0.5
+
+
+def test_bytes_a_token_are_of_the_text_alone(quill: quire.Engine) -> None:
+    """A share of a prompt is of each passage's own; texts to recall are not among them."""
+    kept = [Setting("bf16", "window:budget=25%")]
+    plans = [Plan(context=128, tokens=64, recall_trials=n, speed=False) for n in (0, 2)]
+    without, asked = (measured(measure(quill, held_out(), kept, plan)) for plan in plans)
+    assert without.bytes_per_token == asked.bytes_per_token
+    assert asked.recall is not None
 
 
 def test_words_are_of_one_token_and_disjoint(quill: quire.Engine) -> None:
@@ -347,6 +457,7 @@ def test_a_tokenizer_without_the_words_says_so(tiny: quire.Engine) -> None:
     report = measure(tiny, TEXTS, [Setting("fp16")], Plan(context=60, tokens=5, speed=False))
     assert report.recall_missing == "the tokenizer has no single tokens for '# set NAME VALUE'"
     assert measured(report).recall is None
+    assert measured(report).recall_in_prompt is None
 
 
 def test_a_text_shorter_than_a_passage_has_no_recall(quill: quire.Engine) -> None:

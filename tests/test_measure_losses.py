@@ -165,7 +165,7 @@ def made(
         top1_agreement=1,
         top1_agreement_interval=(1, 1),
     )
-    return Measurement(Setting(name), size, size, 2048 / size, summary, None, None, None, None)
+    return Measurement(Setting(name), size, size, 2048 / size, summary, *([None] * 7))  # type: ignore[arg-type]
 
 
 SIZES = [made("int8", 1056, 0.0004), made("int4", 640, 0.008, 0.004), made("int2", 384, 0.4)]

@@ -53,6 +53,20 @@ def test_names_cover_neither_each_other_nor_marks() -> None:
         assert both_marks or not touch, (a, b)
 
 
+def test_names_of_marks_at_one_place_stay_near_it() -> None:
+    pair = [made(f"{name} + window:budget=512", 326, 0.06, 0.05) for name in ("int8", "fp8")]
+    drawn = scene_of(report(*pair, made("int8", 1056, 0.0), made("x", 326, 0.22, 0.07)), "quill")
+    mark = next(mark for mark in drawn.marks if mark.title.startswith("int8 + window"))
+    for each in pair:
+        [name] = [label for label in drawn.labels if label.text == each.setting.name]
+        assert abs(name.y - mark.y) < 40
+
+
+def test_a_candidate_that_is_the_exact_cache_has_no_mark_of_its_own() -> None:
+    marks = scene_of(report(made("bf16", 2048, 0.0), made("int8", 1056, 0.0)), "quill").marks
+    assert [mark.kind for mark in marks] == ["front", "exact"]
+
+
 def test_memory_grows_to_the_right_and_loss_upwards() -> None:
     marks = {mark.title.split(":")[0]: mark for mark in scene().marks}
     assert marks["int2"].x < marks["int4"].x < marks["int8"].x < marks["fp32"].x

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["GroupBatch", "PagedBatch"]
+__all__ = ["NO_OPEN_PAGES", "ChosenPages", "GroupBatch", "OpenPages", "PagedBatch"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -22,15 +22,46 @@ def _as_positions() -> IntArray:
 
 
 @dataclass(frozen=True, eq=False)
+class OpenPages:
+    """Pages of a batch in a group whose format stores whole pages at once (S sequences).
+
+    New tokens go into *open* pages, which hold them as they are; a page that a step completes is
+    *sealed*: packed into another page, once. A query sees the page of its own place open and, but
+    for page number 0, all others packed.
+
+    indptr     int64 [S + 1]: sequence s has ``indices[indptr[s]:indptr[s + 1]]``
+    indices    int64 [pages]: open ids of the pages that get new tokens, in order of place
+    first      int64 [S]: the page number of the first of those; any where there is none
+    seal_from  int64 [n]: open ids of the pages that this step completes
+    seal_to    int64 [n]: the packed id that each of them is to have
+    """
+
+    indptr: IntArray
+    indices: IntArray
+    first: IntArray
+    seal_from: IntArray
+    seal_to: IntArray
+
+    @property
+    def are_used(self) -> bool:
+        """False in a group of which no page is ever packed."""
+        return len(self.indptr) > 0
+
+
+NO_OPEN_PAGES = OpenPages(*[_AS_POSITIONS] * 5)
+
+
+@dataclass(frozen=True, eq=False)
 class GroupBatch:
     """One layer group's page tables for the sequences of a batch (S sequences, T new tokens).
 
     window         tokens that a query sees, itself included; None for all
     slots          int64 [T]: where each new token is stored, ``page_id * page_size + offset``
     indptr         int64 [S + 1]: sequence s owns ``indices[indptr[s]:indptr[s + 1]]``
-    indices        int64 [pages]: page ids in order of place
+    indices        int64 [pages]: page ids in order of place, as they are when the step is over
     last_page_len  int64 [S]: tokens in a sequence's last page, new ones included; 0 if it has none
     first_page     int64 [S]: how many pages, counted from place 0, were given back in front
+    open           where pages are packed: the pages that the new tokens go through
     """
 
     page_size: int
@@ -40,6 +71,7 @@ class GroupBatch:
     indices: IntArray
     last_page_len: IntArray
     first_page: IntArray
+    open: OpenPages = NO_OPEN_PAGES
 
     def span(self, sequence: int) -> tuple[int, int]:
         """Places ``[start, end)`` that the pages of ``sequence`` hold, new tokens included."""
@@ -57,6 +89,16 @@ class GroupBatch:
         at = self.indptr[sequence] + page - self.first_page[sequence]
         return self.indices[at] * self.page_size + offset
 
+    def pages_seen(self, sequence: int, page: int) -> IntArray:
+        """Ids of the pages of ``sequence`` as a new token in page number ``page`` sees them."""
+        ids = self.indices[self.indptr[sequence] : self.indptr[sequence + 1]]
+        if not self.open.are_used:
+            return ids
+        seen = ids.copy()
+        own = self.open.indptr[sequence] + page - self.open.first[sequence]
+        seen[page - self.first_page[sequence]] = self.open.indices[own]
+        return seen
+
     def next_tokens(self) -> "GroupBatch":
         """See :meth:`PagedBatch.next_tokens`."""
         return GroupBatch(
@@ -67,6 +109,7 @@ class GroupBatch:
             self.indices,
             self.last_page_len + 1,
             self.first_page,
+            self.open,
         )
 
 
@@ -112,9 +155,26 @@ class PagedBatch:
     def next_tokens(self) -> "PagedBatch":
         """Of a batch with one token of each sequence: that of their next ones, on the same pages.
 
-        The last page of each must have room. Arrays that do not change are shared, and stay.
+        The last page of each must have room, and none may be sealed by these tokens or the ones
+        before. Arrays that do not change are shared, and stay.
         """
         groups = tuple([group.next_tokens() for group in self.groups])
         after = self.positions + 1
         places = after if self.places is self.positions else self.places + 1
         return PagedBatch(after, self.query_indptr, groups, self.group_of_layer, places)
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenPages:
+    """Pages that one token of each of S sequences reads, each of G KV heads its own.
+
+    indptr         int64 [S * G + 1]: head g of sequence s reads the pages
+                   ``indices[indptr[s * G + g]:indptr[s * G + g + 1]]``
+    indices        int64 [pages]: page ids in order of place, the last with the newest token
+    last_page_len  int64 [S]: tokens in that last page; all others are full
+    """
+
+    page_size: int
+    indptr: IntArray
+    indices: IntArray
+    last_page_len: IntArray

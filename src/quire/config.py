@@ -213,17 +213,17 @@ class CacheConfig:
                 a contiguous, preallocated cache; ``"auto"`` is 16, or 32 for int4 and int2. It
                 reads as the number of tokens afterwards.
     kv_format   page format: ``"int8"``, of keys and values apart: ``"k=int8,v=fp8"``, of chosen
-                layers: ``"int4+int8@first,last"`` (see :mod:`quire.format_choice`); ``"auto"`` is
-                the checkpoint's own dtype.
+                layers: ``"int4+int8@first,last"``, with keys turned first: ``"int4:rotated"`` (see
+                :mod:`quire.format_choice`); ``"auto"`` is the checkpoint's own dtype.
     kv_memory   bytes for all pages of all layers, as an int or as text such as ``"2GiB"``.
     num_pages   pages of every layer group, instead of ``kv_memory``.
     prefix_cache   keep pages of finished requests while there is room, and share equal prefixes.
     host_cache  bytes of host memory for pages that the pool gives up; None has no such tier.
     cache_dir   directory where whole pages are kept for later processes; None has no such tier.
     disk_cache  most bytes of the files in ``cache_dir``, at any moment; 20 GiB if not given.
-    evict       what requests drop when they outgrow a budget of tokens, unless they say otherwise:
-                ``"none"``, or a policy such as ``"window:budget=512,sink=4"`` (see
-                :mod:`quire.evict_choice`).
+    evict       what requests drop, or do not read, when they outgrow a budget of tokens, unless
+                they say otherwise: ``"none"``, or a policy such as ``"window:budget=512,sink=4"``
+                or ``"quest:budget=1024"`` (see :mod:`quire.evict_choice`).
     """
 
     page_size: int | Literal["whole", "auto"] = "auto"

@@ -1,4 +1,4 @@
-"""Which tokens of a live sequence are dropped when it outgrows its budget, as text and as a plan.
+"""Which tokens of a live sequence are dropped, or not read, above a budget: as text and as a plan.
 
 ::
 
@@ -7,6 +7,8 @@
     knorm:budget=512,recent=10%            keys of the smallest norm, and the newest tokens
     snapkv:budget=512,window=32,kernel=7   what the newest queries of the prompt look at (SnapKV)
     h2o:budget=25%,recent=50%              what all queries have looked at most, and the newest
+    quest:budget=1024,dense=2              drops nothing; reads pages whose keys can matter (Quest)
+    lsh:budget=1024,bits=64,dense=2        the same by signatures of keys (SimHash)
 
 Budgets are in tokens or a share of the prompt, ``recent`` in tokens or a share of the budget.
 """
@@ -29,7 +31,12 @@ _OPTIONS: dict[str, dict[str, Amount]] = {
     "knorm": {"recent": Fraction(1, 10)},
     "snapkv": {"window": 32, "kernel": 7},
     "h2o": {"recent": Fraction(1, 2)},
+    "quest": {"dense": 2},
+    "lsh": {"bits": 64, "dense": 2},
 }
+_READING = ("quest", "lsh")
+WORD = 64  # bits of a signature come in words of so many
+MOST_BITS = 512
 _EXAMPLE = "such as 'window:budget=512,sink=4' or 'snapkv:budget=25%'"
 
 
@@ -37,12 +44,15 @@ _EXAMPLE = "such as 'window:budget=512,sink=4' or 'snapkv:budget=25%'"
 class EvictChoice:
     """What a text such as ``"window:budget=512,sink=4"`` says.
 
-    policy   ``window``, ``knorm``, ``snapkv`` or ``h2o``
-    budget   tokens that a sequence keeps, or their share of the prompt
+    policy   ``window``, ``knorm``, ``snapkv`` or ``h2o``; ``quest`` or ``lsh``
+    budget   tokens that a sequence keeps (quest, lsh: that a step reads), or their share of the
+             prompt
     sink     first tokens that are always kept (window)
     window   newest queries that vote (snapkv); their tokens are always kept
     kernel   neighbours that share a vote (snapkv), odd
     recent   newest tokens that are always kept, or their share of the budget (knorm, h2o)
+    bits     of a key's signature (lsh)
+    dense    first layers that are read whole (quest, lsh)
     """
 
     policy: str
@@ -51,6 +61,8 @@ class EvictChoice:
     window: int = 0
     kernel: int = 1
     recent: Amount = 0
+    bits: int = 0
+    dense: int = 0
 
     def __str__(self) -> str:
         options = {"budget": self.budget} | {k: getattr(self, k) for k in _OPTIONS[self.policy]}
@@ -79,6 +91,11 @@ class EvictChoice:
         return 1 + max(self.sink, self.window, fixed, 1)
 
     @property
+    def drops(self) -> bool:
+        """True if tokens above the budget are dropped, False if they stay and are not read."""
+        return self.policy not in _READING
+
+    @property
     def watches_all(self) -> bool:
         """True if every query counts from the first on, so that none may be skipped."""
         return self.policy == "h2o"
@@ -103,6 +120,10 @@ def parse_eviction(text: object) -> EvictChoice | None:
     choice = EvictChoice(policy, **{**_OPTIONS[policy], **given})  # type: ignore[arg-type]
     if choice.kernel % 2 == 0:
         raise ConfigError(f"eviction {text!r}: kernel must be odd, to have a middle")
+    if choice.bits % WORD or choice.bits > MOST_BITS:
+        raise ConfigError(
+            f"eviction {text!r}: bits must be a multiple of {WORD}, at most {MOST_BITS}"
+        )
     if isinstance(choice.budget, int) and choice.budget < choice.least:
         raise ConfigError(
             f"eviction {text!r}: a budget of {choice.budget} tokens leaves none to choose; give at "
@@ -129,7 +150,7 @@ def _given(text: str, policy: str, rest: str) -> dict[str, Amount]:
 
 def _amount(text: str, name: str, value: str) -> Amount:
     """Tokens, or a share where one is allowed."""
-    if re.fullmatch(r"[0-9]{1,12}", value) and (int(value) > 0 or name == "sink"):
+    if re.fullmatch(r"[0-9]{1,12}", value) and (int(value) > 0 or name in ("sink", "dense")):
         return int(value)
     shares = name in ("budget", "recent")
     if shares and (match := re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)%", value)):

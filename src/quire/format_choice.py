@@ -6,6 +6,8 @@
     k=int8,v=fp8                 keys and values apart
     int4+int8@first,last         int4, but int8 in the first and in the last layer
     auto+k=int8,v=fp8@0,1,-1     layers by number, those below 0 from the end
+    int4:rotated                 int4, of keys that are turned first (see rotation.py)
+    k=int2:rotated,v=int4        likewise; values are never turned
 
 ``auto`` is the checkpoint's own dtype.
 """
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from quire.errors import ConfigError
-from quire.formats import PageFormat, page_format
+from quire.formats import ROTATED, PageFormat, page_format
 
 __all__ = ["AUTO", "FormatChoice", "Formats", "describe_formats", "parse_formats"]
 
@@ -112,7 +114,7 @@ def _names(part: str, text: str) -> Names:
     words = [word.strip() for word in part.split(",")]
     if len(words) == 1 and "=" not in words[0]:
         _require(words[0])
-        return words[0], words[0]
+        return words[0], words[0].removesuffix(ROTATED)
     given = dict[str, str]()
     for word in words:
         side, _, name = (piece.strip() for piece in word.partition("="))
@@ -122,6 +124,11 @@ def _names(part: str, text: str) -> Names:
                 f"and v; write formats, {_EXAMPLES}"
             )
         _require(name)
+        if side == "v" and name.endswith(ROTATED):
+            raise ConfigError(
+                f"kv_format {text!r}: only keys are rotated, with the queries that attend to them; "
+                f"it does nothing for values; write v={name.removesuffix(ROTATED)}"
+            )
         given[side] = name
     if len(given) != 2:
         raise ConfigError(
@@ -132,13 +139,18 @@ def _names(part: str, text: str) -> Names:
 
 
 def _require(name: str) -> None:
+    if name == AUTO + ROTATED:
+        raise ConfigError(
+            f"{name}: the checkpoint's own dtype is lossless, and rotating its keys would change "
+            "bits for nothing; write 'auto', or rotate a format that quantises, such as 'int4'"
+        )
     if name != AUTO:
         page_format(name)
 
 
 def _pair_text(names: Names) -> str:
     key, value = names
-    return key if key == value else f"k={key},v={value}"
+    return key if key.removesuffix(ROTATED) == value else f"k={key},v={value}"
 
 
 def describe_formats(layers: Sequence[Formats]) -> str:
@@ -146,7 +158,7 @@ def describe_formats(layers: Sequence[Formats]) -> str:
 
     The pair that most layers have, then the others in the order of their first layer.
     """
-    names = [(key.name, value.name) for key, value in layers]
+    names = [(key.text, value.text) for key, value in layers]
     base = max(dict.fromkeys(names), key=names.count)
     text = _pair_text(base)
     for other in dict.fromkeys(names):

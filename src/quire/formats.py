@@ -7,7 +7,7 @@ them, and do the same float32 operations in the same order. A format is a row of
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -17,12 +17,23 @@ import numpy.typing as npt
 
 from quire.errors import ConfigError, did_you_mean
 
-__all__ = ["GROUP", "PAGE_FORMATS", "Coding", "PageFormat", "Part", "Stored", "page_format"]
+__all__ = [
+    "BF16",
+    "GROUP",
+    "PAGE_FORMATS",
+    "ROTATED",
+    "Coding",
+    "PageFormat",
+    "Part",
+    "Stored",
+    "page_format",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
 Stored: TypeAlias = tuple[Array, ...]  # the arrays that numbers are stored as
 Part: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]  # shape and dtype of one of them
 
+ROTATED = ":rotated"  # behind a name: keys are turned first, see rotation.py
 GROUP = 32  # tokens, or numbers of a value, that share a minimum and a step
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -56,13 +67,14 @@ class Coding:
 class PageFormat:
     """One way to store keys and values.
 
-    name      as in ``--kv-format``
+    name      as in ``--kv-format``, without what is behind a colon
     bits      bits a number, without scales
     kind      ``"plain"``: each number on its own; ``"token"``: the numbers of one token and head
               share a scale; ``"page"``: numbers of different tokens do, so that whole pages are
               stored at once
     dtype     NumPy dtype of what holds the numbers
     key, value   how keys and values are stored
+    rotated   keys, and the queries that attend to them, are turned first: see rotation.py
     """
 
     name: str
@@ -71,6 +83,12 @@ class PageFormat:
     dtype: np.dtype[Any]
     key: Coding
     value: Coding
+    rotated: bool = False
+
+    @property
+    def text(self) -> str:
+        """As in ``--kv-format``, all of it."""
+        return self.name + ROTATED if self.rotated else self.name
 
     @property
     def lossless(self) -> bool:
@@ -223,17 +241,19 @@ def _pack(numbers: Array, bits: int, axis: int) -> Array:
     per = 8 // bits
     last = np.moveaxis(numbers, axis, -1)
     count = last.shape[-1]
-    padded = np.zeros((*last.shape[:-1], -(-count // per) * per), np.uint8)
+    whole = -(-count // per)
+    padded = np.zeros((*last.shape[:-1], whole * per), np.uint8)
     padded[..., :count] = last
-    fields = padded.reshape(*last.shape[:-1], -1, per) << (bits * np.arange(per, dtype=np.uint8))
+    fields = padded.reshape(*last.shape[:-1], whole, per) << (bits * np.arange(per, dtype=np.uint8))
     return np.ascontiguousarray(np.moveaxis(fields.sum(axis=-1, dtype=np.uint8), -1, axis))
 
 
 def _unpack(packed: Array, bits: int, axis: int, count: int) -> Array:
     """The ``count`` numbers that :func:`_pack` was given along ``axis``."""
-    last = np.moveaxis(packed, axis, -1)
-    fields = last[..., None] >> (bits * np.arange(8 // bits, dtype=np.uint8)) & (2**bits - 1)
-    return np.moveaxis(fields.reshape(*last.shape[:-1], -1)[..., :count], -1, axis)
+    last, per = np.moveaxis(packed, axis, -1), 8 // bits
+    fields = last[..., None] >> (bits * np.arange(per, dtype=np.uint8)) & (2**bits - 1)
+    numbers = fields.reshape(*last.shape[:-1], last.shape[-1] * per)
+    return np.moveaxis(numbers[..., :count], -1, axis)
 
 
 def _by_tokens(array: Array) -> Array:
@@ -273,9 +293,10 @@ def _encode_values(values: Array, bits: int) -> Stored:
     values = np.asarray(values, np.float32)
     *outer, dim = values.shape
     fill = [(0, 0)] * len(outer) + [(0, -dim % GROUP)]
-    groups = np.pad(values, fill, mode="edge").reshape(*outer, -1, GROUP)  # ends stay the ends
+    padded = np.pad(values, fill, mode="edge")  # ends stay the ends
+    groups = padded.reshape(*outer, padded.shape[-1] // GROUP, GROUP)
     numbers, minimum, step = _encode_groups(groups, -1, 2**bits - 1)
-    return _pack(numbers.reshape(*outer, -1)[..., :dim], bits, -1), minimum, step
+    return _pack(numbers.reshape(padded.shape)[..., :dim], bits, -1), minimum, step
 
 
 def _decode_values(stored: Stored, dim: int, bits: int) -> Array:
@@ -330,10 +351,29 @@ PAGE_FORMATS: dict[str, PageFormat] = {
 
 
 def page_format(name: str) -> PageFormat:
-    """The format called ``name``; ConfigError, naming the nearest, if there is none."""
+    """The format that ``name`` says, such as ``"int4"`` or, for keys, ``"int4:rotated"``.
+
+    Raises ConfigError, naming the nearest, if there is none, and for a rotated lossless one.
+    """
+    plain = name.removesuffix(ROTATED)
+    if plain != name and plain in PAGE_FORMATS:
+        return _turned(PAGE_FORMATS[plain])
     if name not in PAGE_FORMATS:
+        lossy = [known for known, format in PAGE_FORMATS.items() if not format.lossless]
+        names = [*PAGE_FORMATS, *(known + ROTATED for known in lossy)]
         raise ConfigError(
-            f"unknown page format {name!r}{did_you_mean(name, PAGE_FORMATS)} "
-            f"(formats: auto, {', '.join(PAGE_FORMATS)})"
+            f"unknown page format {name!r}{did_you_mean(name, names)} "
+            f"(formats: auto, {', '.join(PAGE_FORMATS)}); {ROTATED} behind {', '.join(lossy)} "
+            "turns keys first"
         )
     return PAGE_FORMATS[name]
+
+
+def _turned(format: PageFormat) -> PageFormat:
+    if format.lossless:
+        raise ConfigError(
+            f"{format.name}{ROTATED}: turning keys lessens what quantising loses, and "
+            f"{format.name} does not quantise: it would change bits for nothing; write "
+            f"{format.name!r}"
+        )
+    return replace(format, rotated=True)

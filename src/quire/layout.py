@@ -5,21 +5,43 @@ sequence needs at most, and how many pages fit in a budget. Pure arithmetic on i
 sizes its pools with it and planners predict with it.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 from quire.config import ModelConfig, format_bytes
 from quire.errors import ConfigError
 from quire.format_choice import Formats, describe_formats
 from quire.pages import PageShape, whole
 
-__all__ = ["CacheLayout", "LayerGroup", "cache_layout", "fit_pages", "pages_for"]
+__all__ = [
+    "Area",
+    "CacheLayout",
+    "LayerGroup",
+    "cache_layout",
+    "fit_pages",
+    "packed_pages",
+    "pages_for",
+    "with_open_pages",
+]
+
+
+LEAST_OPEN = 3  # with which a sequence can go on alone: first, unfinished, and a copy of that
 
 
 def pages_for(tokens: int, page_size: int) -> int:
     """Pages that hold ``tokens`` tokens from the start of a page."""
     return -(-tokens // page_size)
+
+
+def packed_pages(tokens: int, page_size: int) -> int:
+    """Pages of ``tokens`` that are packed where pages are: the whole ones, but for the first.
+
+    The first page holds the tokens that everything attends to (attention sinks, arXiv:2309.17453).
+    """
+    return max(0, tokens // page_size - 1)
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,18 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
+class Area:
+    """Pages of one kind in one group; page counts of a cache are tuples over its areas.
+
+    Each group has an area, and one whose format packs whole pages a second one behind it, of open
+    pages: those that still take tokens, and the first of each sequence.
+    """
+
+    group: int
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
 class CacheLayout:
     """Groups of layers and the shape of a page in each layer (``shapes[layer]``)."""
 
@@ -63,9 +97,82 @@ class CacheLayout:
         index = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
         return tuple(index[layer] for layer in range(len(self.shapes)))
 
+    @cached_property
+    def packs(self) -> tuple[bool, ...]:
+        """For each group, whether the format of one of its layers packs whole pages."""
+        return tuple(
+            any(self.shapes[layer].by_page for layer in group.layers) for group in self.groups
+        )
+
+    @cached_property
+    def areas(self) -> tuple[Area, ...]:
+        """Each group's pages, and behind them its open ones where it has such."""
+        return tuple(
+            Area(g, is_open)
+            for g, packs in enumerate(self.packs)
+            for is_open in ((False, True) if packs else (False,))
+        )
+
+    @cached_property
+    def area_bytes(self) -> tuple[int, ...]:
+        """Bytes of one page of each area, over all layers of its group."""
+        return tuple(
+            self.open_page_bytes(area.group) if area.is_open else self.page_bytes(area.group)
+            for area in self.areas
+        )
+
     def page_bytes(self, group: int) -> int:
-        """Bytes of one page of a group, over all of its layers."""
+        """Bytes of one page of a group, over all of its layers; a packed one where pages are."""
         return sum(self.shapes[layer].bytes_per_page for layer in self.groups[group].layers)
+
+    def open_page_bytes(self, group: int) -> int:
+        """Bytes of a page that still takes tokens, over all layers of a group."""
+        shapes = (self.shapes[layer].open_shape for layer in self.groups[group].layers)
+        return sum(shape.bytes_per_page for shape in shapes)
+
+    def pages_between(self, group: int, start: int, end: int) -> tuple[int, ...]:
+        """Pages, in each area of a group, that growing from ``start`` to ``end`` tokens takes.
+
+        In one step: every page that it touches anew is open at first.
+        """
+        size = self.page_size
+        new = pages_for(end, size) - pages_for(start, size)
+        return (
+            (packed_pages(end, size) - packed_pages(start, size), new)
+            if self.packs[group]
+            else (new,)
+        )
+
+    def most_pages(self, group: int, tokens: int, chunk: int) -> tuple[int, ...]:
+        """The most pages, in each area of a group, that a sequence holds at once while it grows to
+        ``tokens`` by ``chunk``s; of open ones, while it grows token by token.
+        """
+        most = self.groups[group].most_pages(tokens, chunk, self.page_size)
+        if not self.packs[group]:
+            return (most,)
+        return min(most, packed_pages(tokens, self.page_size)), min(most, 2)
+
+    def held_pages(self, group: int, tokens: int) -> tuple[list[int], ...]:
+        """Numbers of the pages that a sequence of ``tokens`` holds in each area of a group."""
+        size = self.page_size
+        numbers = range(self.groups[group].first_needed(tokens) // size, pages_for(tokens, size))
+        if not self.packs[group]:
+            return (list(numbers),)
+        packed = [n for n in numbers if 0 < n < tokens // size]
+        return packed, [n for n in numbers if n not in packed]
+
+    def seen_bytes(self, place: int) -> int:
+        """Bytes of the keys and values that a token at ``place`` sees, its own included."""
+        size, total = self.page_size, 0
+        for index, group in enumerate(self.groups):
+            first = max(0, place + 1 - (group.window or place + 1))
+            opened = place + 1 - max(first, place // size * size)
+            if place >= size:
+                opened += max(0, size - first)
+            seen, packs = place + 1 - first, self.packs[index]
+            total += (seen - opened if packs else seen) * self.page_bytes(index)
+            total += opened * self.open_page_bytes(index) if packs else 0
+        return total // size
 
     def token_bytes(self, group: int) -> float:
         """Bytes of one token in a group, over all of its layers: exactly, an int if whole."""
@@ -117,35 +224,57 @@ def _most_in_window(window: int | None, page_size: int, sequences: int, tokens: 
     return sequences * (whole + 2) + crossing + (tokens - crossing * step) // page_size
 
 
+def with_open_pages(
+    layout: CacheLayout, pages: Sequence[int], max_sequences: int, max_batch_tokens: int
+) -> tuple[int, ...]:
+    """Pages of each area, where each group has ``pages``.
+
+    A sequence holds its first page, its unfinished one and at times a copy of it; a step that
+    prefills fills more; and one in 32 is for first and last pages of cached prefixes. In a small
+    pool they are less, so that there is room for packed ones: half as many, or, where a window
+    keeps few pages of a sequence, as many.
+    """
+    counts: list[int] = []
+    for area in layout.areas:
+        count = pages[area.group]
+        if area.is_open:
+            wanted = max_batch_tokens // layout.page_size + 3 * max_sequences + count // 32
+            share = count // 2 if layout.groups[area.group].window is None else count
+            count = min(wanted, share + LEAST_OPEN)
+        counts.append(count)
+    return tuple(counts)
+
+
 def fit_pages(
     layout: CacheLayout, budget: int, max_sequences: int, max_batch_tokens: int
 ) -> tuple[int, ...]:
-    """Pages of each group whose pools together take at most ``budget`` bytes.
+    """Pages of each area whose pools together take at most ``budget`` bytes.
 
     Windowed groups get no more than ``max_sequences`` sequences can hold, so that what they do not
     need goes to the groups that keep everything. Raises ConfigError, with the numbers, when not
-    even one page of each group fits.
+    even one page of each group, with the open ones that it needs, fits.
     """
-    one_each = sum(layout.page_bytes(g) for g in range(len(layout.groups)))
-    if budget < one_each:
-        raise ConfigError(
-            f"a KV budget of {format_bytes(budget)} ({budget} bytes) is below one page: "
-            f"{layout.page_size} tokens in {len(layout.shapes)} layers take "
-            f"{format_bytes(one_each)} ({one_each} bytes); raise kv_memory or lower page_size"
-        )
-    if all(group.window is not None for group in layout.groups):
-        return (budget // one_each,) * len(layout.groups)  # nothing else could use the rest
     caps = [
         _most_in_window(group.window, layout.page_size, max_sequences, max_batch_tokens)
         for group in layout.groups
     ]
+    if None not in caps:
+        caps = [None] * len(caps)  # nothing else could use the rest
 
     def pages(full: int) -> tuple[int, ...]:
-        return tuple(full if cap is None else min(full, cap) for cap in caps)
+        counts = [full if cap is None else min(full, cap) for cap in caps]
+        return with_open_pages(layout, counts, max_sequences, max_batch_tokens)
 
     def cost(full: int) -> int:
-        return sum(n * layout.page_bytes(g) for g, n in enumerate(pages(full)))
+        return sum(map(operator.mul, pages(full), layout.area_bytes))
 
+    if budget < cost(1):
+        opened = "" if True not in layout.packs else f" and {LEAST_OPEN} that are still open"
+        raise ConfigError(
+            f"a KV budget of {format_bytes(budget)} ({budget} bytes) is below one page{opened}: "
+            f"{layout.page_size} tokens in {len(layout.shapes)} layers take "
+            f"{format_bytes(cost(1))} ({cost(1)} bytes); raise kv_memory or lower page_size"
+        )
     low, high = 1, budget // min(layout.page_bytes(g) for g in range(len(layout.groups)))
     while low < high:
         middle = (low + high + 1) // 2

@@ -4,7 +4,7 @@ How numbers are stored is in ``formats.py``. This module does not know which pag
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -45,6 +45,26 @@ class PageShape:
         self.key_parts, self.value_parts  # noqa: B018  (they refuse page sizes)
 
     @property
+    def by_page(self) -> bool:
+        """True if keys or values are packed a whole page at once, from an open page."""
+        return "page" in (self.key_format.kind, self.value_format.kind)
+
+    @property
+    def rotated(self) -> bool:
+        """True if keys of all pages, open ones too, are turned (:mod:`quire.rotation`)."""
+        return self.key_format.rotated
+
+    @property
+    def open_shape(self) -> "PageShape":
+        """A page that still takes tokens: bf16 where whole pages are packed, else as it is."""
+        if not self.by_page:
+            return self
+        formats = self.key_format, self.value_format
+        bf16 = page_format("bf16")
+        key, value = (replace(bf16, rotated=f.rotated) if f.kind == "page" else f for f in formats)
+        return replace(self, key_format=key, value_format=value)
+
+    @property
     def key_parts(self) -> tuple[Part, ...]:
         """Shape and dtype of each array that keys of one page are stored as."""
         return self.key_format.key.parts(self.page_size, self.num_kv_heads, self.key_dim)
@@ -78,7 +98,7 @@ def whole(number: Fraction) -> float:
     return number.numerator if number.denominator == 1 else float(number)
 
 
-def export_rows(arrays: Sequence[Array], pages: Sequence[int]) -> npt.NDArray[np.uint8]:
+def export_rows(arrays: Sequence[Array], pages: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     """Rows ``pages`` of C-contiguous arrays, the bytes of each array's row behind the other's."""
     ids = np.asarray(pages, dtype=np.int64)
     rows = [array.reshape(len(array), -1).view(np.uint8) for array in arrays]
@@ -90,7 +110,7 @@ def export_rows(arrays: Sequence[Array], pages: Sequence[int]) -> npt.NDArray[np
     return out
 
 
-def import_rows(arrays: Sequence[Array], pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
+def import_rows(arrays: Sequence[Array], pages: npt.ArrayLike, data: npt.NDArray[np.uint8]) -> None:
     """Overwrite rows ``pages`` with what :func:`export_rows` gave."""
     ids = np.asarray(pages, dtype=np.int64)
     start = 0
@@ -101,7 +121,12 @@ def import_rows(arrays: Sequence[Array], pages: Sequence[int], data: npt.NDArray
 
 
 class PagePool(Protocol):
-    """The storage of all pages of one layer, owned by a backend in a layout of its own."""
+    """The storage of all pages of one layer, owned by a backend in a layout of its own.
+
+    Ids below ``num_pages`` are pages of ``shape``; the ``open_pages`` ids from there on are pages
+    of ``shape.open_shape``, in groups of layers of which one packs whole pages. Tokens are stored
+    in open pages then, and reach the others by :meth:`seal` alone.
+    """
 
     @property
     def shape(self) -> PageShape:
@@ -109,10 +134,24 @@ class PagePool(Protocol):
 
     @property
     def num_pages(self) -> int:
-        """Pages in this pool; valid ids are 0 to ``num_pages - 1``."""
+        """Pages of ``shape`` in this pool; their ids are 0 to ``num_pages - 1``."""
+
+    @property
+    def open_pages(self) -> int:
+        """Pages of ``shape.open_shape``; ids ``num_pages`` to ``num_pages + open_pages - 1``."""
+
+    def seal(self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> None:
+        """Pack whole open pages ``source[i]`` into the pages ``target[i]``, which are not open.
+
+        Numbers of a format that stores each token on its own are copied as they lie. The open
+        pages stay as they are. int64 ``[n]`` each.
+        """
 
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """Copy whole pages, ``source[i]`` to ``target[i]``; no page is in both lists."""
+        """Copy whole pages, ``source[i]`` to ``target[i]``; no page is in both lists.
+
+        All are open, or none is.
+        """
 
     def gather_tokens(self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> None:
         """Move the stored bytes of single tokens, all read before any is written.
@@ -129,19 +168,24 @@ class PagePool(Protocol):
     def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
         """Copies of K ``[n, page_size, num_kv_heads, key_dim]`` and V.
 
-        In the stored dtype; decoded to float32 where the format is a quantised one. Slots that
-        hold no token have undefined content.
+        In the stored dtype; decoded to float32 where the format is a quantised one, or that of
+        one of the pages is. Rotated keys are given as they are stored, turned. Slots that hold no
+        token have undefined content.
         """
 
     def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Copies of whole pages as they lie in the pool, uint8 ``[n, shape.bytes_per_page]``.
 
-        Keys, then values, scales included, in the backend's own layout: for :meth:`import_pages`
-        of a pool of the same backend, variant and shape, and for nobody else.
+        All are open, which have ``shape.open_shape.bytes_per_page``, or none is. Keys, then
+        values, scales included, in the backend's own layout: for :meth:`import_pages` of a pool of
+        the same backend, variant and shape, and for nobody else.
         """
 
     def import_pages(self, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
-        """Overwrite whole pages with what :meth:`export_pages` gave."""
+        """Overwrite whole pages with what :meth:`export_pages` gave of pages of the same kind."""
 
     def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
-        """Zero the slots from ``first`` on in what :meth:`export_pages` gave, in place."""
+        """Zero the slots from ``first`` on in what :meth:`export_pages` gave, in place.
+
+        Of open pages, where there are such: others have no empty slots.
+        """

@@ -181,7 +181,7 @@ Floats Variant::attend(Pages& pages, const Batch& batch, const Floats& query, in
         }
         for (int64_t head = 0; head < pages.heads; ++head)
             for (int64_t row = 0; row < rows; row += quire::ROW_BLOCK)
-                kernels.prefill(a, {s, head, row, std::min<int64_t>(rows - row, quire::ROW_BLOCK)});
+                kernels.prefill(&a, 1, {s, head, row, std::min<int64_t>(rows - row, quire::ROW_BLOCK)});
     }
     return out;
 }

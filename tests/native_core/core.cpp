@@ -247,7 +247,7 @@ void attention(const Variant& variant) {
     const int64_t heads[][3] = {{2, 2, 32}, {4, 2, 64}, {6, 1, 80}, {3, 1, 128}, {2, 1, 256}, {2, 1, 20}};
     for (Format format : {Format::fp32, Format::bf16, Format::fp16})
         for (auto& [query_heads, kv_heads, dim] : heads) {
-            if (format == Format::fp16 && dim > 64) continue;  // as fp32 once they are copied
+            if (format == Format::fp16 && dim > 64) continue;  // as fp32 once they are in registers
             for (auto& sequences : batches)
                 for (int64_t window : {0, 40}) {
                     Case c{format, 16, query_heads, kv_heads, dim, window, sequences};

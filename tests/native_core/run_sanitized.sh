@@ -37,5 +37,8 @@ from quire.backends.native import NativeBackend, _native
 maps = open("/proc/self/maps").read()
 assert _native.__file__.startswith(sys.argv[1]) and "libasan" in maps, _native.__file__
 print("under sanitizers:", *NativeBackend.variants())' "$work"
-if [ $# = 0 ]; then set -- tests/conformance tests/test_native.py -k "native and not slow"; fi
+if [ $# = 0 ]; then
+  set -- tests/conformance tests/test_native.py tests/test_native_packed.py tests/test_native_widened.py \
+    -k "native and not slow"
+fi
 LD_PRELOAD=$preload "$work/env/bin/python" -m pytest -n 2 -p no:cacheprovider "$@"

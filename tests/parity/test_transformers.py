@@ -28,6 +28,7 @@ from quire.backends.rope import inverse_frequencies
 from quire.config import RopeConfig
 from quire.errors import CheckpointError, UnsupportedArchitecture
 from quire.models.text import TextCodec
+from turning import turn_all_keys
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -192,6 +193,19 @@ def test_logits_in_fp32_are_within_1e_4(models: Models, engine_of: EngineOf, nam
     assert np.ptp(theirs, axis=1).min() > 1, "logits so flat prove nothing"
     ours = engine_of(models.directory(name)).logits(tokens)
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@every_model
+def test_logits_in_fp32_are_within_1e_4_with_keys_and_queries_rotated(
+    models: Models, engine_of: EngineOf, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rotation itself loses nothing: pages are fp32."""
+    tokens = prompt(60, seed=7)
+    theirs = logits_of(models.theirs(name, "fp32", "fp32"), tokens)
+    turn_all_keys(monkeypatch)
+    engine = engine_of(models.directory(name))
+    assert all(shape.rotated for shape in engine.cache.layout.shapes)
+    assert np.abs(engine.logits(tokens) - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
 @every_model

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from quire.config import CacheConfig, EngineConfig
 from quire.engine import Engine
 from quire.engine.forced import ForcedText
+from quire.engine.reading import read_layers
+from quire.engine.summaries import summary_bytes
 from quire.errors import QuireError
-from quire.evict_choice import NO_EVICTION
+from quire.evict_choice import NO_EVICTION, parse_eviction
 from quire.layout import pages_for
 
 __all__ = ["NO_EVICTION", "Setting", "Track", "base_config", "open_tracks", "with_candidate"]
@@ -47,7 +49,8 @@ def base_config(
 class Track:
     """One setting's engine, what it has held so far, and why it was stopped if it was.
 
-    used_bytes, allocated_bytes   of every passage at its end, summed
+    used_bytes, allocated_bytes   of every passage at its end, summed, with what a policy that
+                                  chooses pages remembers of them
     tokens                        of those passages, dropped ones included
     stored_bytes, stored_tokens   pages of one passage as the pool gave them out, and its tokens
     """
@@ -70,12 +73,12 @@ class Track:
 
     def note(self, text: ForcedText) -> None:
         """Add what a passage holds at its end."""
-        usage = text.usage
-        self.used_bytes += usage.used_bytes
-        self.allocated_bytes += usage.allocated_bytes
+        usage, beside = text.usage, _beside(text, self.setting.evict)
+        self.used_bytes += usage.used_bytes + beside
+        self.allocated_bytes += usage.allocated_bytes + beside
         self.tokens += text.tokens
         if text.tokens > self.stored_tokens:
-            self.stored_tokens, self.stored_bytes = text.tokens, _stored(text)
+            self.stored_tokens, self.stored_bytes = text.tokens, _stored(text) + beside
 
     @property
     def bytes_per_token(self) -> float:
@@ -83,14 +86,26 @@ class Track:
         return self.used_bytes / self.tokens
 
 
+def _beside(text: ForcedText, evict: str) -> int:
+    """Bytes of what a policy that chooses pages remembers of a text's."""
+    choice = parse_eviction(evict)
+    if choice is None or choice.drops:
+        return 0
+    layout, tokens = text.cache.layout, text.tokens
+    between = pages_for(tokens, layout.page_size) - 2  # neither the first nor the newest
+    known = (summary_bytes(choice, layout.shapes[i]) for i in read_layers(layout, choice))
+    return max(0, between) * sum(known)
+
+
 def _stored(text: ForcedText) -> int:
     """Bytes of a text's pages, counted on what the pools give out of them."""
-    groups, tables = text.cache.layout.groups, text.cache.page_tables(text.sequence)
-    return sum(
-        int(text.cache.pools[layer].export_pages(pages).nbytes)
-        for group, (_, pages) in zip(groups, tables, strict=True)
-        for layer in group.layers
+    raw, tables = text.cache.raw, text.cache.page_tables(text.sequence)
+    kinds = (
+        (group, [page for page in pages if raw.is_open(group, page) == is_open])
+        for group, (_, pages) in enumerate(tables)
+        for is_open in (False, True)
     )
+    return sum(raw.read(group, pages).nbytes for group, pages in kinds)
 
 
 def open_tracks(

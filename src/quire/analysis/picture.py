@@ -22,6 +22,7 @@ COLOURS = {
     "axis": "#3c4148",
 }
 SIZES = {"title": 17, "note": 12.5, "tick": 12, "axis": 13, "name": 12.5}
+STYLES = {"zero": "--", "leader": ":"}
 WIDTHS = {"front": 2.0, "whisker": 1.4, "zero": 1.2, "axis": 1.2}
 
 _PAGE = Template("""<!DOCTYPE html>
@@ -42,7 +43,8 @@ svg text { font-family: system-ui, sans-serif; fill: var(--ink); }
 text.title { font-weight: 600; } text.note, text.tick { fill: var(--soft); }
 polyline { fill: none; stroke: var(--grey); } polyline.grid { stroke: var(--grid); }
 polyline.axis { stroke: var(--soft); } polyline.front { stroke: var(--front); }
-polyline.zero { stroke-dasharray: 5 4; }
+polyline.zero { stroke-dasharray: 5 4; } polyline.leader { stroke-dasharray: 1 3; }
+text.name { paint-order: stroke; stroke: var(--page); stroke-width: 3; stroke-linejoin: round; }
 circle, rect { stroke: var(--page); stroke-width: 1.5; }
 .beaten { fill: var(--grey); } circle.front { fill: var(--front); } .exact { fill: var(--exact); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -130,7 +132,10 @@ def _svg_label(label: Label) -> str:
 
 
 def _table(report: Report) -> str:
-    heads = ("setting", "bytes a token", "compression", "perplexity", "change", "KL mean", "top-1")
+    heads = (
+        *("setting", "bytes a token", "compression", "perplexity", "change", "KL mean, nats"),
+        *("same top-1", "recalled, asked after the prompt", "asked in the prompt"),
+    )
     rows = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
     for each in (report.exact, *(made for _, made in report.candidates)):
         if isinstance(each, Measurement):
@@ -149,12 +154,14 @@ def _cells(each: Measurement, exact: bool) -> tuple[str, ...]:
         f"{summary.perplexity_change:+.4%}",
         f"{summary.kl_mean:.2e}",
         f"{summary.top1_agreement:.2%}",
+        *("" if m is None else f"{m:.1%}" for m in (each.recall_mean, each.recall_in_prompt_mean)),
     )
 
 
 def _png(scene: Scene, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
@@ -164,8 +171,8 @@ def _png(scene: Scene, path: Path) -> None:
     axes.axis("off")
     for line in scene.lines:
         x, y = zip(*line.points, strict=True)
-        style = "--" if line.kind == "zero" else "-"
-        axes.plot(x, y, style, color=COLOURS[line.kind], linewidth=WIDTHS.get(line.kind, 1))
+        style, width = STYLES.get(line.kind, "-"), WIDTHS.get(line.kind, 1)
+        axes.plot(x, y, style, color=COLOURS[line.kind], linewidth=width)
     for mark in scene.marks:
         shape = "D" if mark.kind == "exact" else "o"
         axes.plot(mark.x, mark.y, shape, color=COLOURS[mark.kind], markersize=8, zorder=3)
@@ -180,5 +187,7 @@ def _png(scene: Scene, path: Path) -> None:
             va="center" if label.turned else "baseline",
             rotation=90 if label.turned else 0,
             weight="bold" if label.kind == "title" else "normal",
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+            zorder=4,
         )
     figure.savefig(path, dpi=160, metadata={"Software": None})

@@ -19,8 +19,10 @@ from quire.analysis.losses import Interval, Losses, Summary
 from quire.analysis.recall import (
     RecallScore,
     RecallTrial,
+    RecallWords,
     distances,
     recall_trial,
+    recall_trials_in_prompt,
     recall_words,
 )
 from quire.analysis.speed import NEW_TOKENS, Speed, measure_speed
@@ -45,7 +47,8 @@ class Plan:
 
     context        tokens of a passage; None is the model's context, at most 2,048
     tokens         most targets; None judges the whole text
-    recall_trials  of all distances at once; 0 leaves recall out
+    recall_trials  texts with values to recall, each asked for all of its values after the prompt,
+                   and for one value at a time in the prompt; 0 leaves recall out
     speed          whether to measure speeds
     """
 
@@ -57,14 +60,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one setting takes and loses. ``error`` is why it could not be measured, or None.
+    """What one setting takes and loses.
 
     bytes_per_token      keys and values held at the end of a passage, over its tokens
     bytes_per_token_in_pool   the same, counted on the pages that the pool gives out, with the
                          empty slots of unfinished pages and whatever else lies in them
     compression          the exact cache's bytes per token over these
     summary              losses; of the exact cache itself, all nothing
-    recall               share of right answers by distance; None where it cannot be asked
+    recall               share of right answers by distance in tokens, asked after the prompt: what
+                         to keep was chosen without knowing the question. None where it cannot be
+                         asked
+    recall_mean, recall_interval   over all distances; of 95 %
+    recall_in_prompt, ..._mean, ..._interval   the same, with the question in the prompt
     """
 
     setting: Setting
@@ -75,6 +82,9 @@ class Measurement:
     recall: dict[str, float] | None
     recall_mean: float | None
     recall_interval: Interval | None
+    recall_in_prompt: dict[str, float] | None
+    recall_in_prompt_mean: float | None
+    recall_in_prompt_interval: Interval | None
     speed: Speed | None
 
 
@@ -82,6 +92,8 @@ class Measurement:
 class Report:
     """The exact cache's own figures, each candidate's or the reason why it has none.
 
+    context          tokens of a passage
+    tokens           targets, over all passages
     recall_missing   why recall could not be asked; None if it was, or was not wanted
     """
 
@@ -130,12 +142,13 @@ class _Meter:
         self._recall_missing: str | None = None
 
     def run(self) -> Report:
+        """Losses, then recall, then speeds of all tracks. Raises what :func:`measure` does."""
         losses = self._score()
-        recall = self._ask()
+        recall = list(zip(*self._ask_all(), strict=True))
         speeds = [self._time(track) for track in self._all]
         made = [
-            self._measurement(track, loss, score, speed)
-            for track, loss, score, speed in zip(self._all, losses, recall, speeds, strict=True)
+            self._measurement(track, loss, scores, speed)
+            for track, loss, scores, speed in zip(self._all, losses, recall, speeds, strict=True)
         ]
         assert isinstance(made[0], Measurement)
         candidates = zip((track.setting for track in self._tracks), made[1:], strict=True)
@@ -150,7 +163,7 @@ class _Meter:
         """Losses of the exact cache (against itself) and of every candidate."""
         losses = [Losses([len(p.targets) for p in self._passages]) for _ in self._all]
         done, total = 0, sum(len(p.targets) for p in self._passages)
-        for told in walk(self._exact, self._tracks, self._passages, self._lanes):
+        for told in walk(self._exact, self._tracks, self._passages, self._lanes, Track.note):
             targets = [self._passages[i].targets[told.at] for i in told.passages]
             assert told.logits[0] is not None
             exact = log_softmax(told.logits[0])
@@ -161,12 +174,28 @@ class _Meter:
             self._progress("reading the text", done, total)
         return losses
 
-    def _ask(self) -> list[RecallScore | None]:
-        trials, wanted = self._trials()
-        if not trials:
-            return [None] * len(self._all)
+    def _ask_all(self) -> list[Sequence[RecallScore | None]]:
+        """Scores of every track, asked after the prompt and asked in the prompt."""
+        words = self._words() if self._plan.recall_trials else None
+        if words is None:
+            return [[None] * len(self._all)] * 2
+        filler = [token for document in self._documents for token in document]
+        wanted = distances(self._context)
+        shape = (self._context, self._lead, wanted)
+        seeds = [f"{SEED}/{i}" for i in range(self._plan.recall_trials)]
+        after = [recall_trial(words, filler, shape, seed) for seed in seeds]
+        within = [t for seed in seeds for t in recall_trials_in_prompt(words, filler, shape, seed)]
+        return [
+            self._ask(after, wanted, "asking after the prompt"),
+            self._ask(within, wanted, "asking in the prompt"),
+        ]
+
+    def _ask(
+        self, trials: Sequence[RecallTrial], wanted: Sequence[int], what: str
+    ) -> list[RecallScore]:
+        """Scores of every track; ``wanted`` are the distances, ``what`` is told of the progress."""
         scores = [RecallScore(wanted) for _ in self._all]
-        done, total = 0, len(trials) * len(wanted)
+        done, total = 0, sum(len(trial.asked) for trial in trials)
         asked = [trial.passage for trial in trials]
         for told in walk(self._exact, self._tracks, asked, self._lanes):
             for row, number in enumerate(told.passages):
@@ -178,29 +207,21 @@ class _Meter:
                     if logits is not None:
                         score.add(distance, int(logits[row].argmax()) == answer)
                 done += 1
-                self._progress("asking what it recalls", done, total)
-        return list(scores)
+                self._progress(what, done, total)
+        return scores
 
-    def _trials(self) -> tuple[list[RecallTrial], list[int]]:
-        """Recall trials and their distances; none, with the reason, if they cannot be made."""
-        if self._plan.recall_trials == 0:
-            return [], []
+    def _words(self) -> RecallWords | None:
+        """What lines to recall are made of; None, with the reason kept, if nothing can be asked."""
         wanted = distances(self._context)
         words = recall_words(self._codec, len(wanted))
-        filler = [token for document in self._documents for token in document]
+        tokens = sum(map(len, self._documents))
         if not wanted:
             self._recall_missing = f"passages of {self._context} tokens are too short"
         elif words is None:
             self._recall_missing = "the tokenizer has no single tokens for '# set NAME VALUE'"
-        elif len(filler) < self._context:
-            self._recall_missing = (
-                f"the text has {len(filler)} tokens, and a passage {self._context}"
-            )
-        if self._recall_missing is not None or words is None:
-            return [], []
-        shape = (self._context, self._lead, wanted)
-        trials = range(self._plan.recall_trials)
-        return [recall_trial(words, filler, shape, f"{SEED}/{i}") for i in trials], wanted
+        elif tokens < self._context:
+            self._recall_missing = f"the text has {tokens} tokens, and a passage {self._context}"
+        return words if self._recall_missing is None else None
 
     def _time(self, track: Track) -> Speed | None:
         if not self._plan.speed or track.error is not None:
@@ -216,8 +237,13 @@ class _Meter:
             return None
 
     def _measurement(
-        self, track: Track, losses: Losses, recall: RecallScore | None, speed: Speed | None
+        self,
+        track: Track,
+        losses: Losses,
+        recall: tuple[RecallScore | None, ...],
+        speed: Speed | None,
     ) -> Measurement | str:
+        after, within = recall
         if track.error is not None:
             return track.error
         return Measurement(
@@ -226,9 +252,12 @@ class _Meter:
             bytes_per_token_in_pool=track.stored_bytes / track.stored_tokens,
             compression=self._exact.bytes_per_token / track.bytes_per_token,
             summary=losses.summary(),
-            recall=None if recall is None else recall.accuracy,
-            recall_mean=None if recall is None else recall.mean,
-            recall_interval=None if recall is None else recall.interval,
+            recall=None if after is None else after.accuracy,
+            recall_mean=None if after is None else after.mean,
+            recall_interval=None if after is None else after.interval,
+            recall_in_prompt=None if within is None else within.accuracy,
+            recall_in_prompt_mean=None if within is None else within.mean,
+            recall_in_prompt_interval=None if within is None else within.interval,
             speed=speed,
         )
 

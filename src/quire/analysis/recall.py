@@ -7,8 +7,16 @@ answer (associative recall: Arora et al., 2023, arXiv:2312.04927). The distance 
 VALUE to the NAME that asks for it. quill was trained on such lines; other models read them by
 induction, more or less well, which the exact cache's own score shows.
 
-The text is a prompt, the questions are told after it: a policy that chooses what to keep at the end
-of a prompt does not know yet what will be asked. That is the harder half of such policies' use.
+It is asked in two ways, since policies that choose what to keep by attention are published for one
+of them and used in both:
+
+after the prompt   the text is the prompt, the questions are told after it: who chooses at the end
+                   of a prompt does not know yet what will be asked. So are conversations, and
+                   prompts that are kept for later questions
+in the prompt      each prompt ends with one question, as in the long-context benchmarks that SnapKV
+                   was published with (Li et al., 2024, arXiv:2404.14469): queries of the question
+                   have their say in what is kept. The prompt's own last logits come from before
+                   anything was chosen, so the question is told once more, and that is judged
 """
 
 import random
@@ -19,9 +27,18 @@ from quire.analysis.losses import Interval, wilson
 from quire.analysis.text import Passage
 from quire.models import TextCodec
 
-__all__ = ["RecallScore", "RecallTrial", "RecallWords", "distances", "recall_trial", "recall_words"]
+__all__ = [
+    "RecallScore",
+    "RecallTrial",
+    "RecallWords",
+    "distances",
+    "recall_trial",
+    "recall_trials_in_prompt",
+    "recall_words",
+]
 
 LINE = 5  # tokens of "# set NAME VALUE" and a newline
+QUESTION = 3  # tokens of "# get NAME"
 SHORTEST = 32
 WORDS = 320  # names, and as many values
 LETTERS = 3
@@ -39,6 +56,14 @@ class RecallWords:
     newline: int
     names: tuple[int, ...]
     values: tuple[int, ...]
+
+    def set_line(self, name: int, value: int) -> list[int]:
+        """``# set NAME VALUE`` between two newlines; VALUE is the last but one."""
+        return [self.newline, self.hash, self.set, name, value, self.newline]
+
+    def question(self, name: int) -> list[int]:
+        """``# get NAME``."""
+        return [self.hash, self.get, name]
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,7 @@ def recall_trial(
     shape: tuple[int, Sequence[int], Sequence[int]],
     seed: str,
 ) -> RecallTrial:
-    """One trial; a pure function of its arguments.
+    """One trial, asked after its prompt; a pure function of its arguments.
 
     filler   token ids of ordinary text, at least as many as the passage
     shape    tokens of the passage, what the tokenizer begins with, distances in ascending order
@@ -133,11 +158,45 @@ def recall_trial(
     asked = {}
     # The nearest is asked first, so that its line is not among the questions.
     for name, value, distance in zip(names, values, wanted, strict=True):
-        told += [words.hash, words.get, name]
+        told += words.question(name)
         asked[len(told) - 1] = distance
         at = len(prompt) + len(told) - 1 - distance  # of VALUE
-        prompt[at - 4 : at + 2] = [words.newline, words.hash, words.set, name, value, words.newline]
+        prompt[at - 4 : at + 2] = words.set_line(name, value)
         told += [value, words.newline]
     told = told[:-2]  # nothing is asked after the last NAME
     targets = (*told[1:], values[-1])
     return RecallTrial(Passage(tuple(prompt), tuple(told), targets), asked)
+
+
+def recall_trials_in_prompt(
+    words: RecallWords,
+    filler: Sequence[int],
+    shape: tuple[int, Sequence[int], Sequence[int]],
+    seed: str,
+) -> list[RecallTrial]:
+    """One trial for each distance: the same text, and at its end the question for one VALUE.
+
+    The prompt ends with ``# get NAME`` and a newline; told is ``# get NAME`` once more, from whose
+    NAME the distance is counted. Arguments as for :func:`recall_trial`; a pure function of them.
+    """
+    size, lead, wanted = shape
+    rng = random.Random(seed)
+    names, values = (rng.sample(pool, len(wanted)) for pool in (words.names, words.values))
+    text = size - (2 * QUESTION + 1) - len(lead)
+    start = rng.randrange(len(filler) - text + 1)
+    prompt = [*lead, *filler[start : start + text]]
+    prompt[-1] = words.newline
+    for name, value, distance in zip(names, values, wanted, strict=True):
+        at = size - 1 - distance
+        prompt[at - 4 : at + 2] = words.set_line(name, value)
+    return [
+        RecallTrial(
+            Passage(
+                (*prompt, *words.question(name), words.newline),
+                tuple(words.question(name)),
+                (words.get, name, value),
+            ),
+            {QUESTION - 1: distance},
+        )
+        for name, value, distance in zip(names, values, wanted, strict=True)
+    ]

@@ -68,7 +68,9 @@ class Scene:
 
 def scene_of(report: Report, model: str) -> Scene:
     """The picture of a report; ``model`` names it."""
-    measured = [each for _, each in report.candidates if isinstance(each, Measurement)]
+    own = report.exact.setting  # a candidate that is the exact cache would lie under its mark
+    found = [each for _, each in report.candidates if isinstance(each, Measurement)]
+    measured = [each for each in found if each.setting != own]
     axes = _Axes([report.exact, *measured])
     lines, labels = axes.frame()
     labels += [
@@ -106,6 +108,8 @@ def _mark(axes: "_Axes", each: Measurement, best: Sequence[Measurement], report:
 
 
 class _Axes:
+    """From bytes a token and changes of perplexity (0.01 is one percent) to pixels."""
+
     def __init__(self, measured: Sequence[Measurement]) -> None:
         sizes = [each.bytes_per_token for each in measured]
         self._low, self._high = math.log2(min(sizes)) - 0.5, math.log2(max(sizes)) + 0.5
@@ -114,13 +118,16 @@ class _Axes:
         self._bottom, self._top = _bent(self._ticks[0]), _bent(self._ticks[-1])
 
     def at(self, each: Measurement) -> tuple[float, float]:
+        """Where a measurement lies, in pixels from the left and from the top."""
         return self.x(each.bytes_per_token), self.y(each.summary.perplexity_change)
 
     def x(self, count: float) -> float:
+        """Pixels from the left of ``count`` bytes a token."""
         share = (math.log2(count) - self._low) / (self._high - self._low)
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def y(self, loss: float) -> float:
+        """Pixels from the top of a relative change of perplexity."""
         share = (_bent(loss) - self._bottom) / (self._top - self._bottom)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
@@ -172,7 +179,10 @@ def _ticks(low: float, high: float) -> tuple[float, ...]:
 def _names(
     marks: Sequence[Mark], names: Sequence[str], lines: Sequence[Line]
 ) -> tuple[list[Label], list[Line]]:
-    """A name beside each mark, where it covers nothing; a line to those that are not next to it."""
+    """A name beside each mark, where it covers no name or mark, and if near enough no line.
+
+    A line leads to those that are not next to their mark.
+    """
     taken: list[Box] = [(mark.x - 7, mark.y - 7, mark.x + 7, mark.y + 7) for mark in marks]
     crossed = [box for line in lines if line.kind in _COVERED for box in _along(line)]
     labels, leaders = [], []
@@ -180,11 +190,15 @@ def _names(
         boxes = [_beside(mark, LETTER * len(name), side, dy) for dy, side in _PLACES]
         inside = [b for b in boxes if b[0] > LEFT and b[2] < WIDTH - 4 and b[1] > TOP - 20]
         free = [box for box in inside if not any(_meet(box, other) for other in taken)]
-        clear = [box for box in free if not any(_meet(box, other) for other in crossed)]
-        box = next(iter((*clear, *free, *boxes)))
+
+        def cost(box: Box, mark: Mark = mark) -> float:
+            crosses = any(_meet(box, other) for other in crossed)
+            return abs(_middle(box) - mark.y) + (_CROSSING if crosses else 0)
+
+        box = min(free, key=cost, default=boxes[0])
         taken.append(box)
         labels.append(Label("name", box[0], box[3] - 4, name))
-        middle = (box[1] + box[3]) / 2
+        middle = _middle(box)
         if abs(middle - mark.y) > 24:
             end = min(max(mark.x, box[0]), box[2])
             leaders.append(
@@ -194,6 +208,7 @@ def _names(
 
 
 _COVERED = ("front", "zero", "whisker")
+_CROSSING = 40.0  # pixels away from its mark that a name goes rather than across a line
 _STEPS = (16, 22, 32, 44, 56, 70, 84, 100, 120)
 # Right and left of the mark; then above and below it, further and further.
 _PLACES = [
@@ -206,6 +221,10 @@ _PLACES = [
 def _beside(mark: Mark, width: float, side: int, dy: float) -> Box:
     x = mark.x - width / 2 if side == 0 else mark.x + 11 if side > 0 else mark.x - 11 - width
     return x, mark.y + dy - TALL / 2, x + width, mark.y + dy + TALL / 2
+
+
+def _middle(box: Box) -> float:
+    return (box[1] + box[3]) / 2
 
 
 def _toward(middle: float, mark: Mark) -> float:

@@ -24,8 +24,9 @@ class Speed:
     context                 tokens before the first that is decoded
     decode_tokens_per_s     median of three requests, after one that is not counted
     attention_bytes_per_s   bytes of keys and values that one token's attention reads in all
-                            layers, per second of attention alone, median of 20. A cache that
-                            fits the processor's own can exceed what memory gives
+                            layers, and of what is known of pages where a policy chooses them, per
+                            second of attention alone, median of 20. A cache that fits the
+                            processor's own can exceed what memory gives
     """
 
     context: int
@@ -40,10 +41,13 @@ def measure_speed(engine: Engine, tokens: Sequence[int], repeats: int = REPEATS)
     for _ in range(repeats + 1):
         [done] = engine.generate([list(tokens)], params)
         rates.append(done.decode_tokens_per_s or 0.0)
-    return Speed(len(tokens), statistics.median(rates[1:]), _attention_rate(engine, tokens))
+    share = 1.0 if done.reading is None else done.reading.bytes_read / done.reading.bytes_held
+    rate = share * _attention_rate(engine, tokens)
+    return Speed(len(tokens), statistics.median(rates[1:]), rate)
 
 
 def _attention_rate(engine: Engine, tokens: Sequence[int]) -> float:
+    """Bytes held, over seconds of attention."""
     with engine.forced() as text:
         text.read(tokens)
         used = text.usage.used_bytes
@@ -59,9 +63,9 @@ def _attend_once(engine: Engine, text: ForcedText) -> float:
     reservation = cache.reserve([(text.sequence, 1)])
     try:
         started = time.perf_counter()
-        for layer, pool in enumerate(cache.pools):
-            group = reservation.batch.group_of_layer[layer]
-            backend.to_host(backend.attend(query, pool, reservation.batch, group))
+        attend = engine.attention([(text.sequence, [0], [0])], reservation.batch)
+        for layer in range(len(cache.pools)):
+            backend.to_host(attend(layer, query))
         return time.perf_counter() - started
     finally:
         cache.rollback(reservation)

@@ -7,7 +7,7 @@ passages go at once, one token each a step, for speed alone; by the exactness la
 change what an engine answers. Memory: the caches of so many passages, and the logits of one step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -39,9 +39,15 @@ class Told:
 
 
 def walk(
-    exact: Track, tracks: Sequence[Track], passages: Sequence[Passage], lanes: int
+    exact: Track,
+    tracks: Sequence[Track],
+    passages: Sequence[Passage],
+    lanes: int,
+    ended: Callable[[Track, ForcedText], None] | None = None,
 ) -> Iterator[Told]:
     """All steps of all passages, ``lanes`` passages at a time.
+
+    ended   called at the end of each passage with every track that was not stopped and its sequence
 
     An error of Quire's stops the track that it came from; of the exact one it is raised.
     """
@@ -60,8 +66,9 @@ def walk(
                 if exact.error is not None:
                     raise QuireError(f"the exact cache: {exact.error}")
                 yield Told(at, active, logits)
-            for run in runs:
-                run.end()
+            if ended is not None:
+                for run in runs:
+                    run.end(ended)
 
 
 class _Run:
@@ -72,6 +79,10 @@ class _Run:
         self._texts: list[ForcedText] = []
 
     def read(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Open a sequence for each of ``prompts``, token ids, and prefill it in chunks.
+
+        Nothing if the track was stopped; an error of Quire's stops it.
+        """
         if self.track.error is not None:
             return
         try:
@@ -94,7 +105,8 @@ class _Run:
             return None
         return logits
 
-    def end(self) -> None:
+    def end(self, ended: Callable[[Track, ForcedText], None]) -> None:
+        """Call ``ended`` with each sequence, unless the track was stopped."""
         if self.track.error is None:
             for text in self._texts:
-                self.track.note(text)
+                ended(self.track, text)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.base import Backend
-from quire.backends.blocks import AttentionParams, MlpParams, Projection
+from quire.backends.blocks import AttentionParams, MlpParams, Projection, keep, turned
 from quire.backends.reference import ReferenceBackend
 from quire.errors import BackendError, did_you_mean
 
@@ -21,7 +21,9 @@ __all__ = [
     "Projection",
     "backend_status",
     "create_backend",
+    "keep",
     "read_memory",
+    "turned",
 ]
 
 

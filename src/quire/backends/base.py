@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from quire.batch import PagedBatch
+from quire.batch import ChosenPages, PagedBatch
 from quire.pages import PageFormat, PagePool, PageShape
 
 __all__ = ["Array", "Backend", "HostArray"]
@@ -38,10 +38,12 @@ class Backend(Protocol):
     def require_formats(self, key: PageFormat, value: PageFormat) -> None:
         """Raise BackendError, saying which there are, unless pools can store these formats."""
 
-    def pool(self, shape: PageShape, num_pages: int) -> PagePool:
-        """Storage for ``num_pages`` pages of one layer.
+    def pool(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> PagePool:
+        """Storage for ``num_pages`` pages of one layer, and ``open_pages`` that take tokens.
 
-        Raises BackendError if it does not fit, or as :meth:`require_formats` does.
+        Open ones are needed in the groups of formats that store whole pages; see
+        :class:`quire.pages.PagePool`. Raises BackendError if it does not fit, or as
+        :meth:`require_formats` does.
         """
 
     def embed(self, table: Array, ids: Sequence[int]) -> Array:
@@ -69,6 +71,12 @@ class Backend(Protocol):
         as in transformers. Su et al., 2021, arXiv:2104.09864.
         """
 
+    def hadamard(self, x: Array) -> Array:
+        """Turn each vector of x [T, heads, D], float32, as :func:`quire.rotation.rotate` does.
+
+        Ashkboos et al., 2024, arXiv:2404.00456.
+        """
+
     def activate(self, x: Array, kind: str) -> Array:
         """Elementwise silu, gelu (erf), gelu_new / gelu_pytorch_tanh or relu, any shape.
 
@@ -85,7 +93,11 @@ class Backend(Protocol):
         """[T, num_heads * D] -> [T, num_heads, D]."""
 
     def append(self, pool: PagePool, slots: HostArray, key: Array, value: Array) -> None:
-        """Store key [T, G, D] and value [T, G, D] of T tokens in ``slots`` int64 [T] of a pool."""
+        """Store key [T, G, D] and value [T, G, D] of T tokens in ``slots`` int64 [T] of a pool.
+
+        Where pages are packed whole the slots are those of open pages, and those that a step
+        completes are sealed behind it (:meth:`quire.pages.PagePool.seal`), before it attends.
+        """
 
     def attend(self, query: Array, pool: PagePool, batch: PagedBatch, group: int) -> Array:
         """Causal attention of query [T, H, D] over the pages of a layer group -> [T, H * D].
@@ -93,8 +105,26 @@ class Backend(Protocol):
         Query head h reads KV head ``h // (H / G)`` (grouped queries, arXiv:2305.13245; G = 1 is
         multi-query, arXiv:1911.02150). A query at position p sees stored positions up to p, the
         last ``window`` of them in a windowed group. Scores are scaled by 1 / sqrt(D). Keys and
-        values are read back from the pool, also those appended in this step.
+        values are read back from the pool, also those appended in this step; those of a query's
+        own page from its open page (:class:`quire.batch.OpenPages`), the others from
+        ``batch.groups[group].indices``. So what a query sees depends on its place alone.
         """
+
+    def attend_pages(self, query: Array, pool: PagePool, chosen: ChosenPages) -> Array:
+        """Attention of one token of each of S sequences, [S, H, D] -> [S, H * D].
+
+        As :meth:`attend`, but each KV head reads the pages that ``chosen`` lists for it and no
+        other byte of keys and values. Over all pages of a sequence it gives the same bits.
+        """
+
+    def score_bounds(self, query: Array, bounds: HostArray, pages: HostArray) -> HostArray:
+        """Upper bounds of scores of pages: see :func:`quire.backends.selecting.score_bounds`."""
+
+    def score_signatures(self, query: HostArray, signs: HostArray, pages: HostArray) -> HostArray:
+        """Matches of signatures: see :func:`quire.backends.selecting.score_signatures`."""
+
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
+        """One array of all rows: x[i] of each (rows [R], x [R, n]) is row ``rows[i]``."""
 
     def block(self, params: Any) -> Any:
         """Take half a decoder layer's weights: AttentionParams or MlpParams, see ``blocks.py``."""
@@ -104,7 +134,7 @@ class Backend(Protocol):
     ) -> Array:
         """x [T, hidden] -> x + attention(norm(x)) [T, hidden]; see :func:`blocks.attention_block`.
 
-        Appends the new tokens' keys and values to the pool.
+        Appends the new tokens' keys and values to the pool, and seals the pages that are whole.
         """
 
     def attention_rows(

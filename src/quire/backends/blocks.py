@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.base import Backend
-from quire.batch import PagedBatch
+from quire.batch import GroupBatch, PagedBatch
 from quire.pages import PagePool
 
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "Projection",
     "attention_block",
     "attention_rows",
+    "keep",
     "mlp_block",
+    "turned",
 ]
 
 Array = Any
@@ -77,6 +79,21 @@ def _linear(backend: Backend, x: Array, projection: Projection) -> Array:
     return backend.linear(x, projection.weight, projection.bias)
 
 
+def turned(backend: Backend, x: Array, pool: PagePool) -> Array:
+    """Keys, or queries, x [T, heads, D] as ``pool`` wants them: rotated if its keys are."""
+    return backend.hadamard(x) if pool.shape.rotated else x
+
+
+def keep(backend: Backend, pool: PagePool, tables: GroupBatch, key: Array, value: Array) -> None:
+    """Append key and value [T, G, D] of a step, and seal the pages that they complete.
+
+    Keys are turned first where the pool's are rotated; queries are to be, by :func:`turned`.
+    """
+    backend.append(pool, tables.slots, turned(backend, key, pool), value)
+    if len(tables.open.seal_from):
+        pool.seal(tables.open.seal_from, tables.open.seal_to)
+
+
 def _keep(
     backend: Backend,
     normed: Array,
@@ -92,7 +109,7 @@ def _keep(
     if params.k_norm is not None:
         key = backend.rms_norm(key, params.k_norm, params.norm_eps)
     key = backend.rope(key, batch.positions, params.inv_freq)
-    backend.append(pool, batch.groups[group].slots, key, value)
+    keep(backend, pool, batch.groups[group], key, value)
 
 
 def _mix(
@@ -103,16 +120,15 @@ def _mix(
     pool: PagePool,
     *,
     group: int,
-    see: Callable[[Array], None] | None = None,
+    attend: Callable[[Array], Array] | None = None,
 ) -> Array:
     """What attention gives for the tokens of ``batch``, normed [T, hidden] -> [T, hidden]."""
     query = backend.heads(_linear(backend, normed, params.q), params.num_heads)
     if params.q_norm is not None:
         query = backend.rms_norm(query, params.q_norm, params.norm_eps)
-    query = backend.rope(query, batch.positions, params.inv_freq)
-    if see is not None:
-        see(query)
-    return _linear(backend, backend.attend(query, pool, batch, group), params.o)
+    query = turned(backend, backend.rope(query, batch.positions, params.inv_freq), pool)
+    mixed = backend.attend(query, pool, batch, group) if attend is None else attend(query)
+    return _linear(backend, mixed, params.o)
 
 
 def attention_block(
@@ -123,15 +139,16 @@ def attention_block(
     pool: PagePool,
     *,
     group: int,
-    see: Callable[[Array], None] | None = None,
+    attend: Callable[[Array], Array] | None = None,
 ) -> Array:
     """x [T, hidden] -> x + attention(norm(x)); the new keys and values go into the pool.
 
-    ``see`` is shown the queries [T, H, D] when the keys are there.
+    ``attend`` takes the place of the backend's: queries [T, H, D] -> [T, H * D], when the keys are
+    there. Queries come turned where the pool's keys are rotated, so that both can be compared.
     """
     normed = backend.rms_norm(x, params.norm, params.norm_eps)
     _keep(backend, normed, params, batch, pool, group=group)
-    return backend.add(x, _mix(backend, normed, params, batch, pool, group=group, see=see))
+    return backend.add(x, _mix(backend, normed, params, batch, pool, group=group, attend=attend))
 
 
 def attention_rows(

@@ -8,6 +8,7 @@ by NumPy; ``tests/test_exactness.py`` checks it on the bits.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from quire.backends.blocks import (
     attention_rows,
     mlp_block,
 )
-from quire.batch import GroupBatch, PagedBatch
-from quire.errors import BackendError
-from quire.formats import Coding, PageFormat, Part, Stored
+from quire.backends.reference_pool import ReferencePool
+from quire.backends.selecting import score_bounds, score_signatures
+from quire.batch import ChosenPages, GroupBatch, PagedBatch
 from quire.machine import this_machine
-from quire.pages import PagePool, PageShape, export_rows, import_rows
+from quire.pages import PageFormat, PagePool, PageShape
+from quire.rotation import rotate
 
 __all__ = ["ReferenceBackend", "ReferencePool"]
 
@@ -43,102 +45,6 @@ def _tiles(x: Array) -> Array:
     return padded.reshape(*outer, count, ROWS, n)
 
 
-class ReferencePool:
-    """K and V of one layer: the arrays that their formats define, token-major.
-
-    Each is ``[num_pages, page_size, num_kv_heads, ...]``: numbers, or payload and scale.
-    """
-
-    def __init__(self, shape: PageShape, num_pages: int) -> None:
-        _require_formats(shape.key_format, shape.value_format)
-        self.shape, self.num_pages = shape, num_pages
-        try:
-            self.key, self.value = self._zeros(shape.key_parts), self._zeros(shape.value_parts)
-        except MemoryError as error:
-            raise BackendError(
-                f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
-            ) from error
-
-    def _zeros(self, parts: Sequence[Part]) -> Stored:
-        return tuple(np.zeros((self.num_pages, *shape), dtype) for shape, dtype in parts)
-
-    def store(self, slots: Array, key: Array, value: Array) -> None:
-        """Put key and value float32 [T, G, D] of T tokens, encoded, into ``slots`` int64 [T]."""
-        formats = self.shape.key_format.key, self.shape.value_format.value
-        for held, coding, new in zip((self.key, self.value), formats, (key, value), strict=True):
-            for array, part in zip(held, coding.encode(new), strict=True):
-                array.reshape(-1, *array.shape[2:])[slots] = part
-
-    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """See :class:`quire.pages.PagePool`."""
-        for array in (*self.key, *self.value):
-            array[list(target)] = array[list(source)]
-
-    def gather_tokens(self, source: Array, target: Array) -> None:
-        """See :class:`quire.pages.PagePool`."""
-        heads = np.arange(self.shape.num_kv_heads)
-        for array in (*self.key, *self.value):
-            tokens = array.reshape(-1, *array.shape[2:])
-            tokens[target] = tokens[source.T, heads]
-
-    def discard(self) -> None:
-        """See :class:`quire.pages.PagePool`."""
-        shape = self.shape
-        self.key, self.value = self._zeros(shape.key_parts), self._zeros(shape.value_parts)
-
-    def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
-        """See :class:`quire.pages.PagePool`."""
-        ids, shape = np.asarray(pages, dtype=np.int64), self.shape
-        key, value = (tuple(array[ids] for array in held) for held in (self.key, self.value))
-        formats = shape.key_format, shape.value_format
-        return (
-            key[0] if formats[0].lossless else formats[0].key.decode(key, shape.key_dim),
-            value[0] if formats[1].lossless else formats[1].value.decode(value, shape.value_dim),
-        )
-
-    def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """See :class:`quire.pages.PagePool`."""
-        return export_rows((*self.key, *self.value), pages)
-
-    def import_pages(self, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
-        """See :class:`quire.pages.PagePool`."""
-        import_rows((*self.key, *self.value), pages, data)
-
-    def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
-        """See :class:`quire.pages.PagePool`."""
-        start = 0
-        for array in (*self.key, *self.value):
-            page, slot = array[0].nbytes, array[0, 0].nbytes
-            data[:, start + first * slot : start + page] = 0
-            start += page
-
-    def block(self, slots: Array, offset: int) -> tuple[Array, Array]:
-        """K and V of one block as float32 ``[num_kv_heads, BLOCK, dim]``.
-
-        ``slots`` int64 [at most BLOCK - offset] fill it from ``offset`` on; the rest is zero.
-        """
-        shape = self.shape
-        return (
-            _gather(self.key, shape.key_format.key, shape.key_dim, slots, offset),
-            _gather(self.value, shape.value_format.value, shape.value_dim, slots, offset),
-        )
-
-
-def _gather(held: Stored, coding: Coding, dim: int, slots: Array, offset: int) -> Array:
-    out = np.zeros((held[0].shape[2], BLOCK, dim), np.float32)
-    found = coding.decode(tuple(a.reshape(-1, *a.shape[2:])[slots] for a in held), dim)
-    out[:, offset : offset + len(slots)] = found.transpose(1, 0, 2)
-    return out
-
-
-def _require_formats(key: PageFormat, value: PageFormat) -> None:
-    for format in (key, value):
-        if format.kind == "page":
-            raise BackendError(
-                f"the reference backend cannot store {format.name} pages yet; choose int8 or fp8"
-            )
-
-
 class ReferenceBackend:
     """See :class:`quire.backends.base.Backend` for what each op does, with shapes and sources."""
 
@@ -154,12 +60,11 @@ class ReferenceBackend:
         return np.ascontiguousarray(array, dtype=np.float32)
 
     def require_formats(self, key: PageFormat, value: PageFormat) -> None:
-        """All formats, keys and values apart, but for those that store whole pages at once."""
-        _require_formats(key, value)
+        """All formats, keys and values apart."""
 
-    def pool(self, shape: PageShape, num_pages: int) -> ReferencePool:
+    def pool(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> ReferencePool:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
-        return ReferencePool(shape, num_pages)
+        return ReferencePool(shape, num_pages, open_pages)
 
     def embed(self, table: Array, ids: Sequence[int]) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""
@@ -189,6 +94,10 @@ class ReferenceBackend:
         low, high = np.split(x, 2, axis=-1)
         return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
+    def hadamard(self, x: Array) -> Array:
+        """[T, heads, D] -> [T, heads, D]."""
+        return rotate(x)
+
     def activate(self, x: Array, kind: str) -> Array:
         """Any shape -> the same."""
         return _ACTIVATIONS[kind](x)
@@ -217,9 +126,40 @@ class ReferenceBackend:
         out = np.empty((*query.shape[:2], pool.shape.value_dim), np.float32)
         for s in range(batch.num_sequences):
             rows = slice(int(batch.query_indptr[s]), int(batch.query_indptr[s + 1]))
-            if rows.start < rows.stop:
-                out[rows] = _attend_one(query[rows], batch.places[rows], pool, tables, s)
+            for part in _alike(batch.places, rows, tables):
+                out[part] = _attend_one(query[part], batch.places[part], pool, tables, s)
         return out.reshape(len(query), query.shape[1] * pool.shape.value_dim)
+
+    def attend_pages(self, query: Array, pool: PagePool, chosen: ChosenPages) -> Array:
+        """[S, H, D] -> [S, H * D]; one KV head of one sequence at a time."""
+        assert isinstance(pool, ReferencePool)
+        heads = pool.shape.num_kv_heads
+        by_head = query.reshape(len(query), heads, -1, query.shape[2])
+        out = np.empty((*by_head.shape[:3], pool.shape.value_dim), np.float32)
+        for g in range(heads):
+            alone = pool.one_head(g)
+            for s, last in enumerate(chosen.last_page_len):
+                at = s * heads + g
+                pages = chosen.indices[chosen.indptr[at] : chosen.indptr[at + 1]]
+                tables = _one_sequence(pages, int(last), chosen.page_size)
+                place = np.array([tables.span(0)[1] - 1])
+                out[s, g] = _attend_one(by_head[s, g][None], place, alone, tables, 0)[0]
+        return out.reshape(len(query), -1)
+
+    def score_bounds(self, query: Array, bounds: Array, pages: Array) -> Array:
+        """[H, D], [P, G, 2, D], [n] -> [G, n]."""
+        return score_bounds(query, bounds, pages)
+
+    def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
+        """[H, W], [P, G, page_size, W], [n] -> [G, n]."""
+        return score_signatures(query, signs, pages)
+
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
+        """Of rows [R] and x [R, n] each -> [T, n]."""
+        out = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), np.float32)
+        for rows, x in parts:
+            out[list(rows)] = x
+        return out
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""
@@ -271,6 +211,23 @@ class ReferenceBackend:
         return x
 
 
+def _alike(places: Array, rows: slice, tables: GroupBatch) -> list[slice]:
+    """The parts of ``rows``, of one sequence, whose queries see every page in the same form."""
+    if rows.start == rows.stop or not tables.open.are_used:
+        return [rows] if rows.start < rows.stop else []
+    page = places[rows] // tables.page_size
+    cuts = [*np.flatnonzero(np.diff(page)) + 1, len(page)]
+    starts = [0, *cuts]
+    return [slice(rows.start + a, rows.start + b) for a, b in zip(starts, cuts, strict=False)]
+
+
+def _one_sequence(pages: Array, last: int, page_size: int) -> GroupBatch:
+    """Page tables of a sequence of these pages."""
+    of_one, none = partial(np.array, dtype=np.int64), np.empty(0, np.int64)
+    held = of_one([0, len(pages)])
+    return GroupBatch(page_size, None, none, held, pages, of_one([last]), of_one([0]))
+
+
 def _attend_one(
     query: Array, places: Array, pool: ReferencePool, tables: GroupBatch, sequence: int
 ) -> Array:
@@ -278,7 +235,8 @@ def _attend_one(
 
     query [n, H, D] at places int64 [n], ascending -> [n, H, value_dim]. No matrix of scores
     wider than ``BLOCK`` keys is ever made. Blocks that a tile of queries cannot see are skipped,
-    which changes no bit: they would add exact zeros.
+    which changes no bit: they would add exact zeros. Where pages are packed, all queries stand in
+    one page.
     """
     (n, num_heads, dim), num_kv_heads = query.shape, pool.shape.num_kv_heads
     share = num_heads // num_kv_heads
@@ -293,13 +251,16 @@ def _attend_one(
     total = np.zeros_like(best)
     mixed = np.zeros((*tiles.shape[:3], pool.shape.value_dim), np.float32)
     start, end = tables.span(sequence)
+    pages, size = tables.pages_seen(sequence, int(places[0]) // tables.page_size), tables.page_size
     first = max(start, int(places[0]) - window + 1) // BLOCK * BLOCK
     for block in range(first, min(end, int(places[-1]) + 1), BLOCK):
         sees = (at[:, -1, 0] >= block) & (at[:, 0, 0] - window + 1 < block + BLOCK)
         low, high = np.flatnonzero(sees)[[0, -1]]
         part = slice(low, high + 1)
         stored = max(block, start), min(block + BLOCK, end)
-        key, value = pool.block(tables.slots_of(sequence, *stored), stored[0] - block)
+        page, offset = np.divmod(np.arange(*stored), size)
+        slots = pages[page - start // size] * size + offset
+        key, value = pool.block(slots, stored[0] - block, BLOCK)
         scores = np.matmul(tiles[:, part], key.transpose(0, 2, 1)[:, None])
         scores *= np.float32(dim**-0.5)
         keys_at = block + np.arange(BLOCK)

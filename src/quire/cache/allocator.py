@@ -3,45 +3,90 @@
 Ints only; knows nothing of sequences or of what a page holds.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from quire.errors import CacheError, CacheFull, CacheInvariantError
 
-__all__ = ["PageAllocator"]
+__all__ = ["OPEN", "PageAllocator", "PageArea"]
+
+
+OPEN = 1  # the area of open pages
+
+
+class PageArea:
+    """Ids ``first`` to ``first + num_pages - 1``: which are free, and a queue of cached ones."""
+
+    def __init__(self, first: int, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.free = list(range(first + num_pages - 1, first - 1, -1))
+        self.cached: OrderedDict[int, None] = OrderedDict()  # the first is the next to go
+
+    @property
+    def available(self) -> int:
+        """Pages that can be allocated: free and cached ones."""
+        return len(self.free) + len(self.cached)
 
 
 class PageAllocator:
-    """A free list, reference counts and a queue of cached pages over ids 0 to ``num_pages - 1``.
+    """Free pages, reference counts and queues of cached pages.
+
+    num_pages   ids 0 to ``num_pages - 1``
+    open_pages  ids behind those, an area of their own (:data:`OPEN`): a page of one kind never
+                takes the place of the other
 
     Conservation: every page is held (referenced at least once), cached (kept, and referenced by
     nobody) or free. Cached pages are given up when free ones are not enough: least recently
     released first, and of those released together the last first, so that a prefix loses its tail
     before its head. ``on_evict`` is told of each before it is taken.
+
+    generations   of each page a count that grows before anything is written to it: who remembers
+                  something of a page's numbers remembers its generation, too
     """
 
-    def __init__(self, num_pages: int, on_evict: Callable[[int], None] | None = None) -> None:
-        self.num_pages = num_pages
+    def __init__(
+        self,
+        num_pages: int,
+        on_evict: Callable[[int], None] | None = None,
+        open_pages: int = 0,
+    ) -> None:
+        self.first_open, self.num_pages = num_pages, num_pages + open_pages
+        self.areas = (
+            PageArea(0, num_pages),
+            *([PageArea(num_pages, open_pages)] * (open_pages > 0)),
+        )
         self._on_evict = on_evict
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._references = [0] * num_pages
-        self._kept = bytearray(num_pages)
-        self._cached: OrderedDict[int, None] = OrderedDict()  # the first is the next to go
+        self._references = [0] * self.num_pages
+        self._kept = bytearray(self.num_pages)
+        self.generations = array("q", bytes(8 * self.num_pages))
 
     @property
     def num_free(self) -> int:
         """Pages that nobody references and that are not kept."""
-        return len(self._free)
+        return sum(len(area.free) for area in self.areas)
 
     @property
     def num_cached(self) -> int:
         """Kept pages that nobody references."""
-        return len(self._cached)
+        return sum(len(area.cached) for area in self.areas)
 
     @property
     def available(self) -> int:
-        """Pages that can be allocated: free and cached ones."""
-        return len(self._free) + len(self._cached)
+        """Pages that can be allocated, but for open ones: free and cached ones."""
+        return self.areas[0].available
+
+    def is_open(self, page: int) -> bool:
+        """True for the id of an open page."""
+        return page >= self.first_open
+
+    def count(self, pages: Iterable[int]) -> tuple[int, ...]:
+        """How many of ``pages`` are in each area."""
+        ids = list(pages)
+        if len(self.areas) == 1:
+            return (len(ids),)
+        opened = sum(page >= self.first_open for page in ids)
+        return len(ids) - opened, opened
 
     def references(self, page: int) -> int:
         """How many holders ``page`` has."""
@@ -55,19 +100,26 @@ class PageAllocator:
         """True if ``page`` has one holder and is not kept: nobody else reads it."""
         return self._references[page] == 1 and not self._kept[page]
 
-    def allocate(self, count: int) -> list[int]:
-        """Take ``count`` pages, one reference each; CacheFull (nothing taken) if too few."""
-        if count > self.available:
+    def allocate(self, count: int, area: int = 0) -> list[int]:
+        """Take ``count`` pages of an area, one reference each; CacheFull if too few."""
+        place = self.areas[area]
+        if count > place.available:
             raise CacheFull(
-                f"{count} pages wanted, {self.available} of {self.num_pages} are free or cached"
+                f"{count} pages wanted, {place.available} of {place.num_pages} are free or cached"
             )
-        while count > len(self._free):
-            self._evict()
-        pages = self._free[len(self._free) - count :][::-1]
-        del self._free[len(self._free) - count :]
+        free = place.free
+        while count > len(free):
+            self._evict(place)
+        pages = free[len(free) - count :][::-1]
+        del free[len(free) - count :]
         for page in pages:
             self._references[page] = 1
+            self.generations[page] += 1
         return pages
+
+    def rewrite(self, page: int) -> None:
+        """A held page is about to be written to."""
+        self.generations[page] += 1
 
     def retain(self, pages: Iterable[int]) -> None:
         """Add a reference to each page; all must be held or cached."""
@@ -75,7 +127,7 @@ class PageAllocator:
             if self._references[page] < 1:
                 if not self._kept[page]:
                     raise CacheError(f"page {page} is free and cannot be shared")
-                del self._cached[page]
+                del self._area(page).cached[page]
             self._references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
@@ -94,10 +146,11 @@ class PageAllocator:
                     unused.append(page)
         finally:
             for page in reversed(unused):
+                area = self._area(page)
                 if self._kept[page]:
-                    self._cached[page] = None
+                    area.cached[page] = None
                 else:
-                    self._free.append(page)
+                    area.free.append(page)
 
     def keep(self, page: int) -> None:
         """Let a held page stay, cached, when its last holder leaves."""
@@ -110,13 +163,15 @@ class PageAllocator:
         if self._kept[page]:
             self._kept[page] = 0
             if self._references[page] == 0:
-                del self._cached[page]
-                self._free.append(page)
+                area = self._area(page)
+                del area.cached[page]
+                area.free.append(page)
 
     def evict_all(self) -> None:
         """Give up every cached page."""
-        while self._cached:
-            self._evict()
+        for area in self.areas:
+            while area.cached:
+                self._evict(area)
 
     def check(self, held: Iterable[int]) -> None:
         """Compare with ``held``, every reference listed once; CacheInvariantError on a mismatch."""
@@ -134,20 +189,27 @@ class PageAllocator:
                 f"counted {self._references[wrong[0]]}, held {expected[wrong[0]]}"
             )
         unused = [p for p, n in enumerate(expected) if n == 0]
-        if sorted(self._free) != [p for p in unused if not self._kept[p]]:
+        free = sorted(page for area in self.areas for page in area.free)
+        cached = sorted(page for area in self.areas for page in area.cached)
+        if any(self._area(page) is not area for area in self.areas for page in area.free):
+            raise CacheInvariantError("a free page is in the list of another area")
+        if free != [p for p in unused if not self._kept[p]]:
             raise CacheInvariantError(
-                f"the free list ({len(self._free)} pages) is not the set of pages without a "
+                f"the free list ({len(free)} pages) is not the set of pages without a "
                 f"reference ({len(unused)}) that are not kept"
             )
-        if sorted(self._cached) != [p for p in unused if self._kept[p]]:
+        if cached != [p for p in unused if self._kept[p]]:
             raise CacheInvariantError(
-                f"the queue of cached pages ({len(self._cached)}) is not the set of kept pages "
+                f"the queue of cached pages ({len(cached)}) is not the set of kept pages "
                 "without a reference"
             )
 
-    def _evict(self) -> None:
-        """Give up the cached page that is next to go; it is free then."""
-        page = next(iter(self._cached))
+    def _area(self, page: int) -> PageArea:
+        return self.areas[page >= self.first_open]
+
+    def _evict(self, area: PageArea) -> None:
+        """Give up the cached page of an area that is next to go; it is free then."""
+        page = next(iter(area.cached))
         if self._on_evict is not None:
             self._on_evict(page)
         self.forget(page)

@@ -5,9 +5,16 @@ from itertools import accumulate
 
 import numpy as np
 
-from quire.batch import PagedBatch
-from quire.cache.sequence import Growths, Reservation, SequenceState, grown
-from quire.cache.table import flatten
+from quire.batch import OpenPages, PagedBatch
+from quire.cache.sequence import (
+    Growth,
+    Growths,
+    Reservation,
+    SequenceState,
+    extended,
+    grown,
+)
+from quire.cache.table import PageTable, flatten, open_pages
 from quire.layout import CacheLayout
 
 __all__ = ["BatchBuilder"]
@@ -16,7 +23,8 @@ __all__ = ["BatchBuilder"]
 class BatchBuilder:
     """Builds batches, most of a long reply's from the one before.
 
-    While the same sequences decode and none of them needs another page, only the positions move.
+    While the same sequences decode and none of them needs another page, or a page that becomes
+    whole is to be packed, only the positions move.
     """
 
     def __init__(self, layout: CacheLayout) -> None:
@@ -53,12 +61,31 @@ class BatchBuilder:
                 ends,
                 (places, owner),
                 (self._layout.page_size, group.window),
+                self._through(g, states, growth, ends) if self._layout.packs[g] else None,
             )
             for g, group in enumerate(self._layout.groups)
         )
         dropped = [state.dropped for state in states]
         positions = places + np.array(dropped)[owner] if any(dropped) else places
         return PagedBatch(positions, query_indptr, groups, self._group_of_layer, places)
+
+    def _through(
+        self,
+        group: int,
+        states: Sequence[SequenceState],
+        growth: Sequence[Growths],
+        ends: Sequence[int],
+    ) -> tuple[list[PageTable], OpenPages]:
+        """The tables that new tokens go through in a group that packs its pages."""
+        tables: list[PageTable] = []
+        seals: list[tuple[int, int]] = []
+        for state, growths in zip(states, growth, strict=True):
+            grows = growths[group] if growths else Growth()
+            tables.append(extended(state.tables[group], grows))
+            numbers = range(grows.first_packed, grows.first_packed + len(grows.packed))
+            seals += zip(map(tables[-1].page, numbers), grows.packed, strict=True)
+        spans = [(state.length, end) for state, end in zip(states, ends, strict=True)]
+        return tables, open_pages(tables, spans, seals, self._layout.page_size)
 
     def committed(self, reservation: Reservation, counts: Sequence[int]) -> None:
         """``reservation`` was committed, ``counts`` tokens of each sequence; no table was cut."""

@@ -1,11 +1,16 @@
-"""Whether what is written of a sequence can be true."""
+"""Whether what is written of a sequence can be true, and whether pools fit a cache."""
 
+from collections.abc import Sequence
+
+from quire.cache.allocator import PageAllocator
 from quire.cache.prefix import TOKEN_BYTES
 from quire.cache.sequence import SequenceState
-from quire.errors import CacheInvariantError
-from quire.layout import CacheLayout, pages_for
+from quire.cache.table import PageTable
+from quire.errors import CacheError, CacheInvariantError
+from quire.layout import Area, CacheLayout, pages_for
+from quire.pages import PagePool
 
-__all__ = ["check_sequence"]
+__all__ = ["check_kinds", "check_sequence", "require_pools"]
 
 
 def check_sequence(layout: CacheLayout, handle: int, state: SequenceState) -> None:
@@ -17,6 +22,19 @@ def check_sequence(layout: CacheLayout, handle: int, state: SequenceState) -> No
         raise CacheInvariantError(
             f"sequence {handle} dropped {state.dropped} tokens, and the prefix index offers it"
         )
+
+
+def check_kinds(
+    page_size: int, handle: int, length: int, table: PageTable, allocator: PageAllocator
+) -> None:
+    """Raise CacheInvariantError unless whole pages but the first are packed, and no others."""
+    for number, page in enumerate(table.pages, table.first_page):
+        whole = 0 < number < length // page_size
+        if allocator.is_open(page) == whole:
+            raise CacheInvariantError(
+                f"page {number} of sequence {handle} of {length} tokens is {page}, which is "
+                f"{'an open' if whole else 'a packed'} one"
+            )
 
 
 def _check_tables(layout: CacheLayout, handle: int, state: SequenceState) -> None:
@@ -53,3 +71,32 @@ def _check_chain(layout: CacheLayout, handle: int, state: SequenceState) -> None
                     f"{node.pages[group]} in the prefix index (group {group})"
                 )
         node = node.parent
+
+
+def require_pools(
+    layout: CacheLayout, num_pages: Sequence[int], pools: Sequence[PagePool]
+) -> list[tuple[int, int]]:
+    """(pages, open pages) of each group; CacheError if pools and page counts do not fit it."""
+    if len(num_pages) != len(layout.areas) or len(pools) != len(layout.shapes):
+        areas = f" ({len(layout.areas)} areas with open ones)" if True in layout.packs else ""
+        raise CacheError(
+            f"{len(num_pages)} page counts and {len(pools)} pools for "
+            f"{len(layout.groups)} groups{areas} and {len(layout.shapes)} layers"
+        )
+    counts = dict(zip(layout.areas, num_pages, strict=True))
+    wanted = [
+        (counts[Area(g)], counts[Area(g, is_open=True)] if packs else 0)
+        for g, packs in enumerate(layout.packs)
+    ]
+    for layer, pool in enumerate(pools):
+        pages, opened = wanted[layout.group_of_layer[layer]]
+        fits = pool.num_pages >= pages
+        if layout.packs[layout.group_of_layer[layer]]:
+            fits = pool.num_pages == pages and pool.open_pages >= opened > 0
+        if pool.shape != layout.shapes[layer] or not fits:
+            raise CacheError(
+                f"layer {layer}: a pool of {pool.num_pages} pages of {pool.shape} does not "
+                f"fit {pages} pages of {layout.shapes[layer]}"
+                + (f"; it has {pool.open_pages} open pages for {opened}" if opened else "")
+            )
+    return wanted

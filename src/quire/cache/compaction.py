@@ -84,7 +84,10 @@ class Compactor:
         before = np.array(table.pages, np.int64)
         replaced = self._replacements(table.pages[first:end])
         try:
-            self._leave_index(state, [p for p in table.pages[first:end] if p not in replaced])
+            written = [p for p in table.pages[first:end] if p not in replaced]
+            self._leave_index(state, written)
+            for page in written:
+                self._allocator.rewrite(page)
             after = before[:end].copy()
             after[first:] = [replaced.get(page, page) for page in after[first:].tolist()]
             moved = np.arange(first * self._size, kept)

@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quire.cache.table import PageTable
 from quire.errors import ConfigError, did_you_mean
+from quire.pages import PagePool
+from quire.rotation import rotate
 
-__all__ = ["LAYOUTS", "KVArrays", "LayerKV", "arrange"]
+__all__ = ["LAYOUTS", "KVArrays", "LayerKV", "arrange", "layer_arrays"]
 
 Array = npt.NDArray[Any]
 
@@ -21,7 +24,7 @@ LAYOUTS = (*_AXES, "pages")
 @dataclass(frozen=True)
 class LayerKV:
     """One layer's keys and values, copies: in the stored dtype, or, of a quantised format, decoded
-    to float32, which is exact.
+    to float32, which is exact; rotated keys are turned back, which rounds.
 
     In a named layout: ``key`` and ``value`` of positions ``start`` to ``start + S - 1`` (a sliding
     window starts where the next token would look first). In layout ``"pages"``: ``[pages,
@@ -56,3 +59,22 @@ def require_layout(layout: str) -> None:
 def arrange(tokens: Array, layout: str) -> Array:
     """``tokens`` [sequence, heads, dim] in a named layout, C-contiguous."""
     return np.ascontiguousarray(tokens[None].transpose(_AXES[layout]))
+
+
+def layer_arrays(pool: PagePool, table: PageTable, seen: tuple[int, int], layout: str) -> LayerKV:
+    """One layer of a sequence; ``seen``: the places that the next token sees, and no others."""
+    size, held = pool.shape.page_size, table.first_page * pool.shape.page_size
+    formats = pool.shape.key_format, pool.shape.value_format
+    key, value = (  # all pages of a sequence may be open still, and those are stored as bf16
+        read if format.lossless else read.astype(np.float32, copy=False)
+        for read, format in zip(pool.read_pages(table.pages), formats, strict=True)
+    )
+    if pool.shape.rotated:
+        key = rotate(key)
+    start, end = seen
+    if layout == "pages":
+        last = end - (table.end_page - 1) * size if table.pages else 0
+        return LayerKV(key, value, held, tuple(table.pages), last)
+    places = slice(start - held, end - held)
+    tokens = [a.reshape(-1, *a.shape[2:])[places] for a in (key, value)]
+    return LayerKV(arrange(tokens[0], layout), arrange(tokens[1], layout), start)

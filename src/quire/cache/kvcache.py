@@ -4,6 +4,8 @@ A step prepares with :meth:`KVCache.reserve` and finishes with :meth:`KVCache.co
 changes a sequence. Between the two, :meth:`KVCache.rollback` leaves the cache as it was.
 With a prefix index, whole pages of sequences whose token ids are told at the commit are found by
 later sequences that begin with the same tokens (:meth:`KVCache.match`).
+Where a format packs whole pages, a sequence holds its first page and its unfinished one open and
+the others packed; each is packed once, in the step that completes it.
 Not thread-safe.
 """
 
@@ -17,15 +19,16 @@ import numpy.typing as npt
 
 from quire.cache.allocator import PageAllocator
 from quire.cache.batches import BatchBuilder
-from quire.cache.books import check_sequence
+from quire.cache.books import check_kinds, check_sequence, require_pools
 from quire.cache.compaction import Compactor, Keep, require_compactable, require_keep
-from quire.cache.export import KVArrays, LayerKV, arrange, require_layout
+from quire.cache.export import KVArrays, layer_arrays, require_layout
+from quire.cache.growth import Grower
 from quire.cache.prefix import PrefixIndex, PrefixMatch, PrefixQuery
 from quire.cache.raw import RawPages
-from quire.cache.sequence import Growth, Growths, Reservation, SequenceState, grown
+from quire.cache.sequence import Growths, Reservation, SequenceState
 from quire.cache.sharing import PrefixSharing
 from quire.cache.table import PageTable
-from quire.cache.usage import CacheUsage
+from quire.cache.usage import CacheUsage, count_bytes, filled_pages
 from quire.errors import CacheError, CacheFull
 from quire.layout import CacheLayout, LayerGroup, pages_for
 from quire.pages import PagePool
@@ -37,8 +40,9 @@ class KVCache:
     """Paged keys and values of many sequences.
 
     layout     layer groups and page shapes
-    num_pages  pages of each group
-    pools      one pool a layer, each with at least its group's number of pages
+    num_pages  pages of each area (:attr:`CacheLayout.areas`): of each group, and open ones
+    pools      one pool a layer, each with at least its group's number of pages; with just so many
+               where there are open ones, too
     identity   of what computes the pages; None for a cache that shares no prefixes. Prefixes that
                were computed by something else are others
     """
@@ -50,25 +54,15 @@ class KVCache:
         pools: Sequence[PagePool],
         identity: bytes | None = None,
     ) -> None:
-        if len(num_pages) != len(layout.groups) or len(pools) != len(layout.shapes):
-            raise CacheError(
-                f"{len(num_pages)} page counts and {len(pools)} pools for "
-                f"{len(layout.groups)} groups and {len(layout.shapes)} layers"
-            )
-        for layer, pool in enumerate(pools):
-            wanted = num_pages[layout.group_of_layer[layer]]
-            if pool.shape != layout.shapes[layer] or pool.num_pages < wanted:
-                raise CacheError(
-                    f"layer {layer}: a pool of {pool.num_pages} pages of {pool.shape} does not "
-                    f"fit {wanted} pages of {layout.shapes[layer]}"
-                )
+        counts = require_pools(layout, num_pages, pools)
         self.layout = layout
         self.pools = tuple(pools)
         self.raw = RawPages(layout, self.pools)
         self._allocators = tuple(
-            PageAllocator(count, partial(self._on_evict, group))
-            for group, count in enumerate(num_pages)
+            PageAllocator(count, partial(self._on_evict, group), opened)
+            for group, (count, opened) in enumerate(counts)
         )
+        self._areas = tuple(area for allocator in self._allocators for area in allocator.areas)
         self.prefix: PrefixIndex | None = None
         self._sharing: PrefixSharing | None = None
         if identity is not None:
@@ -79,11 +73,9 @@ class KVCache:
         self._sequences: dict[int, SequenceState] = {}
         self._reservations: list[Reservation] = []
         self._batches = BatchBuilder(layout)
+        self._grower = Grower(layout, self._allocators, self.pools, self.prefix)
         self._next = 0
-        # What every step asks for.
-        self._page_bytes = [layout.page_bytes(group) for group in range(len(layout.groups))]
         self._windowed = [(g, group) for g, group in enumerate(layout.groups) if group.window]
-        self._no_pages = (0,) * len(layout.groups)
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -123,26 +115,33 @@ class KVCache:
     def restore(self, query: PrefixQuery, data: Sequence[npt.NDArray[np.uint8]]) -> int:
         """Admit a sequence that holds all tokens of ``query``, computed before; returns its handle.
 
-        ``data[g]``: uint8 ``[pages, layout.page_bytes(g)]``, what ``raw.read`` gave of the
-        pages that a next token would see. Raises CacheFull, with nothing changed, if they do not
-        fit; CacheError without a prefix index.
+        ``data[a]``: uint8 ``[pages, layout.area_bytes[a]]``, what ``raw.read`` gave of the pages
+        that a next token would see, of each area (:meth:`CacheLayout.held_pages`). Raises
+        CacheFull, with nothing changed, if they do not fit; CacheError without a prefix index.
         """
         if self._sharing is None:
             raise CacheError("this cache has no prefix index to restore a sequence into")
-        for group, (allocator, pages) in enumerate(zip(self._allocators, data, strict=True)):
-            if len(pages) > allocator.available:
+        for area, place, pages in zip(self.layout.areas, self._areas, data, strict=True):
+            if len(pages) > place.available:
                 raise CacheFull(
-                    f"{query.num_tokens} saved tokens need {len(pages)} pages of "
-                    f"{self.layout.page_size} tokens ({self.layout.groups[group].name()}), but "
-                    f"{allocator.available} of {allocator.num_pages} are free; raise kv_memory"
+                    f"{query.num_tokens} saved tokens need {len(pages)} "
+                    f"{'open ' if area.is_open else ''}pages of {self.layout.page_size} tokens "
+                    f"({self.layout.groups[area.group].name()}), but {place.available} of "
+                    f"{place.num_pages} are free; raise kv_memory"
                 )
         tables: list[PageTable] = []
+        rest = list(data)
         try:
-            for group, (allocator, pages) in enumerate(zip(self._allocators, data, strict=True)):
+            for group, allocator in enumerate(self._allocators):
+                numbers = self.layout.held_pages(group, query.num_tokens)
                 first = self.layout.groups[group].first_needed(query.num_tokens)
-                ids = array("q", allocator.allocate(len(pages)))
-                tables.append(PageTable(ids, first // self.layout.page_size))
-                self.raw.write(group, ids, pages)
+                found: dict[int, int] = {}
+                tables.append(PageTable(first_page=first // self.layout.page_size))
+                for kind, wanted in enumerate(numbers):
+                    ids = allocator.allocate(len(wanted), kind)
+                    found |= zip(wanted, ids, strict=True)
+                    tables[-1].pages = array("q", [found[n] for n in sorted(found)])
+                    self.raw.write(group, ids, rest.pop(0))
         except BaseException:
             for allocator, table in zip(self._allocators, tables, strict=False):
                 allocator.release(table.pages)
@@ -165,8 +164,9 @@ class KVCache:
         """Forget the tokens from position ``length`` on (rollback).
 
         CacheError, with nothing changed, if ``length`` is negative or beyond the end, or if a
-        sliding window gave back pages that a token at position ``length`` would see, or if tokens
-        were dropped: what is left may lie behind ``length`` for some heads and not for others.
+        sliding window gave back pages that a token at position ``length`` would see, if that is
+        inside a packed page, whose tokens cannot be parted, or if tokens were dropped: what is
+        left may lie behind ``length`` for some heads and not for others.
         """
         state = self._idle(sequence)
         if not 0 <= length <= state.length:
@@ -185,7 +185,18 @@ class KVCache:
                 "token would see fell out of a sliding window and were given back; the shortest "
                 f"possible length is {shortest}; release it and compute it anew instead"
             )
-        end_page = pages_for(length, self.layout.page_size)
+        size = self.layout.page_size
+        if (
+            True in self.layout.packs
+            and size < length < state.length // size * size
+            and length % size
+        ):
+            before = length // size * size
+            raise CacheError(
+                f"cannot truncate sequence {sequence} to {length} tokens: they end inside a page "
+                f"of {size} tokens that is packed; possible are {before} and {before + size}"
+            )
+        end_page = pages_for(length, size)
         for allocator, table in zip(self._allocators, state.tables, strict=True):
             allocator.release(table.drop_back(max(end_page, table.first_page)))
         state.length = length
@@ -242,21 +253,25 @@ class KVCache:
 
     @property
     def free_pages(self) -> tuple[int, ...]:
-        """Pages of each group that can be taken: free ones and cached ones that nobody holds."""
-        return tuple([allocator.available for allocator in self._allocators])
+        """Pages of each area that can be taken: free ones and cached ones that nobody holds."""
+        return tuple([area.available for area in self._areas])
 
     @property
     def cached_pages(self) -> tuple[int, ...]:
-        """Pages of each group that nobody holds and that the prefix index keeps."""
-        return tuple(allocator.num_cached for allocator in self._allocators)
+        """Pages of each area that nobody holds and that the prefix index keeps."""
+        return tuple(len(area.cached) for area in self._areas)
 
     @property
     def num_pages(self) -> tuple[int, ...]:
-        """All pages of each group."""
-        return tuple(allocator.num_pages for allocator in self._allocators)
+        """All pages of each area: of each group, and of open ones where pages are packed."""
+        return tuple(area.num_pages for area in self._areas)
+
+    def generations(self, group: int) -> npt.NDArray[np.int64]:
+        """For each page of ``group`` a count that grows before it is written to; a live view."""
+        return np.frombuffer(self._allocators[group].generations, np.int64)
 
     def cost(self, sequence: int | PrefixMatch | None, new_tokens: int) -> tuple[int, ...]:
-        """Pages of each group that reserving ``new_tokens`` more tokens would take.
+        """Pages of each area that reserving ``new_tokens`` more tokens would take.
 
         None, or a match, stands for a sequence that is yet to be created (from that match).
         """
@@ -265,16 +280,30 @@ class KVCache:
                 return self._sharing.cost(sequence, new_tokens)
             sequence = None
         if sequence is None:
-            return (pages_for(new_tokens, self.layout.page_size),) * len(self.layout.groups)
-        needs = self._needs(self._get(sequence), new_tokens)
-        return tuple([add + copy for add, copy in needs]) if needs else self._no_pages
+            groups = range(len(self.layout.groups))
+            return tuple(n for g in groups for n in self.layout.pages_between(g, 0, new_tokens))
+        return self._grower.cost(self._get(sequence), new_tokens)
+
+    def cost_of_whole(self, match: PrefixMatch, pages: int) -> tuple[int, ...]:
+        """Pages of each area that :meth:`reserve_whole` would take, behind a match of whole ones,
+        those of the match that nobody holds included.
+        """
+        new = [
+            self._grower.whole(group, match.tokens, pages)
+            for group in range(len(self.layout.groups))
+        ]
+        return tuple(
+            more + held
+            for counts, held_of in zip(new, self._held_by_nobody(match), strict=True)
+            for more, held in zip(counts, held_of, strict=True)
+        )
 
     def shareable(self, tokens: int) -> int:
         """How many of ``tokens`` leading tokens others can use while their sequence is open."""
         return 0 if self.prefix is None else tokens // self.layout.page_size * self.layout.page_size
 
     def growth(self, sequence: int | PrefixMatch | None, new_tokens: int) -> tuple[int, ...]:
-        """Free pages of each group that growing token by token takes at most.
+        """Free pages of each area that growing token by token takes at most.
 
         At most :meth:`cost`; less where a sliding window gives pages back on the way. Pages that a
         fork shares are not counted as held: they are copied, or stay with the fork.
@@ -283,20 +312,20 @@ class KVCache:
             if self._sharing is not None:
                 return self._sharing.growth(sequence, new_tokens)
             sequence = None
-        own = (
-            (0,) * len(self.layout.groups) if sequence is None else self.freed_by_release(sequence)
-        )
-        tokens = new_tokens + (0 if sequence is None else self.length(sequence))
-        peaks = (group.most_pages(tokens, 1, self.layout.page_size) for group in self.layout.groups)
-        most = (max(0, peak - held) for peak, held in zip(peaks, own, strict=True))
+        layout, groups = self.layout, range(len(self.layout.groups))
+        held = 0 if sequence is None else self.length(sequence)
+        own = [0] * len(layout.areas) if sequence is None else self.freed_by_release(sequence)
+        peaks = (n for g in groups for n in layout.most_pages(g, held + new_tokens, 1))
+        most = (max(0, peak - holds) for peak, holds in zip(peaks, own, strict=True))
         return tuple(min(pair) for pair in zip(most, self.cost(sequence, new_tokens), strict=True))
 
     def freed_by_release(self, sequence: int) -> tuple[int, ...]:
-        """Pages of each group that only this sequence holds."""
+        """Pages of each area that only this sequence holds."""
         tables = self._get(sequence).tables
         return tuple(
-            sum(allocator.references(page) == 1 for page in table.pages)
+            count
             for allocator, table in zip(self._allocators, tables, strict=True)
+            for count in allocator.count(p for p in table.pages if allocator.references(p) == 1)
         )
 
     def reserve(self, chunks: Sequence[tuple[int, int]]) -> Reservation:
@@ -308,32 +337,58 @@ class KVCache:
         """
         states = self._validated(chunks)
         counts = [count for _, count in chunks]
-        needs = list(map(self._needs, states, counts))
-        growth = self._take(chunks, needs) if any(needs) else [()] * len(chunks)
+        needs = list(map(self._grower.needs, states, counts))
+        growth: Sequence[Growths] = [()] * len(chunks)
+        if any(needs):
+            growth = self._grower.take(chunks, states, needs)
         try:
             if any(growth):
-                self._copy_shared(states, growth)
+                self._grower.copy_shared(states, growth)
             batch = self._batches.build(chunks, states, growth)
             made = Reservation(tuple(chunks), batch, states, growth)
         except BaseException:
-            self._give_back(growth)
+            self._grower.give_back(growth)
             raise
-        for state, growths in zip(states, growth, strict=True):
-            state.growth = growths
-        self._reservations.append(made)
-        return made
+        for state, count in zip(states, counts, strict=True):
+            if count and state.length % self.layout.page_size:  # an unfinished page is written to
+                for allocator, table in zip(self._allocators, state.tables, strict=True):
+                    allocator.rewrite(table.pages[-1])
+        return self._opened(made)
+
+    def reserve_whole(self, sequence: int, pages: int) -> Reservation:
+        """Set whole pages aside behind those of a sequence, to be filled with what was stored.
+
+        No new token goes through them, so that where pages are packed no open ones are needed. The
+        sequence must end with a whole page. Raises CacheFull and CacheError as :meth:`reserve`.
+        """
+        size = self.layout.page_size
+        [state] = self._validated([(sequence, pages * size)])
+        if state.length % size:
+            raise CacheError(f"sequence {sequence} of {state.length} tokens ends inside a page")
+        growth = self._grower.take_whole(sequence, state, pages)
+        try:
+            batch = self._batches.build([(sequence, 0)], [state], [growth])
+            made = Reservation(((sequence, pages * size),), batch, [state], [growth])
+        except BaseException:
+            self._grower.give_back([growth])
+            raise
+        return self._opened(made)
 
     def commit(
-        self, reservation: Reservation, tokens: Sequence[Sequence[int]] | None = None
+        self, reservation: Reservation, tokens: Sequence[Sequence[int] | None] | None = None
     ) -> None:
         """Make the reserved tokens part of their sequences and give back pages behind windows.
 
-        ``tokens`` are the ids of each chunk, for the prefix index; sequences of unknown tokens
-        leave it. Of a chunk with fewer ids than were reserved only so many are committed.
-        CacheError, with nothing changed, if there are more ids than reserved.
+        ``tokens`` are the ids of each chunk, for the prefix index; None for all or one of them for
+        tokens that are unknown or not exact: their sequence leaves the index for good, and what of
+        it is in there stays. Of a chunk with fewer ids than were reserved only so many are
+        committed. CacheError, with nothing changed, if there are more ids than reserved.
         """
         reserved = [count for _, count in reservation.chunks]
-        counts = reserved if tokens is None else [len(part) for part in tokens]
+        told = [None] * len(reserved) if tokens is None else tokens
+        counts = [
+            count if part is None else len(part) for count, part in zip(reserved, told, strict=True)
+        ]
         if len(counts) != len(reserved) or any(map(operator.gt, counts, reserved)):
             raise CacheError(f"ids of {counts} tokens are more than the {reserved} reserved")
         self._close(reservation)
@@ -344,16 +399,12 @@ class KVCache:
         ):
             count = counts[at]
             if count < reserved[at]:
-                self._trim(state, growths, count)
+                self._grower.trim(state, growths, count)
             state.length += count
-            for index, growth in enumerate(growths):
-                table = state.tables[index]
-                if growth.copy_to is not None:
-                    self._allocators[index].release([table.pages[-1]])
-                if growth.copy_to is not None or growth.new_pages:
-                    state.tables[index] = grown(table, growth)
+            if growths:
+                self._grower.settle(state, growths)
             if count and self._sharing is not None:
-                self._sharing.extend(state, None if tokens is None else tokens[at])
+                self._sharing.extend(state, told[at])
             for index, group in self._windowed:
                 moved = self._leave_window(state, index, group) or moved
         if not moved:
@@ -362,39 +413,34 @@ class KVCache:
     def rollback(self, reservation: Reservation) -> None:
         """Give the reserved pages back; every sequence is as it was before :meth:`reserve`."""
         self._close(reservation)
-        self._give_back(reservation._growth)
+        self._grower.give_back(reservation._growth)
 
     # -- what is held ------------------------------------------------------------------------
 
     def allocated_bytes(self, sequence: int) -> int:
         """Bytes of the pages a sequence references: shared and reserved ones included."""
         state = self._get(sequence)
-        pages = [len(table.pages) for table in state.tables]
+        counts = [
+            allocator.count(table.pages)
+            for allocator, table in zip(self._allocators, state.tables, strict=True)
+        ]
         for group, growth in enumerate(state.growth or ()):
-            pages[group] += len(growth.new_pages) + (growth.copy_to is not None)
-        return sum(map(operator.mul, pages, self._page_bytes))
+            taken = self._allocators[group].count(growth.pages)
+            counts[group] = tuple(map(operator.add, counts[group], taken))
+        pages = [count for group in counts for count in group]
+        return sum(map(operator.mul, pages, self.layout.area_bytes))
 
     def usage(self, sequence: int | None = None) -> CacheUsage:
         """Bytes of one sequence, or of all of them with every shared page counted once."""
         states = self._sequences.values() if sequence is None else [self._get(sequence)]
-        allocated = used = 0
-        for group in range(len(self.layout.groups)):
-            filled: dict[int, int] = {}
-            for state in states:
-                for page, tokens in self._filled(state, group):
-                    filled[page] = max(tokens, filled.get(page, 0))
-            allocated += len(filled) * self.layout.page_bytes(group)
-            slots = sum(filled.values())
-            used += slots * self.layout.page_bytes(group) // self.layout.page_size
-        groups = range(len(self.layout.groups))
-        return CacheUsage(
-            pool_bytes=sum(self.num_pages[g] * self.layout.page_bytes(g) for g in groups),
-            allocated_bytes=allocated,
-            used_bytes=used,
-            tokens=sum(state.length for state in states),
-            bytes_per_token=sum(self.layout.token_bytes(g) for g in groups),
-            cached_bytes=0 if sequence is not None else self._cached_bytes(),
-        )
+        filled = [
+            page
+            for group, allocator in enumerate(self._allocators)
+            for page in filled_pages(self.layout, states, group, allocator)
+        ]
+        cached = self.cached_pages if sequence is None else ()
+        tokens = sum(state.length for state in states)
+        return count_bytes(self.layout, self.num_pages, filled, cached, tokens)
 
     def to_arrays(self, sequence: int, layout: str = "BHSD") -> KVArrays:
         """K and V of every layer in layout BHSD, BSHD, HBSD or ``"pages"``; see :class:`LayerKV`.
@@ -409,7 +455,12 @@ class KVCache:
         return KVArrays(
             layout,
             tuple(
-                self._layer_arrays(state, groups[layer], pool, layout)
+                layer_arrays(
+                    pool,
+                    state.tables[groups[layer]],
+                    (self.layout.groups[groups[layer]].first_needed(state.length), state.length),
+                    layout,
+                )
                 for layer, pool in enumerate(self.pools)
             ),
         )
@@ -423,19 +474,21 @@ class KVCache:
 
         Every page is free or referenced as often as tables and open reservations hold it; tables
         cover exactly the tokens that can still be seen; the waste of a sequence in a group is less
-        than one page.
+        than one page. Where pages are packed, all whole ones but the first are, and no others.
         """
         for handle, state in self._sequences.items():
             check_sequence(self.layout, handle, state)
+            for allocator, table, packs in zip(
+                self._allocators, state.tables, self.layout.packs, strict=True
+            ):
+                if packs:
+                    check_kinds(self.layout.page_size, handle, state.length, table, allocator)
         for index, allocator in enumerate(self._allocators):
             allocator.check(self._references(index))
         if self.prefix is not None:
             self.prefix.check()
 
     # -- inside ------------------------------------------------------------------------------
-
-    def _cached_bytes(self) -> int:
-        return sum(n * self.layout.page_bytes(g) for g, n in enumerate(self.cached_pages))
 
     def _on_evict(self, group: int, page: int) -> None:
         if self.prefix is not None:
@@ -466,31 +519,6 @@ class KVCache:
             for group, table in zip(self.layout.groups, state.tables, strict=True)
         )
 
-    def _needs(self, state: SequenceState, count: int) -> list[tuple[int, bool]]:
-        """For each group, the pages that ``count`` more tokens add, and whether the last page is
-        copied first. Empty if they take nothing in any group.
-        """
-        size = self.layout.page_size
-        offset = state.length % size
-        copies = [
-            count > 0 and offset > 0 and self._must_copy(group, table.pages[-1], offset)
-            for group, table in enumerate(state.tables)
-        ]
-        if offset and offset + count <= size and True not in copies:
-            return []
-        end_page = pages_for(state.length + count, size)
-        adds = [max(0, end_page - table.end_page) for table in state.tables]
-        return list(zip(adds, copies, strict=True)) if any(adds) or any(copies) else []
-
-    def _must_copy(self, group: int, page: int, offset: int) -> bool:
-        """True if others need ``page`` as it is from token ``offset`` on."""
-        allocator = self._allocators[group]
-        if allocator.is_private(page):
-            return False
-        return allocator.references(page) > 1 or (
-            self.prefix is not None and self.prefix.is_read(group, page, offset)
-        )
-
     def _validated(self, chunks: Sequence[tuple[int, int]]) -> list[SequenceState]:
         states = []
         seen = set[int]()
@@ -503,58 +531,18 @@ class KVCache:
             seen.add(sequence)
         return states
 
-    def _take(
-        self, chunks: Sequence[tuple[int, int]], needs: Sequence[list[tuple[int, bool]]]
-    ) -> list[Growths]:
-        """Allocate all that is needed; CacheFull, with nothing changed, if pages run out."""
-        for group, allocator in enumerate(self._allocators):
-            wanted = sum(sum(need[group]) for need in needs if need)
-            if wanted > allocator.available:
-                tokens = sum(count for _, count in chunks)
-                raise CacheFull(
-                    f"{tokens} tokens of {len(chunks)} sequences need {wanted} pages of "
-                    f"{self.layout.page_size} tokens ({self.layout.groups[group].name()}), but "
-                    f"{allocator.available} of {allocator.num_pages} are free; raise kv_memory or "
-                    "num_pages, or release a sequence"
-                )
+    def _opened(self, reservation: Reservation) -> Reservation:
+        for state, growths in zip(reservation._states, reservation._growth, strict=True):
+            state.growth = growths
+        self._reservations.append(reservation)
+        return reservation
+
+    def _held_by_nobody(self, match: PrefixMatch) -> list[tuple[int, ...]]:
+        """For each group, pages of ``match`` in each area that no sequence holds."""
         return [
-            [
-                _grow(allocator, add, copy)
-                for allocator, (add, copy) in zip(self._allocators, need, strict=True)
-            ]
-            if need
-            else ()
-            for need in needs
+            allocator.count(page for page in pages if allocator.references(page) == 0)
+            for allocator, pages in zip(self._allocators, match.pages, strict=True)
         ]
-
-    def _trim(self, state: SequenceState, growths: Growths, count: int) -> None:
-        """Give back what was reserved for more than ``count`` tokens."""
-        end_page = pages_for(state.length + count, self.layout.page_size)
-        for group, growth in enumerate(growths):
-            needed = max(0, end_page - state.tables[group].end_page)
-            self._allocators[group].release(growth.new_pages[needed:])
-            del growth.new_pages[needed:]
-            if count == 0 and growth.copy_to is not None:
-                self._allocators[group].release([growth.copy_to])
-                growth.copy_to = None
-
-    def _give_back(self, growth: Sequence[Growths]) -> None:
-        for growths in growth:
-            for group, taken in enumerate(growths):
-                self._allocators[group].release(taken.new_pages)
-                if taken.copy_to is not None:
-                    self._allocators[group].release([taken.copy_to])
-
-    def _copy_shared(self, states: Sequence[SequenceState], growth: Sequence[Growths]) -> None:
-        for index, group in enumerate(self.layout.groups):
-            source, target = [], []
-            for state, growths in zip(states, growth, strict=True):
-                copy_to = growths[index].copy_to if growths else None
-                if copy_to is not None:
-                    source.append(state.tables[index].pages[-1])
-                    target.append(copy_to)
-            for layer in group.layers if source else ():
-                self.pools[layer].copy_pages(source, target)
 
     def _leave_window(self, state: SequenceState, index: int, group: LayerGroup) -> bool:
         """Give back the pages behind a window; True if there were any."""
@@ -571,39 +559,11 @@ class KVCache:
         for state in reservation._states:
             state.growth = None
 
-    def _filled(self, state: SequenceState, group: int) -> list[tuple[int, int]]:
-        """(page id, tokens in it) for the pages of a sequence."""
-        size, table = self.layout.page_size, state.tables[group]
-        return [
-            (page, min(size, state.length - (table.first_page + i) * size))
-            for i, page in enumerate(table.pages)
-        ]
-
-    def _layer_arrays(
-        self, state: SequenceState, index: int, pool: PagePool, layout: str
-    ) -> LayerKV:
-        table, size = state.tables[index], self.layout.page_size
-        held = table.first_page * size
-        key, value = pool.read_pages(table.pages)
-        if layout == "pages":
-            last = state.length - (table.end_page - 1) * size if table.pages else 0
-            return LayerKV(key, value, held, tuple(table.pages), last)
-        start = self.layout.groups[index].first_needed(state.length)
-        seen = slice(start - held, state.length - held)
-        tokens = [a.reshape(-1, *a.shape[2:])[seen] for a in (key, value)]
-        return LayerKV(arrange(tokens[0], layout), arrange(tokens[1], layout), start)
-
     def _references(self, group: int) -> list[int]:
         held: list[int] = []
         for state in self._sequences.values():
             held.extend(state.tables[group].pages)
         for reservation in self._reservations:
             for growth in (growths[group] for growths in reservation._growth if growths):
-                held.extend(growth.new_pages)
-                held.extend(() if growth.copy_to is None else (growth.copy_to,))
+                held.extend(growth.pages)
         return held
-
-
-def _grow(allocator: PageAllocator, add: int, copy: bool) -> Growth:
-    copy_to = allocator.allocate(1)[0] if copy else None
-    return Growth(allocator.allocate(add), copy_to)

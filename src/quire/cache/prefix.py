@@ -297,10 +297,16 @@ class PrefixIndex:
         return node
 
     def insert_end(self, parent: PrefixNode, tokens: bytes, pages: Sequence[int]) -> None:
-        """Keep an unfinished page behind ``parent``, unless another begins with the same tokens."""
+        """Keep an unfinished page behind ``parent``, unless another begins with the same tokens.
+
+        A packed page, which no match ends in, does not count.
+        """
         at = bisect_left(parent.children, tokens, key=_tokens_of)
-        if at == len(parent.children) or not parent.children[at].tokens.startswith(tokens):
-            self.insert(parent, tokens, pages)
+        while at < len(parent.children) and parent.children[at].tokens.startswith(tokens):
+            if not self._is_packed(parent.children[at]):
+                return
+            at += 1
+        self.insert(parent, tokens, pages)
 
     def enter(self, node: PrefixNode) -> None:
         """A sequence stands at ``node`` now: it stays, even without pages."""
@@ -339,6 +345,13 @@ class PrefixIndex:
             for group, page in enumerate(node.pages):
                 if page != NO_PAGE and self._of_page[group][page] is not node:
                     raise CacheInvariantError(f"page {page} of group {group} has another node")
+                packed = self.layout.packs[group] and self._is_packed(node)
+                if (
+                    page != NO_PAGE
+                    and self.layout.packs[group]
+                    and packed == self._allocators[group].is_open(page)
+                ):
+                    raise CacheInvariantError(f"page {page} of group {group} is of the wrong kind")
         if count != self.num_nodes:
             raise CacheInvariantError(f"{count} pages in the tree, {self.num_nodes} counted")
         for group, allocator in enumerate(self._allocators):
@@ -382,10 +395,26 @@ class PrefixIndex:
         return path
 
     def _nearest(self, parent: PrefixNode, rest: bytes) -> PrefixNode | None:
-        """The page behind ``parent`` that begins with most of ``rest``, of those beside it."""
-        at = bisect_left(parent.children, rest, key=_tokens_of)
-        near = [c for c in parent.children[max(0, at - 1) : at + 1] if NO_PAGE not in c.pages]
+        """The page behind ``parent`` that begins with most of ``rest``, of those beside it.
+
+        A packed page cannot be gone on with from its middle; then the next one on either side.
+        """
+        children = parent.children
+        at = bisect_left(children, rest, key=_tokens_of)
+        below, above = at - 1, at
+        if True in self.layout.packs:
+            while below >= 0 and self._is_packed(children[below]):
+                below -= 1
+            while above < len(children) and self._is_packed(children[above]):
+                above += 1
+        near = [children[i] for i in (below, above) if 0 <= i < len(children)]
+        near = [node for node in near if NO_PAGE not in node.pages]
         return max(near, key=lambda node: common_tokens(node.tokens, rest), default=None)
+
+    def _is_packed(self, node: PrefixNode) -> bool:
+        """True for a whole page behind the first, where a group packs those."""
+        whole = node.num_tokens == self.layout.page_size
+        return whole and node.depth > 0 and True in self.layout.packs
 
     def _missing(self, path: list[PrefixNode], whole: int, length: int) -> int | None:
         """The last page of ``path[:whole]`` that a token at ``length`` sees and that is gone."""

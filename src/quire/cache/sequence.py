@@ -7,18 +7,37 @@ from quire.batch import PagedBatch
 from quire.cache.prefix import TOKEN_BYTES, PrefixIndex, PrefixNode
 from quire.cache.table import PageTable
 
-__all__ = ["Growth", "Growths", "PrefixChain", "Reservation", "SequenceState", "grown"]
+__all__ = [
+    "Growth",
+    "Growths",
+    "PrefixChain",
+    "Reservation",
+    "SequenceState",
+    "extended",
+    "grown",
+    "sealed",
+]
 
 
 @dataclass
 class Growth:
     """What a reservation holds for one sequence in one group.
 
-    ``copy_to`` is a private copy of the unfinished last page, when others need that page as it is.
+    new_pages     behind those of the table; open ones where pages are packed
+    copy_to       a private copy of the unfinished last page, when others need that page as it is
+    packed        where pages are packed: what the pages that become whole are packed into
+    first_packed  the number of the first of those
     """
 
     new_pages: list[int] = field(default_factory=list)
     copy_to: int | None = None
+    packed: list[int] = field(default_factory=list)
+    first_packed: int = 0
+
+    @property
+    def pages(self) -> list[int]:
+        """All of them."""
+        return [*self.new_pages, *self.packed, *(() if self.copy_to is None else (self.copy_to,))]
 
 
 # Of one sequence: a Growth for each group, or nothing at all if it takes no pages.
@@ -27,7 +46,10 @@ Growths = Sequence[Growth]
 
 @dataclass(eq=False)
 class Reservation:
-    """Pages set aside for one step. ``batch`` is what the step's kernels read."""
+    """Pages set aside for one step. ``batch`` is what the step's kernels read.
+
+    A batch without tokens is that of pages that are filled with what was stored before.
+    """
 
     chunks: tuple[tuple[int, int], ...]
     batch: PagedBatch
@@ -40,14 +62,35 @@ class Reservation:
         """For each chunk, whether pages are set aside for it; if not, those it has are enough."""
         return [bool(growths) for growths in self._growth]
 
+    @property
+    def new_pages(self) -> list[list[int]]:
+        """Of the only chunk: the pages that it adds in each group."""
+        [growths] = self._growth
+        return [growth.new_pages for growth in growths]
 
-def grown(table: PageTable, growth: Growth) -> PageTable:
-    """The table as it is after the commit of ``growth``."""
+
+def extended(table: PageTable, growth: Growth) -> PageTable:
+    """The table as new tokens go through it: no page of ``growth`` is packed yet."""
     after = table.copy()
     if growth.copy_to is not None:
         after.pages[-1] = growth.copy_to
     after.pages.extend(growth.new_pages)
     return after
+
+
+def sealed(table: PageTable, growth: Growth) -> PageTable:
+    """What :func:`extended` gave as it is after the commit, with packed pages in their places."""
+    after = table.copy()
+    start = growth.first_packed - table.first_page
+    for at, page in enumerate(growth.packed, start):
+        after.pages[at] = page
+    return after
+
+
+def grown(table: PageTable, growth: Growth) -> PageTable:
+    """The table as it is after the commit of ``growth``."""
+    after = extended(table, growth)
+    return sealed(after, growth) if growth.packed else after
 
 
 @dataclass

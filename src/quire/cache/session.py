@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,8 @@ class GroupPages:
 
     first_page  the page number of ``data[0]``, counted from position 0; above 0 where a sliding
                 window gave pages back
-    data        uint8 ``[pages, bytes_per_page]``, in a backend's layout
+    data        uint8 ``[pages, bytes_per_page]``, in a backend's layout; of open pages also the
+                last one, with a gap to the first
     """
 
     first_page: int
@@ -61,7 +62,7 @@ class SessionFile:
 
     identity  what computed the pages (weights digest, architecture, page format and size, ...)
     tokens    ids of the tokens whose keys and values are held, each below 2**32
-    groups    one a layer group
+    groups    one a layer group; two where pages are packed: those, and the open ones
     extra     anything that JSON can hold, for example a chat's messages; at most 1 MiB of JSON
     """
 
@@ -94,14 +95,28 @@ class Expected:
 
     identity    facts that must be in the file with the same values; others there do not count
     page_size   tokens a page
-    groups      (bytes a page, window or None) of each layer group
+    groups      (bytes a page, window or None) of each layer group; one that packs its pages stands
+                twice, with its packed pages and with its open ones
     max_tokens  the most tokens that can be used; bounds the memory that reading takes
+    kinds       for each of ``groups``, which pages are its own: whole ones but for number 0
+                ("packed"), the others ("open"), or all of them (None)
     """
 
     identity: Mapping[str, str]
     page_size: int
     groups: Sequence[tuple[int, int | None]]
     max_tokens: int | None = None
+    kinds: Sequence[Literal["packed", "open"] | None] = ()
+
+    def pages(self, index: int, num_tokens: int) -> tuple[int, int]:
+        """(first page, pages) that group ``index`` of a file of ``num_tokens`` must hold."""
+        size, kind = self.page_size, self.kinds[index] if self.kinds else None
+        first = LayerGroup((), self.groups[index][1]).first_needed(num_tokens) // size
+        numbers: Sequence[int] = range(first, pages_for(num_tokens, size))
+        whole = range(max(1, first), num_tokens // size)
+        if kind is not None:
+            numbers = whole if kind == "packed" else [n for n in numbers if n not in whole]
+        return (numbers[0] if numbers else first), len(numbers)
 
 
 def write_session(path: Path, session: SessionFile) -> None:
@@ -274,8 +289,7 @@ def _require(source: SessionSource, expected: Expected) -> None:
             f"{len(expected.groups)}; use the model that wrote it, or start a new session"
         )
     for index, (page_bytes, window) in enumerate(expected.groups):
-        first = LayerGroup((), window).first_needed(header.num_tokens) // expected.page_size
-        pages = pages_for(header.num_tokens, expected.page_size) - first
+        first, pages = expected.pages(index, header.num_tokens)
         if header.groups[index] != (first, pages, page_bytes):
             found = "{1} pages of {2} bytes from page {0} on".format(*header.groups[index])
             raise SessionError(

@@ -1,5 +1,6 @@
 """How sequences take pages from the prefix index and leave them there."""
 
+import operator
 from array import array
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from quire.cache.prefix import (
 from quire.cache.sequence import PrefixChain, SequenceState
 from quire.cache.table import PageTable
 from quire.errors import CacheError
-from quire.layout import CacheLayout, pages_for
+from quire.layout import CacheLayout
 
 __all__ = ["PrefixSharing"]
 
@@ -54,31 +55,25 @@ class PrefixSharing:
         return SequenceState(tables, match.tokens, chain=PrefixChain(node, match.tail))
 
     def cost(self, match: PrefixMatch, new_tokens: int) -> tuple[int, ...]:
-        """Pages of each group that starting from ``match`` and adding ``new_tokens`` would take."""
-        size = self.layout.page_size
-        new = pages_for(match.tokens + new_tokens, size) - pages_for(match.tokens, size)
-        return tuple(
-            new + copy + sum(allocator.references(page) == 0 for page in pages)
-            for allocator, pages, copy in zip(
-                self._allocators, match.pages, self._copies(match, new_tokens), strict=True
-            )
-        )
+        """Pages of each area that starting from ``match`` and adding ``new_tokens`` would take."""
+        counts: list[int] = []
+        copies = self._copies(match, new_tokens)
+        for group, (allocator, pages) in enumerate(zip(self._allocators, match.pages, strict=True)):
+            new = self.layout.pages_between(group, match.tokens, match.tokens + new_tokens)
+            taken = allocator.count(p for p in pages if allocator.references(p) == 0)
+            counts += map(operator.add, new, taken)
+            counts[-1] += copies[group]  # an unfinished page is an open one
+        return tuple(counts)
 
     def growth(self, match: PrefixMatch, new_tokens: int) -> tuple[int, ...]:
         """As :meth:`cost`, growing token by token so that windows give pages back on the way."""
-        tokens = match.tokens + new_tokens
-        peaks = [
-            group.most_pages(tokens, 1, self.layout.page_size)
-            + copy
-            - sum(allocator.references(page) > 0 for page in pages)
-            for group, allocator, pages, copy in zip(
-                self.layout.groups,
-                self._allocators,
-                match.pages,
-                self._copies(match, new_tokens),
-                strict=True,
-            )
-        ]
+        tokens, copies = match.tokens + new_tokens, self._copies(match, new_tokens)
+        peaks: list[int] = []
+        for group, (allocator, pages) in enumerate(zip(self._allocators, match.pages, strict=True)):
+            most = self.layout.most_pages(group, tokens, 1)
+            held = allocator.count(p for p in pages if allocator.references(p) > 0)
+            peaks += map(operator.sub, most, held)
+            peaks[-1] += copies[group]
         cost = self.cost(match, new_tokens)
         return tuple(min(max(0, peak), most) for peak, most in zip(peaks, cost, strict=True))
 

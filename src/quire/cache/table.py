@@ -8,9 +8,9 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from quire.batch import GroupBatch
+from quire.batch import NO_OPEN_PAGES, GroupBatch, OpenPages
 
-__all__ = ["PageTable", "flatten"]
+__all__ = ["PageTable", "flatten", "open_pages"]
 
 _IntArray = npt.NDArray[np.int64]
 
@@ -61,32 +61,70 @@ def flatten(
     ends: Sequence[int],
     tokens: tuple[_IntArray, _IntArray],
     geometry: tuple[int, int | None],
+    through: "tuple[Sequence[PageTable], OpenPages] | None" = None,
 ) -> GroupBatch:
     """The tables of a batch's sequences in CSR form.
 
     ends      [S]: length of each sequence, new tokens included
     tokens    (place, index of its sequence) of each new token, int64 [T] each
     geometry  (page_size, window)
+    through   where pages are packed: the tables with the open pages that new tokens go into, and
+              those pages
     """
     page_size, window = geometry
     held = [len(table.pages) for table in tables]
     first = [table.first_page for table in tables]
     indptr = np.array([0, *accumulate(held)], dtype=np.int64)
-    joined = bytearray().join([table.pages for table in tables])  # cheaper than many small arrays
-    indices = np.frombuffer(joined, np.int64) if joined else np.empty(0, np.int64)
+    indices = _joined(tables)
     last = [
         end - (start + count - 1) * page_size if count else 0
         for end, start, count in zip(ends, first, held, strict=True)
     ]
+    if through is None:
+        slots, opened = _slots(tables, tokens, page_size, indptr, indices), NO_OPEN_PAGES
+    else:
+        slots = _slots(through[0], tokens, page_size, indptr, _joined(through[0]))
+        opened = through[1]
     return GroupBatch(
         page_size,
         window,
-        _slots(tables, tokens, page_size, indptr, indices),
+        slots,
         indptr,
         indices,
         np.array(last, dtype=np.int64),
         np.array(first, dtype=np.int64),
+        opened,
     )
+
+
+def open_pages(
+    tables: Sequence[PageTable],
+    spans: Sequence[tuple[int, int]],
+    seals: Sequence[tuple[int, int]],
+    page_size: int,
+) -> OpenPages:
+    """The open pages of a step.
+
+    tables  with the open pages that new tokens go into
+    spans   [S]: places ``[start, end)`` of each sequence's new tokens
+    seals   (open id, packed id) of each page that becomes whole
+    """
+    ids: list[int] = []
+    indptr, first = [0], []
+    for table, (start, end) in zip(tables, spans, strict=True):
+        number = start // page_size
+        if end > start:
+            held = slice(number - table.first_page, (end - 1) // page_size + 1 - table.first_page)
+            ids += table.pages[held]
+        indptr.append(len(ids))
+        first.append(number)
+    sources, targets = [source for source, _ in seals], [target for _, target in seals]
+    return OpenPages(*(np.array(a, np.int64) for a in (indptr, ids, first, sources, targets)))
+
+
+def _joined(tables: Sequence[PageTable]) -> _IntArray:
+    joined = bytearray().join([table.pages for table in tables])  # cheaper than many small arrays
+    return np.frombuffer(joined, np.int64) if joined else np.empty(0, np.int64)
 
 
 def _slots(

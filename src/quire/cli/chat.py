@@ -11,7 +11,7 @@ from quire.cli.generate import report, run_request
 from quire.cli.options import engine_options, make_engine, sampling_options, sampling_params
 from quire.cli.reading import decode_utf8
 from quire.errors import CacheFull, RequestError, SessionError
-from quire.evict_choice import NO_EVICTION
+from quire.evict_choice import parse_eviction
 
 if TYPE_CHECKING:
     from quire.engine import Engine, Request, SamplingParams, StepOutput
@@ -75,7 +75,8 @@ def chat(system: str | None, path: Path | None, **options: Any) -> None:
 
 def _require_kept(path: Path | None, params: "SamplingParams") -> None:
     """Refuse to save a conversation of which tokens are dropped."""
-    if path is not None and params.evict not in (None, NO_EVICTION):
+    choice = None if params.evict is None else parse_eviction(params.evict)
+    if path is not None and choice is not None and choice.drops:
         raise click.UsageError(
             "a session keeps every token, and --evict drops some; leave one of them away"
         )

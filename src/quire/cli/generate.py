@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,8 @@ def report(completion: "Completion") -> str:
     parts.append(f"KV peak {format_bytes(completion.kv_bytes_peak)}")
     if completion.evicted_tokens:
         parts.append(f"{completion.evicted_tokens} tokens dropped")
+    if completion.reading is not None:
+        parts.append(str(completion.reading))
     if completion.streamed is not None:
         parts.append(completion.streamed)
     reason = completion.finish_reason
@@ -129,4 +132,5 @@ def _as_dict(completion: "Completion") -> dict[str, Any]:
         *("new_tokens", "ttft_s", "decode_tokens_per_s", "kv_bytes_peak", "seed", "preemptions"),
         *("error", "score", "tier_decision", "streamed", "evicted_tokens"),
     )
-    return {name: getattr(completion, name) for name in names}
+    reading = None if completion.reading is None else asdict(completion.reading)
+    return {name: getattr(completion, name) for name in names} | {"reading": reading}

@@ -11,9 +11,11 @@ from quire.cli.progress import measuring_progress
 from quire.cli.reading import decode_utf8
 
 if TYPE_CHECKING:
+    from rich.console import JustifyMethod
     from rich.table import Table
 
     from quire.analysis.candidates import Setting
+    from quire.analysis.losses import Interval
     from quire.analysis.pareto import Recommendation
     from quire.analysis.quality import Measurement, Report
 
@@ -65,8 +67,8 @@ def _tokens(ctx: click.Context, option: click.Parameter, text: str) -> int | Non
     "evictions",
     multiple=True,
     metavar="SPEC",
-    help="An eviction policy to measure with every format, such as window:budget=512; may be "
-    "repeated.  [default: none]",
+    help="A policy to measure with every format, such as window:budget=512 or quest:budget=512; "
+    "may be repeated.  [default: none]",
 )
 @click.option(
     "--budget",
@@ -102,7 +104,15 @@ def _tokens(ctx: click.Context, option: click.Parameter, text: str) -> int | Non
     default=25,
     show_default=True,
     metavar="N",
-    help="Prompts with values to recall; 0 asks for none.",
+    help="Texts with values to recall; 0 asks for none.",
+)
+@click.option(
+    "--max-batch-tokens",
+    type=int,
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens a step: longer prompts are read, and tokens dropped from them, in chunks.",
 )
 @click.option("--page-size", type=int, default=32, show_default=True, metavar="N")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
@@ -116,13 +126,14 @@ def measure(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure what page formats and eviction cost.
+    """Measure what page formats, eviction and sparse reading cost.
 
     Every --kv-format with every --evict is a candidate. The exact cache and all candidates read the
     same text, token by token after a prefilled half passage; printed are bytes a token, perplexity
     and its change with a 95 % interval, the KL divergence from the exact cache, how often the
-    likeliest token is the same, recall by distance, and speed. Two runs print the same but for the
-    speeds. Candidates that the engine refuses are shown with the reason.
+    likeliest token is the same, recall by distance, with the question after the prompt and in it,
+    and speed. Two runs print the same but for the speeds. Candidates that the engine refuses are
+    shown with the reason.
     """
     from quire.analysis.pareto import recommend
     from quire.analysis.picture import draw, require_drawable
@@ -219,6 +230,9 @@ def _numbers(found: "Measurement") -> dict[str, Any]:
         "recall": found.recall,
         "recall_mean": found.recall_mean,
         "recall_interval": found.recall_interval,
+        "recall_in_prompt": found.recall_in_prompt,
+        "recall_in_prompt_mean": found.recall_in_prompt_mean,
+        "recall_in_prompt_interval": found.recall_in_prompt_interval,
         "decode_tokens_per_s": None if speed is None else speed.decode_tokens_per_s,
         "attention_bytes_per_s": None if speed is None else speed.attention_bytes_per_s,
     }
@@ -234,35 +248,48 @@ def _print(report: "Report", model: str, backend: str) -> None:
         f"{model} on {backend}: {report.tokens:,} tokens predicted in passages of "
         f"{report.context:,}, ± 95 % intervals, KL in nats a token\n"
     )
-    names = ("cache", "bytes/\ntoken", "smaller", "perplex-\nity", "change", "KL mean", "KL p99")
-    Console().print(_table([*names, "same\ntop-1"], [_losses(r, r is report.exact) for r in rows]))
+    named = [(_name(each, each is report.exact), each) for each in rows]
+    heads = ["cache", "bytes/\ntoken", "smaller", "perplex-\nity", "change", "KL mean", "KL p99"]
+    losses = [[_folded(name), *_losses(each, each is report.exact)] for name, each in named]
+    Console().print(_table([*heads, "same\ntop-1"], losses))
     click.echo()
     if report.recall_missing is not None:
         click.echo(f"recall was not asked: {report.recall_missing}\n")
-    if report.exact.recall is not None or report.exact.speed is not None:
-        heads = ["cache", "decode\ntok/s", "attn.\nGB/s", *(report.exact.recall or ()), "recalled"]
-        Console().print(_table(heads, [_recall(r, r is report.exact) for r in rows]))
-        speed = report.exact.speed
-        after = "" if speed is None else f"speeds of one sequence after {speed.context:,} tokens; "
-        click.echo(f"{after}values recalled by distance in tokens\n")
+    if report.exact.recall is not None:
+        heads = ["cache", "asked", *report.exact.recall, "recalled"]
+        Console().print(_table(heads, [row for name, each in named for row in _recall(name, each)]))
+        click.echo("values recalled by distance in tokens, asked after the prompt and in it\n")
+    speed = report.exact.speed
+    if speed is not None:
+        heads = ["cache", "decode tok/s", "attention GB/s"]
+        Console().print(_table(heads, [[name, *_speed(each)] for name, each in named], padding=1))
+        click.echo(f"speeds of one sequence after {speed.context:,} tokens\n")
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> "Table":
+def _table(heads: list[str], rows: list[list[str]], padding: int = 0) -> "Table":
     """Narrow enough for 80 columns, with a rule below the heads."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, padding, 0, 0))
     for number, head in enumerate(heads):
         first = number == 0
-        table.add_column(head, justify="left" if first else "right", no_wrap=not first)
+        justify: JustifyMethod = "left" if first else "right"
+        table.add_column(head, justify=justify, no_wrap=not first, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
 
 
 def _name(each: "Measurement", exact: bool) -> str:
-    return f"{each.setting.name} (exact)" if exact else each.setting.name
+    """A line for the format, and one for the policy if there is one."""
+    name = f"{each.setting.name} (exact)" if exact else each.setting.name
+    return name.replace(" + ", " +\n ")
+
+
+def _folded(name: str) -> str:
+    """A name in short lines, for a table that leaves little room: broken where an option ends."""
+    return name.replace(":", ":\n  ").replace(",", ",\n  ")
 
 
 def _losses(each: "Measurement", exact: bool) -> list[str]:
@@ -275,7 +302,6 @@ def _losses(each: "Measurement", exact: bool) -> list[str]:
         f"{summary.top1_agreement:.2%}",
     ]
     return [
-        _name(each, exact),
         f"{each.bytes_per_token:,.0f}",
         f"{each.compression:.2f}x",
         f"{summary.perplexity:.3f}",
@@ -283,16 +309,34 @@ def _losses(each: "Measurement", exact: bool) -> list[str]:
     ]
 
 
-def _recall(each: "Measurement", exact: bool) -> list[str]:
-    speed, shares = each.speed, (each.recall or {}).values()
-    whole = ""
-    if each.recall_interval is not None:
-        low, high = each.recall_interval
-        whole = f"{each.recall_mean:.1%} [{100 * low:.0f}, {100 * high:.0f}]"
+def _recall(name: str, each: "Measurement") -> list[list[str]]:
+    """Two rows: asked after the prompt, and in the prompt."""
+    first, _, second = name.partition("\n")
     return [
-        _name(each, exact),
-        "" if speed is None else f"{speed.decode_tokens_per_s:.0f}",
-        "" if speed is None else f"{speed.attention_bytes_per_s / 1e9:.1f}",
-        *(f"{share:.0%}" for share in shares),
-        whole,
+        [first, "after", *_shares(each.recall, each.recall_mean, each.recall_interval)],
+        [
+            second,
+            "in",
+            *_shares(
+                each.recall_in_prompt, each.recall_in_prompt_mean, each.recall_in_prompt_interval
+            ),
+        ],
+    ]
+
+
+def _shares(
+    by_distance: dict[str, float] | None, mean: float | None, interval: "Interval | None"
+) -> list[str]:
+    if by_distance is None or mean is None or interval is None:
+        return []
+    whole = f"{mean:.1%} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+    return [*(f"{share:.0%}" for share in by_distance.values()), whole]
+
+
+def _speed(each: "Measurement") -> list[str]:
+    if each.speed is None:
+        return []
+    return [
+        f"{each.speed.decode_tokens_per_s:.0f}",
+        f"{each.speed.attention_bytes_per_s / 1e9:.1f}",
     ]

@@ -52,8 +52,9 @@ _ENGINE = (
         default="auto",
         show_default=True,
         metavar="FORMAT",
-        help="How keys and values are stored: fp32, bf16, fp16, or smaller at a loss: int8, fp8; "
-        "apart: k=int8,v=fp8; by layer: fp8+int8@first,last; auto is the checkpoint's dtype.",
+        help="How keys and values are stored: fp32, bf16, fp16, or smaller at a loss: int8, fp8, "
+        "int4, int2; apart: k=int8,v=fp8; by layer: int4+int8@first,last; with keys turned "
+        "first, so that they lose less: int4:rotated; auto is the checkpoint's dtype.",
     ),
     click.option(
         "--page-size",
@@ -142,7 +143,8 @@ _SAMPLING = (
         "--evict",
         metavar="SPEC",
         help="Drop what is above a budget of tokens, at a loss: window:budget=512,sink=4, "
-        "knorm:budget=512, snapkv:budget=25% or h2o:budget=512.  [default: none]",
+        "knorm:budget=512, snapkv:budget=25% or h2o:budget=512; or keep all and read a budget of "
+        "them: quest:budget=1024 or lsh:budget=1024.  [default: none]",
     ),
 )
 
@@ -185,13 +187,21 @@ def make_engine(options: dict[str, Any]) -> "Engine":
 def make_model(page_size: int, options: dict[str, Any]) -> "Engine":
     """The engine that ``backend_options`` describe, with a cache of one page: to make twins of.
 
-    Takes its options out of ``options`` and says what :func:`make_engine` says.
+    Takes its options out of ``options``, with ``max_batch_tokens``, and says what
+    :func:`make_engine` says.
     """
     from quire.analysis.candidates import base_config
 
     backend, threads = options.pop("backend"), options.pop("threads")
+    most = options.pop("max_batch_tokens")
     base = base_config(backend=backend, threads=threads, page_size=page_size)
-    return _load(options.pop("model"), backend=backend, threads=threads, cache=base.cache)
+    return _load(
+        options.pop("model"),
+        backend=backend,
+        threads=threads,
+        cache=base.cache,
+        max_batch_tokens=most,
+    )
 
 
 def _load(model: str | None, **settings: Any) -> "Engine":

@@ -45,8 +45,11 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
+        shown = ""
 
         def draw(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
+            nonlocal shown  # what is new is drawn at once: it may be over before the next refresh
+            new, shown = what != shown, what
+            progress.update(task, description=what, completed=done, total=total, refresh=new)
 
         yield draw

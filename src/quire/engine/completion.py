@@ -40,4 +40,5 @@ def completion_of(
         tier_decision=sample.tier_decision,
         streamed=sample.streamed,
         evicted_tokens=sample.evicted_tokens,
+        reading=sample.reading,
     )

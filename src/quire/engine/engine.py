@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends import create_backend
+from quire.batch import PagedBatch
 from quire.cache import PrefixQuery
 from quire.cache.session import SessionFile, write_session
 from quire.config import CacheConfig, EngineConfig, refuse_unknown
 from quire.engine.beam import BeamSearch
 from quire.engine.beams import BeamGroup
 from quire.engine.completion import completion_of
-from quire.engine.evicting import Evictor, Part, Watch, require_evictable
+from quire.engine.evicting import Part
 from quire.engine.explain import PrefixExplanation, explain
 from quire.engine.forced import ForcedText
 from quire.engine.identity import describe, identity_bytes
@@ -30,6 +31,7 @@ from quire.engine.loads import Loads
 from quire.engine.output import TextStream
 from quire.engine.pieces import Pieces
 from quire.engine.pins import Pins
+from quire.engine.policies import Attend, Policies, require_usable
 from quire.engine.prompts import Prompt, PromptReader, as_prompts, require_salt
 from quire.engine.queues import Queues
 from quire.engine.request import (
@@ -56,7 +58,7 @@ from quire.engine.storage import (
 from quire.engine.streamed import StreamedRun, StreamPlan, plan_stream
 from quire.engine.tiering import PrefixTiers, compute_pace
 from quire.errors import CacheFull, ConfigError, QuireError, RequestError, SessionError
-from quire.evict_choice import EvictChoice, parse_eviction
+from quire.evict_choice import parse_eviction
 from quire.machine import this_machine
 from quire.models import Progress, load_model, resolve_model
 from quire.pages import page_format
@@ -128,13 +130,11 @@ class Engine:
         """Everything but the weights: cache, tiers, queues."""
         self.config = config
         self._layout = layout_of(self.config, self._loaded)
-        self._eviction = parse_eviction(config.cache.evict)
-        if self._eviction is not None:
-            require_evictable(self._layout, config.cache)
+        require_usable(self._layout, config.cache, parse_eviction(config.cache.evict))
         keyed = self.config.cache.cache_dir is not None  # pages that outlive the process
         identity = identity_bytes(self.identity) if keyed else b""
         self.cache = make_cache(self.config, self._layout, self.backend, identity)
-        self._evictor = Evictor(self.cache)
+        self._policies = Policies(self.cache, self.backend, config.cache)
         self._pins = Pins(self.cache)
         self._prompts = PromptReader(self.directory, self.model_config, self.codec, self.cache)
         self._tiers = self._open_tiers()
@@ -142,7 +142,6 @@ class Engine:
         self._loads = Loads(self._queues, self.cache, self._tiers, config.max_sequences)
         self._shadow = self._make_shadow()
         self._streamed: StreamedRun | None = None
-        self._watch: Watch | None = None
         self._undecided: list[Sample] = []
         self._searches: dict[Request, BeamGroup] = {}
         self._texts: dict[Sample, TextStream] = {}
@@ -177,18 +176,19 @@ class Engine:
         tokens = tuple(self._prompts.tokens(prompt))
         self._prompts.require_servable(tokens, params)
         require_salt(salt)
-        eviction = self._eviction_of(params)
-        if eviction is None:
+        policy = self._policies.of(params)
+        stream = None
+        if policy is None:
             stream = self._plan_stream(tokens, params)
-        else:
-            stream, kept = None, eviction.tokens(len(tokens)) + self._layout.page_size
+        elif policy.drops:
+            kept = policy.tokens(len(tokens)) + self._layout.page_size
             self._prompts.require_kept_fit(tokens, params, kept)
+        else:
+            self._prompts.require_unstreamed(tokens, params, policy.policy)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         request = Request(self._arrivals, tokens, params, seed, time.perf_counter(), salt=salt)
         request.stop_tokens = self._stop_tokens(params)
-        if eviction is not None:
-            request.eviction, request.budget = eviction, eviction.tokens(len(tokens))
-            request.most_kept = request.budget + self._layout.page_size
+        self._policies.note(request, policy)
         longest = len(tokens) + params.max_new_tokens
         request.most_tokens = min(longest, self.model_config.max_position)
         search = self._search(request) if params.beam_width > 1 else None
@@ -355,8 +355,12 @@ class Engine:
         """
         self._require_pool("teacher forcing")
         shape = (self.config.max_batch_tokens, self.model_config.vocab_size)
-        forward = self._forward if self._eviction is None else self._forward_and_evict
-        return ForcedText(self.cache, forward, self._affordable, shape, self._begin_forced)
+        begin = self._policies.follow_forced
+        return ForcedText(self.cache, self._forward_forced, self._affordable, shape, begin)
+
+    def attention(self, parts: Sequence[Part], batch: PagedBatch) -> Attend:
+        """How a step of (sequence, new tokens, wanted rows) attends, layer by layer."""
+        return self._policies.attention(parts, batch) or self._policies.plain(batch)
 
     def explain_prefix(self, prompt: Prompt, *, salt: str = "") -> PrefixExplanation:
         """What of a prompt is cached now and why the rest is not; changes nothing."""
@@ -436,7 +440,8 @@ class Engine:
             pins=self._pins.count,
             pins_dropped=self._pins.dropped,
             tiers=() if self._tiers is None else self._tiers.usage(),
-            lossy=(*lossy_layers(self._layout), *self._lossy_eviction()),
+            lossy=(*lossy_layers(self._layout), *self._policies.lossy),
+            reading=self._policies.reader.status,
             shadow=None if self._shadow is None else self._shadow.usage,
         )
 
@@ -446,12 +451,7 @@ class Engine:
         Weights, but for tables of which a step reads single rows, and the keys and values that the
         token sees.
         """
-        layout = self.cache.layout
-        seen = (
-            min(context + 1, group.window or context + 1) * layout.page_bytes(index)
-            for index, group in enumerate(layout.groups)
-        )
-        return self._loaded.bytes_read_a_step + sum(seen) // layout.page_size
+        return self._loaded.bytes_read_a_step + self.cache.layout.seen_bytes(context)
 
     # -- inside: set-up and checks -----------------------------------------------------------
 
@@ -477,7 +477,7 @@ class Engine:
     def _plan(self) -> StepPlan:
         """The next step. Preemptions that free too little for anybody are applied on the way."""
         while True:
-            self._evictor.catch_up()
+            self._policies.evictor.catch_up()
             plan = plan_step(self._queues.running, self._before_stream(), self._limits, self.cache)
             if plan.chunks or not plan.preempt:
                 return plan
@@ -549,7 +549,7 @@ class Engine:
                 deciding.append(sample)
         started, samples = time.perf_counter(), [sample for sample, _ in plan.chunks]
         for sample in samples:
-            self._follow(sample)
+            self._policies.follow(sample)
         logits = self._forward(parts, samples)
         if self._tiers is not None and any(count > 1 for _, count in plan.chunks):
             tokens = sum(count for _, count in plan.chunks)
@@ -558,6 +558,7 @@ class Engine:
             sample.computed += count
         outputs: list[StepOutput] = []
         self._undecided = list(deciding)
+        self._policies.count(samples)
         self._evict(parts, samples)
         for sample, row in zip(deciding, logits, strict=True):
             if sample.request in self._searches:
@@ -661,51 +662,23 @@ class Engine:
                 rows += [len(tokens) + row for row in wanted]
                 tokens += chunk
             model, batch, pools = self._loaded.model, reservation.batch, self.cache.pools
-            self._watch = self._evictor.watch(parts, batch)
-            if self._watch is None:
+            attend = self._policies.attention(parts, batch)
+            if attend is None:
                 logits = model.forward(tokens, batch, pools, rows)
             else:
-                logits = model.forward_watched(tokens, batch, pools, rows, self._watch)
+                logits = model.forward_with(tokens, batch, pools, rows, attend)
         except BaseException:
             self.cache.rollback(reservation)
             raise
-        self.cache.commit(reservation, [chunk for _, chunk, _ in parts])
+        self.cache.commit(reservation, self._policies.exact_tokens(parts))
         return logits
 
     # -- inside: eviction --------------------------------------------------------------------
 
-    def _eviction_of(self, params: SamplingParams) -> EvictChoice | None:
-        """The policy of a request; RequestError if it cannot be used with what else it asks."""
-        eviction = self._eviction if params.evict is None else parse_eviction(params.evict)
-        if eviction is None:
-            return None
-        try:
-            require_evictable(self._layout, self.config.cache)
-        except ConfigError as error:
-            raise RequestError(str(error)) from None
-        if params.n > 1 or params.beam_width > 1:
-            raise RequestError(
-                f"eviction {str(eviction)!r} follows one sample, but n is {params.n} and "
-                f"beam_width {params.beam_width}; submit samples one by one, or use evict='none'"
-            )
-        return eviction
-
-    def _lossy_eviction(self) -> tuple[str, ...]:
-        return () if self._eviction is None else (f"all layers: evict {self._eviction}",)
-
-    def _follow(self, sample: Sample) -> None:
-        request = sample.request
-        if request.eviction is not None and request.budget is not None:
-            assert sample.sequence is not None
-            self._evictor.follow(sample.sequence, request.eviction, request.budget)
-
-    def _begin_forced(self, sequence: int, tokens: int) -> None:
-        if self._eviction is not None:
-            self._evictor.follow(sequence, self._eviction, self._eviction.tokens(tokens))
-
-    def _forward_and_evict(self, parts: Sequence[Part]) -> npt.NDArray[np.float32]:
+    def _forward_forced(self, parts: Sequence[Part]) -> npt.NDArray[np.float32]:
         logits = self._forward(parts)
-        self._evictor.settle(parts, self._watch)
+        self._policies.settle(parts)
+        self._policies.count(())
         return logits
 
     def _evict(self, parts: Sequence[Part], samples: Sequence[Sample]) -> None:
@@ -714,7 +687,7 @@ class Engine:
         if not evicting:
             return
         try:
-            self._evictor.settle(parts, self._watch)
+            self._policies.settle(parts)
         except BaseException:  # their numbers may be halfway from one place to another
             for sample in evicting:
                 self._queues.preempt(sample, "a step was interrupted while tokens were dropped")

@@ -72,7 +72,13 @@ def _reasons(cache: KVCache, codec: TextCodec | None, query: PrefixQuery, hit: i
         reasons.append(
             f"the page from token {hit} on was evicted {ago:.1f} s ago: {evicted.reason}"
         )
-    if common > hit and evicted is None:
+    inside = evicted is None and 0 < common - hit < cache.layout.page_size
+    if inside and True in cache.layout.packs:
+        reasons.append(
+            f"{common} tokens are remembered; those from token {hit} on are in the middle of a "
+            "page that is packed, and are computed again"
+        )
+    elif common > hit and evicted is None:
         reasons.append(
             f"{common} tokens are remembered, but pages that token {hit} would see left a sliding "
             "window and were given up"

@@ -93,10 +93,10 @@ class Loads:
 
     def _fitting(self, plan: LoadPlan) -> LoadPlan:
         """As many of the plan's pages, from the first on, as can be reserved in one go."""
-        size, free = self._cache.layout.page_size, self._cache.free_pages
+        free = self._cache.free_pages
 
         def too_many(count: int) -> bool:
-            cost = self._cache.cost(plan.match, count * size)
+            cost = self._cache.cost_of_whole(plan.match, count)
             return any(need > have for need, have in zip(cost, free, strict=True))
 
         counts = range(1, len(plan.sources) + 1)

@@ -1,5 +1,6 @@
 """Which prompts an engine can serve: text to token ids, and every refusal with its numbers."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from quire.cache import KVCache, PrefixQuery
 from quire.config import ModelConfig
 from quire.engine.request import SamplingParams
 from quire.errors import RequestError
-from quire.layout import LayerGroup, pages_for
+from quire.layout import packed_pages, pages_for
 from quire.models import TextCodec
 
 __all__ = ["Prompt", "PromptReader", "as_prompts", "require_salt"]
@@ -80,10 +81,8 @@ class PromptReader:
     def fits_pool(self, tokens: Sequence[int], params: SamplingParams) -> bool:
         """True if a request finds room in the pool when it has it for itself."""
         most = self.most_tokens(tokens, params)
-        return all(
-            self._pages_needed(group, len(tokens), most, params.beam_width) <= pages
-            for group, pages in zip(self.cache.layout.groups, self.cache.num_pages, strict=True)
-        )
+        needed = self._pages_needed(len(tokens), most, params.beam_width)
+        return all(map(operator.le, needed, self.cache.num_pages))
 
     def most_tokens(self, tokens: Sequence[int], params: SamplingParams) -> int:
         """Tokens that the longest reply leaves in the cache; the last one is never fed back."""
@@ -101,29 +100,47 @@ class PromptReader:
                 "the budget or raise kv_memory"
             )
 
+    def require_unstreamed(
+        self, tokens: Sequence[int], params: SamplingParams, policy: str
+    ) -> None:
+        """Raise RequestError for a request that could only be streamed, which ``policy`` cannot."""
+        if not self.fits_pool(tokens, params):
+            raise RequestError(
+                f"{len(tokens)} prompt tokens and up to {params.max_new_tokens} new ones do not "
+                f"fit the pool, and {policy} chooses among pages in the pool: what is streamed "
+                "reads all of them; raise kv_memory, lower max_new_tokens or use evict='none'"
+            )
+
     def require_fit(self, tokens: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError, with the numbers, for a request that does not fit the pool."""
         most = self.most_tokens(tokens, params)
-        for group, pages in zip(self.cache.layout.groups, self.cache.num_pages, strict=True):
-            need = self._pages_needed(group, len(tokens), most, params.beam_width)
+        layout = self.cache.layout
+        needed = self._pages_needed(len(tokens), most, params.beam_width)
+        for area, need, pages in zip(layout.areas, needed, self.cache.num_pages, strict=True):
             if need > pages:
+                kind = "open pages" if area.is_open else "pages"
                 beams = f" in {params.beam_width} beams" if params.beam_width > 1 else ""
                 raise RequestError(
                     f"{len(tokens)} prompt tokens and up to {params.max_new_tokens} new "
-                    f"ones{beams} need {need} pages of {self.cache.layout.page_size} tokens "
-                    f"({group.name()}), but the pool has {pages}; lower max_new_tokens, shorten "
-                    "the prompt, raise kv_memory, or give a host_cache or cache_dir to stream from"
+                    f"ones{beams} need {need} {kind} of {layout.page_size} tokens "
+                    f"({layout.groups[area.group].name()}), but the pool has {pages}; lower "
+                    "max_new_tokens, shorten the prompt, raise kv_memory, or give a host_cache or "
+                    "cache_dir to stream from"
                 )
 
-    def _pages_needed(self, group: LayerGroup, prompt: int, most: int, beams: int) -> int:
-        """Pages of all beams at once, which share the whole pages of the prompt."""
-        size = self.cache.layout.page_size
-        one = group.most_pages(most, 1, size)
-        if beams == 1:
-            return one
+    def _pages_needed(self, prompt: int, most: int, beams: int) -> tuple[int, ...]:
+        """Pages in each area of all beams at once, which share the whole pages of the prompt."""
+        layout, size = self.cache.layout, self.cache.layout.page_size
         shared = 0 if self.cache.prefix is None else prompt // size  # by a beam that comes back
-        own = pages_for(most, size) - shared
-        return one + (beams - 1) * min(one, own) + beams  # each may have to copy a page
+        needed: list[int] = []
+        for group, packs in enumerate(layout.packs):
+            for area, one in enumerate(layout.most_pages(group, most, 1)):
+                own = pages_for(most, size) - shared
+                if packs:  # the first page counts with the open ones, of which none is shared
+                    own = one if area else one - packed_pages(shared * size, size)
+                others = (beams - 1) * min(one, own) + beams  # each may have to copy a page
+                needed.append(one if beams == 1 else one + others)
+        return tuple(needed)
 
 
 def require_salt(salt: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quire.cache import PrefixQuery
 from quire.config import settings
+from quire.engine.reading import ReadUsage
 from quire.engine.tiering import Load
 from quire.errors import ConfigError, RequestError
 from quire.evict_choice import EvictChoice, parse_eviction
@@ -78,7 +79,7 @@ class SamplingParams:
     ignore_eos          go on after the checkpoint's EOS
     logprobs            None, or how many alternatives to report with each token's logprob, which
                         are of the model's own distribution, before anything above
-    evict               what is dropped of the cache when the request outgrows a budget of tokens,
+    evict               what is dropped, or not read, when the request outgrows a budget of tokens,
                         such as ``"window:budget=512"``, or ``"none"``; None is the engine's
     """
 
@@ -184,6 +185,7 @@ class Completion:
     score                of a beam: summed log-probability over length ** length_penalty
     evicted_tokens       how many tokens its eviction policy dropped from the cache (of each KV
                          head; heads drop different ones)
+    reading              what its tokens read where a policy chose pages; None if they read all
     """
 
     text: str
@@ -206,6 +208,7 @@ class Completion:
     tier_decision: str | None = None
     streamed: str | None = None
     evicted_tokens: int = 0
+    reading: ReadUsage | None = None
 
 
 class Status(Enum):
@@ -231,6 +234,7 @@ class Sample:
     parked    a beam whose logits are there, and not yet those of all its siblings
     asked_tiers   tiers had nothing to load since it began to wait
     evicted_tokens   dropped from the cache since it last began to run
+    reading   what it read where its policy chose pages; None if it read all
     """
 
     request: "Request"
@@ -255,6 +259,7 @@ class Sample:
     stream: "StreamPlan | None" = None
     streamed: str | None = None
     evicted_tokens: int = 0
+    reading: ReadUsage | None = None
     _query: PrefixQuery | None = None
 
     @property
@@ -308,6 +313,7 @@ class Request:
     eviction      which tokens are dropped when it outgrows its budget; None for none
     budget        tokens that it keeps then
     most_kept     the most tokens that it must be able to keep for that, at a time
+    reading       which pages its reply reads when it outgrows its budget; None for all
     """
 
     arrival: int
@@ -322,6 +328,7 @@ class Request:
     eviction: EvictChoice | None = None
     budget: int | None = None
     most_kept: int | None = None
+    reading: EvictChoice | None = None
 
     @property
     def finished(self) -> bool:

@@ -29,7 +29,9 @@ Pages = tuple[int, ...]
 
 
 class CacheView(Protocol):
-    """What the scheduler reads of the cache: pages of each layer group."""
+    """What the scheduler reads of the cache: pages of each of its areas, which are layer groups,
+    and the open pages of those that pack whole ones.
+    """
 
     @property
     def free_pages(self) -> Pages:

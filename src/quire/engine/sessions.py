@@ -38,22 +38,23 @@ class Session:
 
 def no_pages(layout: CacheLayout) -> tuple[GroupPages, ...]:
     """The pages of no tokens."""
-    return tuple(
-        GroupPages(0, np.empty((0, layout.page_bytes(group)), np.uint8))
-        for group in range(len(layout.groups))
-    )
+    return tuple(GroupPages(0, np.empty((0, size), np.uint8)) for size in layout.area_bytes)
 
 
 def pages_of(cache: KVCache, sequence: int) -> tuple[GroupPages, ...]:
-    """The pages of ``sequence``; slots that hold none of its tokens are zero."""
-    length, size = cache.length(sequence), cache.layout.page_size
-    groups = []
-    for group, (first, pages) in enumerate(cache.page_tables(sequence)):
-        data = cache.raw.read(group, pages)
-        if length % size:  # others' numbers may be behind the last token
-            cache.raw.blank(group, data[-1:], length % size)
-        groups.append(GroupPages(first, data))
-    return tuple(groups)
+    """The pages of ``sequence`` in each area; slots that hold none of its tokens are zero."""
+    layout, length = cache.layout, cache.length(sequence)
+    tables = cache.page_tables(sequence)
+    areas: list[GroupPages] = []
+    for group, (first, pages) in enumerate(tables):
+        for numbers in layout.held_pages(group, length):
+            data = np.empty((0, layout.area_bytes[len(areas)]), np.uint8)
+            if numbers:
+                data = cache.raw.read(group, [pages[number - first] for number in numbers])
+            areas.append(GroupPages(numbers[0] if numbers else first, data))
+        if length % layout.page_size:  # others' numbers may be behind the last token
+            cache.raw.blank(group, areas[-1].data[-1:], length % layout.page_size)
+    return tuple(areas)
 
 
 def load_session(
@@ -68,7 +69,14 @@ def load_session(
     expected = Expected(
         identity={name: value for name, value in identity.items() if name != "model"},
         page_size=layout.page_size,
-        groups=[(layout.page_bytes(g), group.window) for g, group in enumerate(layout.groups)],
+        groups=[
+            (size, layout.groups[area.group].window)
+            for area, size in zip(layout.areas, layout.area_bytes, strict=True)
+        ],
+        kinds=[
+            None if not layout.packs[area.group] else "open" if area.is_open else "packed"
+            for area in layout.areas
+        ],
         max_tokens=model.max_position,
     )
     extra: Mapping[str, Any] = {}

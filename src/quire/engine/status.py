@@ -5,6 +5,7 @@ from itertools import groupby
 
 from quire.cache import CacheUsage
 from quire.cache.tiers import TierUsage
+from quire.engine.reading import SparseStatus
 from quire.engine.shadow import ShadowUsage
 from quire.format_choice import describe_formats
 from quire.layout import CacheLayout
@@ -21,6 +22,7 @@ class EngineStatus:
     tiers         what each tier below the pool holds and did
     lossy         what of the cache does not keep its numbers as they were, a line each; empty if
                   every answer is exact
+    reading       what was read where policies chose pages; None if nothing was
     shadow        what re-running requests with the exact cache showed; None without ``shadow``
     """
 
@@ -32,6 +34,7 @@ class EngineStatus:
     pins_dropped: int = 0
     tiers: tuple[TierUsage, ...] = ()
     lossy: tuple[str, ...] = ()
+    reading: SparseStatus | None = None
     shadow: ShadowUsage | None = None
 
 

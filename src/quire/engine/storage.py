@@ -10,7 +10,7 @@ from quire.cache.tiers import HostTier, Tier
 from quire.config import CacheConfig, EngineConfig, format_bytes
 from quire.errors import ConfigError
 from quire.format_choice import AUTO, parse_formats
-from quire.layout import CacheLayout, cache_layout, fit_pages, pages_for
+from quire.layout import CacheLayout, cache_layout, fit_pages, pages_for, with_open_pages
 from quire.models import LoadedModel
 from quire.pages import page_format
 
@@ -42,15 +42,19 @@ def make_cache(
     """The cache, its pools allocated. ``identity`` begins the chains of its prefix index."""
     settings = config.cache
     if settings.num_pages is not None:
-        num_pages = (settings.num_pages,) * len(layout.groups)
+        pages = (settings.num_pages,) * len(layout.groups)
+        num_pages = with_open_pages(layout, pages, config.max_sequences, config.max_batch_tokens)
     else:
         assert isinstance(settings.kv_memory, int)
         num_pages = fit_pages(
             layout, settings.kv_memory, config.max_sequences, config.max_batch_tokens
         )
+    counts: list[list[int]] = [[] for _ in layout.groups]
+    for area, count in zip(layout.areas, num_pages, strict=True):
+        counts[area.group].append(count)
     of_layer = layout.group_of_layer
     pools = [
-        backend.pool(shape, num_pages[of_layer[layer]]) for layer, shape in enumerate(layout.shapes)
+        backend.pool(shape, *counts[of_layer[layer]]) for layer, shape in enumerate(layout.shapes)
     ]
     return KVCache(layout, num_pages, pools, identity if settings.prefix_cache else None)
 
@@ -84,7 +88,7 @@ def open_tiers(
     Raises ConfigError for a budget that is too small for this model's pages, TierError for a
     directory that cannot be used.
     """
-    largest = max(layout.page_bytes(group) for group in range(len(layout.groups)))
+    largest = max(layout.area_bytes)
     for name in ("host_cache", "disk_cache"):
         budget = getattr(settings, name)
         if budget is not None and budget < 4 * largest:

@@ -57,6 +57,13 @@ def plan_stream(
     """
     plan = StreamPlan(cache.layout, tokens, chunk)
     pool = cache.usage().pool_bytes
+    if True in cache.layout.packs:
+        raise RequestError(
+            f"a context of {tokens} tokens does not fit the pool of {format_bytes(pool)}, and "
+            f"{cache.layout.format_text} pages, which are packed in the pool, cannot be streamed "
+            "from below it; raise kv_memory, or choose a format that stores each token on its own, "
+            "such as int8"
+        )
     what = f"a context of {tokens} tokens takes {format_bytes(plan.total_bytes)} of pages"
     if params.n > 1 or params.beam_width > 1:
         raise RequestError(

@@ -221,7 +221,7 @@ class _NoPool:
     """Stands for the pools in the books of a streamed sequence: shapes, and no storage."""
 
     def __init__(self, shape: PageShape, num_pages: int) -> None:
-        self.shape, self.num_pages = shape, num_pages
+        self.shape, self.num_pages, self.open_pages = shape, num_pages, 0
 
 
 def stream_cache(layout: CacheLayout, num_pages: Sequence[int]) -> KVCache:

@@ -124,13 +124,14 @@ class PrefixTiers:
         """Hand new pages to the disk's queue, as many as it takes without waiting."""
         disk = self.tiers.get("disk")
         while disk is not None and self._fresh:
-            group = self._fresh[0][1]
-            most = min(PIECE, disk.room() // self._cache.layout.page_bytes(group))
+            kind = self._kind(*self._fresh[0])
+            group, size = kind
+            most = min(PIECE, disk.room() // size)
             if most == 0:
                 self._shorten(disk)
                 return
             batch: list[PrefixNode] = []
-            while self._fresh and len(batch) < most and self._fresh[0][1] == group:
+            while self._fresh and len(batch) < most and self._kind(*self._fresh[0]) == kind:
                 node, _ = self._fresh.popleft()
                 if node.pages[group] != NO_PAGE:
                     batch.append(node)
@@ -213,18 +214,18 @@ class PrefixTiers:
         count = len(plan.sources)
         sequence = self._cache.create(plan.match)
         try:
-            reservation = self._cache.reserve([(sequence, count * size)])
+            reservation = self._cache.reserve_whole(sequence, count)
         except BaseException:
             self._cache.release(sequence)
             raise
         ids = np.frombuffer(query.data, "<u4")[plan.match.tokens : (first + count) * size]
-        groups = reservation.batch.groups
+        pages = reservation.new_pages
         load = Load(
             sequence,
             reservation,
             ids.tolist(),
-            [self._records(query, first, count, group) for group in range(len(groups))],
-            [group.indices[len(group.indices) - count :].tolist() for group in groups],
+            [self._records(query, first, count, group) for group in range(len(pages))],
+            pages,
             plan,
         )
         try:
@@ -251,6 +252,15 @@ class PrefixTiers:
 
     def _key(self, digest: bytes, group: int) -> bytes:
         return digest[: self._index.digest_bytes] + bytes([group])
+
+    def _kind(self, node: PrefixNode, group: int) -> tuple[int, int]:
+        """The group of a page, and its bytes: pages of one kind can be read together."""
+        return group, self._bytes(group, node.depth)
+
+    def _bytes(self, group: int, number: int) -> int:
+        """Bytes of a whole page: the first of a prefix is never packed."""
+        layout = self._cache.layout
+        return layout.page_bytes(group) if number else layout.open_page_bytes(group)
 
     def _record(self, node: PrefixNode, group: int) -> PageRecord:
         assert node.parent is not None
@@ -305,7 +315,7 @@ class PrefixTiers:
         for group, records in enumerate(load.records):
             found = (tier.get(records[at]) for tier in self.tiers.values())
             data = next((payload for payload in found if payload is not None), None)
-            if data is None or len(data) != self._cache.layout.page_bytes(group):
+            if data is None or len(data) != self._bytes(group, records[at].depth):
                 return False
             row = np.frombuffer(data, np.uint8)[None]
             self._cache.raw.write(group, [load.pages[group][at]], row)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,18 +54,19 @@ class CausalLM(Protocol):
     ) -> npt.NDArray[np.float32]:
         """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows."""
 
-    def forward_watched(
+    def forward_with(
         self,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
         rows: Sequence[int],
-        watch: Callable[[int, npt.NDArray[np.float32]], None],
+        attend: Callable[[int, Any], Any],
     ) -> npt.NDArray[np.float32]:
-        """The same bits as :meth:`forward`, op by op.
+        """As :meth:`forward`, op by op, with another attention: the same bits if it is the same.
 
-        ``watch`` is called with each layer's number and queries, float32 [T, H, D], rotated, when
-        that layer's keys are in its pool.
+        ``attend`` is called with each layer's number and queries [T, H, D], turned as that
+        layer's stored keys are, when those are in its pool, and gives [T, H * D]; both are the
+        backend's arrays.
         """
 
 

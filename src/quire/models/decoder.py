@@ -54,28 +54,23 @@ class Decoder:
             x = self._layer_by_layer(x, batch, pools, rows)
         return self._logits(x)
 
-    def forward_watched(
+    def forward_with(
         self,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
         rows: Sequence[int],
-        watch: Callable[[int, npt.NDArray[np.float32]], None],
+        attend: Callable[[int, Any], Any],
     ) -> npt.NDArray[np.float32]:
         """See :class:`quire.models.CausalLM`."""
         backend = self.backend
         x = backend.embed(self.params["embed"], tokens)
         for layer, pool in enumerate(pools):
-            see = partial(self._show, watch, layer)
+            mix = partial(attend, layer)
             params, group = self._attention[layer], batch.group_of_layer[layer]
-            x = attention_block(backend, x, params, batch, pool, group=group, see=see)
+            x = attention_block(backend, x, params, batch, pool, group=group, attend=mix)
             x = backend.mlp_block(x, self._blocks[layer][1])
         return self._logits(backend.rows(x, rows))
-
-    def _show(
-        self, watch: Callable[[int, npt.NDArray[np.float32]], None], layer: int, query: Any
-    ) -> None:
-        watch(layer, self.backend.to_host(query))
 
     def _logits(self, x: Any) -> npt.NDArray[np.float32]:
         backend, params = self.backend, self.params

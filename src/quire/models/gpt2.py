@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends import Backend
+from quire.backends import Backend, keep, turned
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
 from quire.pages import PagePool
@@ -31,18 +31,34 @@ class GPT2:
 
         ``rows`` ascend.
         """
-        return self.forward_watched(tokens, batch, pools, rows, lambda layer, query: None)
 
-    def forward_watched(
+        groups = batch.group_of_layer
+
+        def attend(layer: int, query: Any, pool: PagePool) -> Any:
+            return self.backend.attend(query, pool, batch, groups[layer])
+
+        return self._run((tokens, rows), batch, pools, attend)
+
+    def forward_with(
         self,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
         rows: Sequence[int],
-        watch: Callable[[int, npt.NDArray[np.float32]], None],
+        attend: Callable[[int, Any], Any],
     ) -> npt.NDArray[np.float32]:
         """See :class:`quire.models.CausalLM`."""
-        backend, params = self.backend, self.params
+        return self._run((tokens, rows), batch, pools, lambda layer, query, _: attend(layer, query))
+
+    def _run(
+        self,
+        asked: tuple[Sequence[int], Sequence[int]],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        attend: Callable[[int, Any, PagePool], Any],
+    ) -> npt.NDArray[np.float32]:
+        """``asked``: tokens [T], and which of them want logits."""
+        backend, params, (tokens, rows) = self.backend, self.params, asked
         positions = batch.positions.tolist()
         x = backend.add(
             backend.embed(params["embed"], tokens), backend.embed(params["positions"], positions)
@@ -50,8 +66,7 @@ class GPT2:
         for layer, pool in enumerate(pools):
             at = f"layers.{layer}."
             query = self._place(layer, self._norm(at + "attn_norm", x), batch, pool)
-            watch(layer, backend.to_host(query))
-            mixed = backend.attend(query, pool, batch, batch.group_of_layer[layer])
+            mixed = attend(layer, query, pool)
             x = backend.add(x, self._linear(at + "o", mixed))
             x = backend.add(x, self._mlp(at, self._norm(at + "mlp_norm", x)))
         x = self._norm("norm", backend.rows(x, rows))
@@ -69,8 +84,8 @@ class GPT2:
         backend, heads, at = self.backend, self.config.num_heads, f"layers.{layer}."
         query, key, value = (backend.heads(self._linear(at + name, x), heads) for name in "qkv")
         group = batch.group_of_layer[layer]
-        backend.append(pool, batch.groups[group].slots, key, value)
-        return query
+        keep(backend, pool, batch.groups[group], key, value)
+        return turned(backend, query, pool)
 
     def _mlp(self, at: str, x: Any) -> Any:
         hidden = self.backend.activate(self._linear(at + "up", x), self.config.activation)

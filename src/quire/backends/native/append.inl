@@ -80,7 +80,7 @@ inline void append_scaled(const Pool& pool, bool key, int64_t head, int64_t toke
 
 inline void append_one(const Pool& pool, bool key, int64_t slot, const float* x) {
     const Store& store = key ? pool.key : pool.value;
-    int64_t page = slot / pool.page_size, token = slot % pool.page_size;
+    int64_t page = slot / pool.page_size - pool.first, token = slot % pool.page_size;
     for (int64_t h = 0; h < pool.heads; ++h, x += store.dim) {
         int64_t head = page * pool.heads + h;
         switch (store.dtype) {

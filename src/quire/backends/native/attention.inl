@@ -49,12 +49,23 @@ inline Span blocks_seen(int64_t low, int64_t high, int64_t split) {
     return {first, last > first ? last - first : 0};
 }
 
-// Keys and values of a span of one split and head, and the scales of all those values.
+// Keys and values of a span of one split and head, the forms in which they are read, and the scales of
+// all those values.
 struct Blocks {
     const Keys* keys;
     const Values* values;
     const uint16_t* scales;
+    Form key_form, value_form;
 };
+
+// The second half of `attend_split` for packed values.
+template <Form F>
+inline void attend_packed(const Weights& w, const Mix& m) {
+    NoLines ask;
+    StretchWeights weights(weights_room(StretchWeights::size(TILE, m.dim)), w.tile.rows, m.dim);
+    soften_packed_rows<F>(w, m.blocks, 0, weights, ask);
+    mix_packed_rows<F>(0, w.tile.rows, {m.blocks, 0, m.count, weights, m.dim, false, m.mixed}, ask);
+}
 
 // One tile over one split: per row best[r], total[r], mixed[r].
 void attend_split(const Attention& a, const Tile& tile, int64_t split, Blocks blocks, float* best,
@@ -63,16 +74,20 @@ void attend_split(const Attention& a, const Tile& tile, int64_t split, Blocks bl
     Span span = blocks_seen(tile.low[0], tile.high[tile.rows - 1], split);
     int64_t at = split * SPLIT + span.first * BLOCK, dim = a.pool.value.dim;
     NoLines ask;
-    score_tile(a.pool.key.form, tile, blocks.keys + span.first, span.count, at, a.pool.key.dim,
+    score_tile(blocks.key_form, tile, blocks.keys + span.first, span.count, at, a.pool.key.dim,
                scores, ask);
-    soften_rows(a.pool.value.form, {tile, scores, span.count, at, a.scale,
-                                    blocks.scales + span.first * BLOCK, best, total}, 0, ask);
+    Weights w{tile, scores, span.count, at, a.scale, blocks.scales + span.first * BLOCK, best, total};
+    soften_rows(a.pool.value.form, w, 0, ask);
     Mix m{blocks.values + span.first, 0, span.count, scores, dim, false, true, mixed};
-    by_form(a.pool.value.form, [&](auto form) {
-        for (int64_t b = 0; b < span.count; ++b)
-            if (is_wild<form()>(tile, m.blocks[b], at + b * BLOCK, dim))
-                return mix_apart<form()>(tile, m, at);
-        mix_rows<form()>(0, tile.rows, m, ask);
+    by_read_form(blocks.value_form, [&](auto form) {
+        if constexpr (PACKED<form()>) {
+            attend_packed<form()>(w, m);
+        } else {
+            for (int64_t b = 0; b < span.count; ++b)
+                if (is_wild<form()>(tile, m.blocks[b], at + b * BLOCK, dim))
+                    return mix_apart<form()>(tile, m, at);
+            mix_rows<form()>(0, tile.rows, m, ask);
+        }
     });
 }
 
@@ -87,18 +102,28 @@ Tile make_tile(const Attention& a, int64_t sequence, int64_t head, int64_t row, 
         int64_t at = row + r, token = a.query_indptr[sequence] + at / share;
         const float* from = a.query + (token * a.num_heads + head * share + at % share) * dim;
         by_form(a.pool.key.form, [&](auto form) { lay_query<form()>(from, dim, r, tile, query); });
-        tile.high[r] = a.positions[token] + 1;
-        tile.low[r] = a.window && tile.high[r] > a.window ? tile.high[r] - a.window : 0;
+        Sight seen = sight(a.part, a.positions[token], a.window, a.pool.page_size);
+        tile.low[r] = seen.low, tile.high[r] = seen.high;
     }
     return tile;
 }
 
+// The pages of a part: nothing outside them is read, since it may be of the other kind.
 inline Pages pages_of(const Attention& a, int64_t sequence) {
-    const Pool& pool = a.pool;
-    int64_t start = a.first_page[sequence] * pool.page_size;
+    const int64_t size = a.pool.page_size, first = a.first_page[sequence];
+    const int64_t* ids = a.indices + a.indptr[sequence];
     int64_t held = a.indptr[sequence + 1] - a.indptr[sequence];
-    return {pool, a.indices + a.indptr[sequence], start,
-            start + (held - 1) * pool.page_size + a.last_page_len[sequence]};
+    int64_t end = (first + held - 1) * size + a.last_page_len[sequence];
+    switch (a.part) {
+        case Part::sink: return {a.pool, ids, 0, size};
+        case Part::packed: {
+            int64_t last = a.positions[a.query_indptr[sequence + 1] - 1], skip = first == 0;
+            return {a.pool, ids + skip, (first + skip) * size, last / size * size};
+        }
+        case Part::own:
+            return {a.pool, a.open_indices + a.open_indptr[sequence], a.open_first[sequence] * size, end};
+        default: return {a.pool, ids, first * size, end};
+    }
 }
 
 // The end: weighted sums divided by the sum of weights.
@@ -117,28 +142,58 @@ struct HeadBlocks {
     Values values[SPLIT / BLOCK];
     uint16_t scales[SPLIT];
     std::vector<Spare> spare{2 * SPLIT / BLOCK};  // blocks outside whole pages are copied
+    Form key_form, value_form;                    // in which they are read
+    Scratch wide;
 
+    // The blocks as they are stored.
     void find(const Pages& pages, int64_t head, int64_t split, Span span) {
         for (int64_t b = span.first; b < span.first + span.count; ++b) {
             int64_t at = split * SPLIT + b * BLOCK;
             keys[b] = keys_at(pages, head, at, spare[size_t(2 * b)]);
             values[b] = values_at(pages, head, at, spare[size_t(2 * b + 1)]);
-            if (values[b].scale) std::memcpy(scales + b * BLOCK, values[b].scale, 2 * BLOCK);
+            if (pages.pool.value.scale) std::memcpy(scales + b * BLOCK, values[b].scale, 2 * BLOCK);
         }
+        key_form = pages.pool.key.form, value_form = pages.pool.value.form;
+    }
+    // The blocks that were found, taken apart for many rows.
+    void widen_found(const Pool& pool, Span span) {
+        const int64_t key_size = widened_keys(pool.key), value_size = widened_values(pool.value);
+        char* to = wide.of((key_size + value_size) * (SPLIT / BLOCK));
+        for (int64_t b = span.first; b < span.first + span.count; ++b) {
+            if (key_size)
+                by_form(pool.key.form, [&](auto form) {
+                    if constexpr (WIDE<form()> != form())
+                        keys[b] = widen<form()>(keys[b], pool.key.dim, to + b * key_size);
+                });
+            if (value_size)
+                by_form(pool.value.form, [&](auto form) {
+                    if constexpr (WIDE<form()> != form())
+                        values[b] = widen<form()>(values[b], pool.value.dim,
+                                                  to + key_size * (SPLIT / BLOCK) + b * value_size);
+                });
+        }
+        key_form = wide_of(pool.key.form), value_form = wide_of(pool.value.form);
     }
 };
 
-void prefill(const Attention& a, const PrefillItem& item) {
+// What an item has so far, row by row: maxima, sums of weights, weighted sums.
+struct State {
+    std::vector<float> numbers;
+    float *best, *total, *mixed;
+    State(int64_t rows, int64_t dim) : numbers(size_t(rows * (dim + 2))) {
+        best = numbers.data(), total = best + rows, mixed = total + rows;
+        for (int64_t r = 0; r < rows; ++r) best[r] = NOTHING;
+    }
+};
+
+// One part of what an item's rows see, merged split by split with what they saw before.
+void prefill_part(const Attention& a, const PrefillItem& item, const State& state) {
     const Pool& pool = a.pool;
-    int64_t dim = pool.value.dim, share = a.num_heads / pool.heads, room = query_room(pool.key.dim);
-    Pages pages = pages_of(a, item.sequence);
+    int64_t dim = pool.value.dim, room = query_room(pool.key.dim);
     int64_t tiles = ceil_div(item.rows, TILE);
     std::vector<uint32_t> queries(size_t(item.rows * room));
-    std::vector<float> state(size_t(item.rows * (dim + 2)));
     std::vector<Tile> tile(static_cast<size_t>(tiles));
     std::vector<float> mixed2(size_t(TILE * dim));
-    float *best = state.data(), *total = best + item.rows, *mixed = total + item.rows;
-    for (int64_t r = 0; r < item.rows; ++r) best[r] = NOTHING;
     for (int64_t t = 0; t < tiles; ++t) {
         int64_t from = t * TILE, rows = item.rows - from < TILE ? item.rows - from : TILE;
         tile[size_t(t)] = make_tile(a, item.sequence, item.head, item.row + from, int(rows),
@@ -146,23 +201,35 @@ void prefill(const Attention& a, const PrefillItem& item) {
     }
     static thread_local HeadBlocks blocks;
     const Tile &front = tile.front(), &back = tile.back();
+    Pages pages = pages_of(a, item.sequence);
     int64_t low = front.low[0], high = back.high[back.rows - 1];
-    for (int64_t split = low / SPLIT; split * SPLIT < high; ++split) {
-        blocks.find(pages, item.head, split, blocks_seen(low, high, split));
+    for (int64_t split = low / SPLIT; low < high && split * SPLIT < high; ++split) {
+        Span span = blocks_seen(low, high, split);
+        blocks.find(pages, item.head, split, span);
+        if (tiles > 1) blocks.widen_found(pool, span);
         for (int64_t t = 0; t < tiles; ++t) {
             const Tile& now = tile[size_t(t)];
             if (now.low[0] >= (split + 1) * SPLIT || now.high[now.rows - 1] <= split * SPLIT) continue;
+            if (now.low[0] >= now.high[now.rows - 1]) continue;
             float best2[16], total2[16];  // merging loads whole vectors
-            attend_split(a, now, split, {blocks.keys, blocks.values, blocks.scales}, best2, total2,
-                         mixed2.data());
+            attend_split(a, now, split,
+                         {blocks.keys, blocks.values, blocks.scales, blocks.key_form, blocks.value_form},
+                         best2, total2, mixed2.data());
             int64_t row = t * TILE;
-            merge_rows(now.rows, best + row, total + row, mixed + row * dim, best2, total2,
-                       mixed2.data(), dim);
+            merge_rows(now.rows, state.best + row, state.total + row, state.mixed + row * dim, best2,
+                       total2, mixed2.data(), dim);
         }
     }
+}
+
+void prefill(const Attention* parts, int count, const PrefillItem& item) {
+    const Attention& a = parts[0];
+    int64_t dim = a.pool.value.dim, share = a.num_heads / a.pool.heads;
+    State state(item.rows, dim);
+    for (int part = 0; part < count; ++part) prefill_part(parts[part], item, state);
     for (int64_t r = 0; r < item.rows; ++r) {
         int64_t at = item.row + r, token = a.query_indptr[item.sequence] + at / share;
-        write_row(a, token, item.head * share + at % share, total[r], mixed + r * dim);
+        write_row(a, token, item.head * share + at % share, state.total[r], state.mixed + r * dim);
     }
 }
 

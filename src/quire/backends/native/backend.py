@@ -12,7 +12,8 @@ import numpy.typing as npt
 from quire.backends.blocks import AttentionParams, MlpParams, Projection, attention_rows
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool, require_formats
-from quire.batch import PagedBatch
+from quire.backends.selecting import split_query
+from quire.batch import ChosenPages, OpenPages, PagedBatch
 from quire.errors import BackendError
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
@@ -25,6 +26,9 @@ MOST_THREADS = 1024
 ANGLE_ROWS = 1024  # positions whose angles are computed at a time
 
 _ACTIVATIONS = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
+
+
+_NOTHING_OPEN = _native.OpenTables(*[np.empty(0, np.int64)] * 5)
 
 
 @functools.cache
@@ -87,12 +91,12 @@ class NativeBackend:
         return _native.Weight(data, DTYPES[array.dtype.name], *array.shape)
 
     def require_formats(self, key: PageFormat, value: PageFormat) -> None:
-        """Plain formats, the same for keys and values."""
+        """All formats, keys and values apart."""
         require_formats(key, value)
 
-    def pool(self, shape: PageShape, num_pages: int) -> NativePool:
+    def pool(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> NativePool:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
-        return NativePool(shape, num_pages)
+        return NativePool(self._native, shape, num_pages, open_pages)
 
     def embed(self, table: Any, ids: Sequence[int]) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""
@@ -123,6 +127,12 @@ class NativeBackend:
         cos, sin = self._table(inv_freq, _last_of(positions))
         out = np.empty_like(x)
         self._native.rope(x, positions, cos, sin, out)
+        return out
+
+    def hadamard(self, x: Array) -> Array:
+        """[T, heads, D] -> [T, heads, D]."""
+        out = np.empty_like(x)
+        self._native.hadamard(x, x.shape[-1], out)
         return out
 
     def activate(self, x: Array, kind: str) -> Array:
@@ -157,6 +167,62 @@ class NativeBackend:
         assert isinstance(pool, NativePool)
         out = np.empty((len(query), query.shape[1] * pool.shape.value_dim), np.float32)
         self._native.attend(query, pool.handle, self._tables(batch)[0][group], out)
+        return out
+
+    def attend_pages(self, query: Array, pool: PagePool, chosen: ChosenPages) -> Array:
+        """[S, H, D] -> [S, H * D].
+
+        Heads of a page lie one behind the other, so each is a page of one head, and each KV head
+        of a sequence a sequence of its own.
+        """
+        assert isinstance(pool, NativePool)
+        sequences, heads, dim = len(query), pool.shape.num_kv_heads, query.shape[2]
+        counts = np.diff(chosen.indptr)
+        owner = np.repeat(np.tile(np.arange(heads), sequences), counts)
+        last = np.repeat(chosen.last_page_len, heads)
+        places = (counts - 1) * chosen.page_size + last - 1
+        ids = chosen.indices * heads + owner
+        opened = _NOTHING_OPEN
+        if pool.open_pages:  # the page that each query stands in is the last
+            ends, none = chosen.indptr[1:] - 1, np.empty(0, np.int64)
+            opened = _native.OpenTables(np.arange(len(ends) + 1), ids[ends], counts - 1, none, none)
+        tables = _native.Tables(
+            places,
+            places,
+            np.arange(len(counts) + 1),
+            chosen.indptr,
+            ids,
+            last,
+            np.zeros(len(counts), np.int64),
+            chosen.page_size,
+            0,
+            opened,
+        )
+        by_head = np.ascontiguousarray(query).reshape(sequences * heads, -1, dim)
+        out = np.empty((len(by_head), by_head.shape[1] * pool.shape.value_dim), np.float32)
+        self._native.attend(by_head, pool.by_head, tables, out)
+        return out.reshape(sequences, -1)
+
+    def score_bounds(self, query: Array, bounds: Array, pages: Array) -> Array:
+        """[H, D], [P, G, 2, D], [n] -> [G, n]."""
+        out = np.empty((bounds.shape[1], len(pages)), np.float32)
+        parts = split_query(query, bounds.shape[1])
+        self._native.score_bounds(parts, bounds.view(np.uint16), pages, out)
+        return out
+
+    def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
+        """[H, W], [P, G, page_size, W], [n] -> [G, n]."""
+        out = np.empty((signs.shape[1], len(pages)), np.float32)
+        self._native.score_signatures(query, signs, pages, out)
+        return out
+
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
+        """Of rows [R] and x [R, n] each -> [T, n]."""
+        if len(parts) == 1:
+            return parts[0][1]
+        out = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), np.float32)
+        for rows, x in parts:
+            out[list(rows)] = x
         return out
 
     def block(self, params: AttentionParams | MlpParams) -> Any:
@@ -256,6 +322,7 @@ class NativeBackend:
                     group.first_page,
                     group.page_size,
                     group.window or 0,
+                    _open_tables(group.open),
                 )
                 for group in batch.groups
             ]
@@ -282,6 +349,14 @@ class NativeBackend:
             np.sin(angles, out=sin[part], casting="same_kind")
         self._angles = inv_freq, cos, sin
         return cos, sin
+
+
+def _open_tables(pages: OpenPages) -> _native.OpenTables:
+    if not pages.are_used:
+        return _NOTHING_OPEN
+    return _native.OpenTables(
+        pages.indptr, pages.indices, pages.first, pages.seal_from, pages.seal_to
+    )
 
 
 def _last_of(positions: Array) -> int:

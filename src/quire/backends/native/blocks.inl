@@ -3,47 +3,6 @@
 namespace quire {
 namespace {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// work(std::integral_constant of the form): code for each form, chosen when it runs.
-template <class Work>
-inline auto by_form(Form form, Work work) {
-    switch (form) {
-        case Form::pairs: return work(std::integral_constant<Form, Form::pairs>());
-        case Form::int8: return work(std::integral_constant<Form, Form::int8>());
-        case Form::fp8: return work(std::integral_constant<Form, Form::fp8>());
-        default: return work(std::integral_constant<Form, Form::floats>());
-    }
-}
-
-template <Form F>
-using Number = std::conditional_t<F == Form::floats, float,
-                                  std::conditional_t<F == Form::pairs, uint16_t, uint8_t>>;
-// Numbers that are multiplied by one word.
-template <Form F>
-constexpr int BESIDE = F == Form::floats ? 1 : F == Form::pairs ? 2 : 4;
-template <Form F>
-constexpr bool SCALED = F == Form::int8 || F == Form::fp8;
-
-// Keys and values of 16 tokens in the form that the inner loops read, n = BESIDE numbers in a word:
-// key [dim / n][16 tokens][n], value [16 / n][dim][n]; of bytes dim is padded to whole words (keys) or
-// vectors (values). Scales are bf16 [16].
-struct Keys {
-    const char* data;
-    int64_t stride;  // bytes from one word's line to the next
-    const uint16_t* scale;
-};
-struct Values {
-    const char* data;
-    const uint16_t* scale;
-};
-
-// Words of a query, and of a line of values.
-template <Form F>
-constexpr int64_t key_words(int64_t dim) { return ceil_div(dim, BESIDE<F>); }
-template <Form F>
-constexpr int64_t value_words(int64_t dim) { return SCALED<F> ? ceil_div(dim, 16) * 16 : dim; }
-
 // Copies of one block; slots without a token are zero.
 struct Spare {
     alignas(64) float number[MAX_HEAD * BLOCK];
@@ -57,13 +16,14 @@ struct Pages {
     int64_t start, end;  // stored positions
 
     int64_t head_of(int64_t position, int64_t head) const {  // among the heads of all pages
-        return ids[(position - start) / pool.page_size] * pool.heads + head;
+        return (ids[(position - start) / pool.page_size] - pool.first) * pool.heads + head;
     }
     int64_t offset(int64_t position) const { return (position - start) % pool.page_size; }
 
     // True if the tokens [at, at + 16) lie whole inside one page, in the form that is read.
     bool whole(const Store& store, int64_t at) const {
-        bool form = store.beside > 1 || (store.dtype == Dtype::f32 && pool.page_size % BLOCK == 0);
+        bool plain = store.dtype == Dtype::f32 || store.form == Form::halves;
+        bool form = store.beside > 1 || (plain && pool.page_size % BLOCK == 0);
         return form && at >= start && at + BLOCK <= end;
     }
     const uint16_t* scale(const Store& store, int64_t at, int64_t head) const {
@@ -75,8 +35,7 @@ template <Form F>
 inline Number<F> number(const Store& store, int64_t i) {
     if constexpr (F == Form::floats) {
         if (store.dtype == Dtype::f32) return static_cast<const float*>(store.data)[i];
-        uint16_t x = static_cast<const uint16_t*>(store.data)[i];
-        return store.dtype == Dtype::bf16 ? bf16_to_float(x) : fp16_to_float(x);
+        return bf16_to_float(static_cast<const uint16_t*>(store.data)[i]);
     } else {
         return static_cast<const Number<F>*>(store.data)[i];
     }
@@ -121,6 +80,8 @@ Values copy_values(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     return {reinterpret_cast<const char*>(to), spare.scale};
 }
 
+#include "packed_blocks.inl"
+
 // Bytes of a number as it is stored.
 inline int64_t width(const Store& store) {
     return store.dtype == Dtype::f32 ? 4 : store.scale ? 1 : 2;
@@ -128,6 +89,7 @@ inline int64_t width(const Store& store) {
 
 inline Keys keys_in_place(const Pages& pages, int64_t head, int64_t at) {
     const Store& store = pages.pool.key;
+    if (store.packed()) return packed_keys_in_place(pages, head, at);
     int64_t size = width(store), n = store.beside, page_size = pages.pool.page_size;
     const char* data = static_cast<const char*>(store.data) +
                        (pages.head_of(at, head) * store.dim * page_size + pages.offset(at) * n) * size;
@@ -136,6 +98,7 @@ inline Keys keys_in_place(const Pages& pages, int64_t head, int64_t at) {
 
 inline Values values_in_place(const Pages& pages, int64_t head, int64_t at) {
     const Store& store = pages.pool.value;
+    if (store.packed()) return packed_values_in_place(pages, head, at);
     int64_t first = (pages.head_of(at, head) * pages.pool.page_size + pages.offset(at)) * store.dim;
     return {static_cast<const char*>(store.data) + first * width(store),
             pages.scale(store, at, head)};
@@ -145,12 +108,18 @@ inline Values values_in_place(const Pages& pages, int64_t head, int64_t at) {
 inline Keys keys_at(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     if (pages.whole(pages.pool.key, at)) return keys_in_place(pages, head, at);
     return by_form(pages.pool.key.form,
-                   [&](auto form) { return copy_keys<form()>(pages, head, at, spare); });
+                   [&](auto form) {
+                       if constexpr (PACKED<form()>) return copy_packed_keys<form()>(pages, head, at, spare);
+                       else return copy_keys<form()>(pages, head, at, spare);
+                   });
 }
 inline Values values_at(const Pages& pages, int64_t head, int64_t at, Spare& spare) {
     if (pages.whole(pages.pool.value, at)) return values_in_place(pages, head, at);
     return by_form(pages.pool.value.form,
-                   [&](auto form) { return copy_values<form()>(pages, head, at, spare); });
+                   [&](auto form) {
+                       if constexpr (PACKED<form()>) return copy_packed_values<form()>(pages, head, at, spare);
+                       else return copy_values<form()>(pages, head, at, spare);
+                   });
 }
 
 constexpr int GROUP = 4;  // blocks of one head that are worked on before the next head's

@@ -2,7 +2,9 @@
 // compiler flags choosing the instruction set.
 #include "kernels.hpp"
 
+#include <cmath>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "simd.hpp"
@@ -35,16 +37,23 @@ inline F16 store_rounded(F16 x, uint16_t* to) {
 }  // namespace
 }  // namespace quire
 
+#include "nibbles.hpp"
 #include "quads.hpp"
 #include "rows.inl"
 #include "append.inl"
 #include "linear.inl"
 #include "panels.inl"
+#include "forms.inl"
 #include "blocks.inl"
+#include "widened.inl"
 #include "keys.inl"
+#include "packed.inl"
 #include "values.inl"
+#include "packed_mix.inl"
 #include "attention.inl"
 #include "decode.inl"
+#include "seal.inl"
+#include "select.inl"
 
 #define QUIRE_TEXT_(x) #x
 #define QUIRE_TEXT(x) QUIRE_TEXT_(x)
@@ -55,8 +64,8 @@ namespace quire {
 const Kernels* QUIRE_JOIN(QUIRE_VARIANT, _kernels)() {
     static const Kernels kernels{
         QUIRE_TEXT(QUIRE_VARIANT), linear_few, linear_many, row_words, lane_words,
-        prefill, decode, decode_merge, append, rms_norm, layer_norm, rope, activate, multiply, add,
-        widen, read, multiply_add};
+        prefill, decode, decode_merge, append, seal, rms_norm, layer_norm, rope, hadamard, activate,
+        multiply, add, widen, read, multiply_add, score_bounds, score_signatures};
     return &kernels;
 }
 }  // namespace quire

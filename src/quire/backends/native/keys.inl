@@ -15,9 +15,9 @@ constexpr float NOTHING = -INFINITY;
 constexpr int blocks_at_a_time(int rows) { return rows * MOST_BLOCKS <= 2 * TILE ? MOST_BLOCKS : 2; }
 
 // What a tile of up to TILE rows needs to know: queries, and the positions that each row sees.
-// Queries are words of a key's form, [words][rows], or [words][rows][2] of 16 bits a number for bytes:
+// Queries are words of a key's form, [words][rows], or [words][2][rows] of 16 bits a number for bytes:
 // bf16 for fp8 keys, and for int8 keys integers that a row's `unit` makes what they were; `start` takes
-// away what the 128 that were added to int8 keys add to their sum.
+// away what the 128 that were added to int8 keys add to their sum. For packed keys they are floats.
 struct Tile {
     int rows;
     const uint32_t* query;
@@ -27,7 +27,7 @@ struct Tile {
 };
 
 // Room for a row's words, whatever the form.
-inline int64_t query_room(int64_t dim) { return dim + 4; }
+inline int64_t query_room(int64_t dim) { return ceil_div(dim, STRETCH) * STRETCH + 4; }
 
 // One query as integers; a unit of NaN if a number of it is infinite or NaN. Queries below the least
 // normal number times 32,767 are taken for zero.
@@ -43,7 +43,8 @@ inline void lay_integers(const float* x, int64_t dim, int r, Tile& tile, uint32_
         uint32_t words[8];
         store_integers(v, words);
         for (int64_t i = 0; i < 4 && d + 4 * i < dim; ++i)
-            std::memcpy(query + ((d / 4 + i) * tile.rows + r) * 2, words + 2 * i, 8);
+            for (int64_t part = 0; part < 2; ++part)
+                query[((d / 4 + i) * 2 + part) * tile.rows + r] = words[2 * i + part];
     }
     tile.start[r] = int32_t(-128.0f * sum(sums));
 }
@@ -53,13 +54,17 @@ template <Form F>
 inline void lay_query(const float* x, int64_t dim, int r, Tile& tile, uint32_t* query) {
     uint32_t words[MAX_HEAD + 2 * LANES];
     int64_t count = key_words<F>(dim);
-    if constexpr (F == Form::int8) {
+    if constexpr (PACKED<F>) {
+        auto* to = reinterpret_cast<float*>(query) + r * ceil_div(dim, STRETCH) * STRETCH;
+        std::memcpy(to, x, size_t(dim) * 4);
+        std::memset(to + dim, 0, size_t(-dim & (STRETCH - 1)) * 4);
+    } else if constexpr (F == Form::int8) {
         lay_integers(x, dim, r, tile, query);
     } else if constexpr (F == Form::fp8) {
         row_words(x, Dtype::bf16, dim, 2 * count, words);
         for (int64_t d = 0; d < count; ++d) {
-            uint32_t a = words[2 * d], b = words[2 * d + 1], *to = query + (d * tile.rows + r) * 2;
-            to[0] = (a & 0xffff) | b << 16, to[1] = a >> 16 | (b & 0xffff0000u);
+            uint32_t a = words[2 * d], b = words[2 * d + 1], *to = query + 2 * d * tile.rows + r;
+            to[0] = (a & 0xffff) | b << 16, to[tile.rows] = a >> 16 | (b & 0xffff0000u);
         }
     } else {
         row_words(x, F == Form::pairs ? Dtype::bf16 : Dtype::f32, dim, count, words);
@@ -67,20 +72,16 @@ inline void lay_query(const float* x, int64_t dim, int r, Tile& tile, uint32_t* 
     }
 }
 
-// Sums that words of keys are added to, with R rows of queries.
-template <Form F>
-using Sum = std::conditional_t<F == Form::int8, Sums, F16>;
-
 // Scores of R rows against B blocks of one stride: scores[r][16 b ..] = query[r] . key
 template <Form F, int R, int B, class Ask>
-inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scores, Ask& ask) {
+__attribute__((noinline)) void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scores, Ask& ask) {
     const uint32_t* query = tile.query;
     Sum<F> acc[R][B];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b)
-            if constexpr (F == Form::int8) acc[r][b] = Sums::set(tile.start[r]);
+            if constexpr (INTEGER<F>) acc[r][b] = Sums::set(tile.start[r]);
             else acc[r][b] = F16::zero();
     const char* key[B];
 #pragma GCC unroll 4
@@ -88,61 +89,18 @@ inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scor
     const int64_t stride = blocks[0].stride, end = key_words<F>(dim) * stride;
     for (int64_t at = 0; at < end; at += stride) {
         ask.step();
-        if constexpr (F == Form::pairs) {
-            Pairs pairs[B];
-#pragma GCC unroll 4
-            for (int b = 0; b < B; ++b)
-                pairs[b] = Pairs::load(reinterpret_cast<const uint16_t*>(key[b] + at));
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                Pairs pair = Pairs::set(query[r]);
-#pragma GCC unroll 4
-                for (int b = 0; b < B; ++b) acc[r][b] = dot_pairs(acc[r][b], pair, pairs[b]);
-            }
-            query += R;
-        } else if constexpr (F == Form::int8) {
 #pragma GCC unroll 2
-            for (int second = 0; second < 2; ++second) {
-                Half half[B];
+        for (int part = 0; part < PARTS<F>; ++part) {
+            decltype(load_part<F>(nullptr, 0)) parts[B];
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) parts[b] = load_part<F>(key[b] + at, part);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                 for (int b = 0; b < B; ++b)
-                    half[b] = Half::load(reinterpret_cast<const uint8_t*>(key[b] + at), second);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-                    for (int b = 0; b < B; ++b) acc[r][b].add(half[b], query[2 * r + second]);
-            }
-            query += 2 * R;
-        } else if constexpr (F == Form::fp8) {
-#pragma GCC unroll 2
-            for (int second = 0; second < 2; ++second) {
-                Pairs pairs[B];
-#pragma GCC unroll 4
-                for (int b = 0; b < B; ++b)
-                    pairs[b] = load_fp8(reinterpret_cast<const uint8_t*>(key[b] + at), second);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) {
-                    Pairs pair = Pairs::set(query[2 * r + second]);
-#pragma GCC unroll 4
-                    for (int b = 0; b < B; ++b) acc[r][b] = dot_pairs(acc[r][b], pair, pairs[b]);
-                }
-            }
-            query += 2 * R;
-        } else {
-            F16 numbers[B];
-#pragma GCC unroll 4
-            for (int b = 0; b < B; ++b)
-                numbers[b] = F16::load(reinterpret_cast<const float*>(key[b] + at));
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                float number;
-                std::memcpy(&number, query + r, 4);
-                F16 wide = F16::set(number);
-#pragma GCC unroll 4
-                for (int b = 0; b < B; ++b) acc[r][b] = fma(wide, numbers[b], acc[r][b]);
-            }
-            query += R;
+                    add_product(acc[r][b], parts[b], query[part * R + r]);
         }
+        query += PARTS<F> * R;
     }
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
@@ -150,7 +108,7 @@ inline void score(const Keys* blocks, const Tile& tile, int64_t dim, float* scor
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             F16 all;
-            if constexpr (F == Form::int8) all = acc[r][b].value() * F16::set(tile.unit[r]) * scale;
+            if constexpr (INTEGER<F>) all = acc[r][b].value() * F16::set(tile.unit[r]) * scale;
             else all = SCALED<F> ? acc[r][b] * scale : acc[r][b];
             all.store(scores + r * SPLIT + b * BLOCK);
         }
@@ -186,11 +144,19 @@ __attribute__((always_inline)) inline F16 seen_by(const Tile& tile, int row, int
     return keep(x, clamp(low), clamp(high), F16::set(other));
 }
 
+template <Form F, int R, class Ask>
+void score_packed_rows(const Tile& tile, const Keys* blocks, int64_t count, int64_t at, int64_t dim,
+                       float* scores, Ask& ask);  // packed.inl
+
 // Scores of a tile against `count` blocks from position `at` on; what a row does not see is -inf.
 template <class Ask>
 inline void score_tile(Form form, const Tile& tile, const Keys* blocks, int64_t count, int64_t at,
                        int64_t dim, float* scores, Ask& ask) {
-    by_form(form, [&](auto f) { score_rows<f()>(tile, blocks, count, dim, scores, ask); });
+    by_read_form(form, [&](auto f) {
+        if constexpr (PACKED<f()>)
+            score_packed_rows<f(), TILE>(tile, blocks, count, at, dim, scores, ask);
+        else score_rows<f()>(tile, blocks, count, dim, scores, ask);
+    });
     for (int r = 0; r < tile.rows; ++r) {
         if (tile.low[r] <= at && tile.high[r] >= at + count * BLOCK) continue;
         for (int64_t b = 0; b < count; ++b) {

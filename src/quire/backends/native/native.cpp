@@ -13,13 +13,6 @@ namespace {
 constexpr int64_t FEW = 32;        // rows that linear layers multiply straight from the weights
 constexpr int64_t LITTLE = 1 << 15;  // multiply-adds that are not worth waking a thread for
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-float* room(std::vector<float>& scratch, int64_t size) {
-    if (int64_t(scratch.size()) < size) scratch.resize(size_t(size));
-    return scratch.data();
-}
-
 // How one linear layer's outputs are shared out.
 struct Shares {
     int64_t columns, blocks, rows;  // columns of an item; blocks of rows, and rows of a block
@@ -199,108 +192,6 @@ void Native::linear(Floats x, const Weight& weight, std::optional<Floats> bias, 
     project(x.data(), m, {{&weight, bias ? bias->data() : nullptr, y.data()}});
 }
 
-// ---- attention -----------------------------------------------------------------------------------
-
-void Native::check_slots(const Pool& pool, const Ints& slots) const {
-    for (size_t i = 0; i < slots.size(); ++i)
-        REQUIRE(slots(i) >= 0 && slots(i) < pool.num_pages * pool.page_size,
-                "append: slot " + std::to_string(slots(i)) + " is outside the pool");
-}
-
-void Native::append(PoolArrays& arrays, Ints slots, Floats key, Floats value) {
-    const Pool& pool = arrays.pool;
-    size_t n = slots.size();
-    REQUIRE(key.size() == n * size_t(pool.heads * pool.key.dim) &&
-                value.size() == n * size_t(pool.heads * pool.value.dim),
-            "append: keys and values do not have one row a slot");
-    check_slots(pool, slots);
-    nb::gil_scoped_release released;
-    spread(int64_t(n), pool.heads * pool.key.dim * 8, [&](int64_t t) {
-        kernels_->append(pool, slots(size_t(t)), key.data() + t * pool.heads * pool.key.dim,
-                         value.data() + t * pool.heads * pool.value.dim);
-    });
-}
-
-Attention Native::attention(const float* query, int64_t heads, const Pool& pool,
-                            const Tables& tables, float* out) const {
-    REQUIRE(heads > 0 && heads % pool.heads == 0,
-            "attend: query heads must be a multiple of KV heads");
-    REQUIRE(tables.page_size == pool.page_size && tables.most < pool.num_pages,
-            "attend: page id " + std::to_string(tables.most) + " is outside the pool of " +
-                std::to_string(pool.num_pages) + " pages, or page sizes differ");
-    constexpr double LOG2_E = 1.4426950408889634;
-    return {pool,
-            query,
-            out,
-            tables.places.data(),
-            tables.query_indptr.data(),
-            tables.indptr.data(),
-            tables.indices.data(),
-            tables.last_page_len.data(),
-            tables.first_page.data(),
-            heads,
-            tables.window,
-            float(LOG2_E / std::sqrt(double(pool.key.dim)))};
-}
-
-void Native::attend(Floats query, PoolArrays& arrays, const Tables& tables, Output out) {
-    const Pool& pool = arrays.pool;
-    size_t tokens = tables.places.size();
-    REQUIRE(query.ndim() == 3 && query.shape(0) == tokens && int64_t(query.shape(2)) == pool.key.dim,
-            "attend: query must be [" + std::to_string(tokens) + ", heads, " +
-                std::to_string(pool.key.dim) + "]");
-    int64_t heads = int64_t(query.shape(1));
-    Attention a = attention(query.data(), heads, pool, tables, out.data());
-    REQUIRE(out.size() == tokens * size_t(heads * pool.value.dim), "attend: out has the wrong size");
-    nb::gil_scoped_release released;
-    std::lock_guard<std::mutex> one(mutex_);
-    run_attention(a, int64_t(tables.last_page_len.size()));
-}
-
-void Native::run_attention(const Attention& a, int64_t sequences) {
-    std::vector<PrefillItem> many;
-    std::vector<DecodeItem> one, merges;
-    int64_t share = a.num_heads / a.pool.heads, splits = 0;
-    for (int64_t s = 0; s < sequences; ++s) {
-        int64_t from = a.query_indptr[s], tokens = a.query_indptr[s + 1] - from;
-        if (tokens == 1) {
-            int64_t at = a.positions[from];
-            int64_t low = a.window && at >= a.window ? at - a.window + 1 : 0;
-            merges.push_back({s, 0, a.pool.heads, low / SPLIT, low / SPLIT, at / SPLIT + 1, nullptr});
-            splits += at / SPLIT + 1 - low / SPLIT;
-            continue;
-        }
-        // The dearest, late in a prompt, come first.
-        for (int64_t row = (tokens * share - 1) / ROW_BLOCK * ROW_BLOCK; tokens && row >= 0;
-             row -= ROW_BLOCK)
-            for (int64_t head = 0; head < a.pool.heads; ++head)
-                many.push_back({s, head, row,
-                                tokens * share - row < ROW_BLOCK ? tokens * share - row : ROW_BLOCK});
-    }
-    // All heads of a page together are one long read; fewer where there is too little to share out.
-    int64_t heads = a.pool.heads;
-    while (heads > 1 && splits * ceil_div(a.pool.heads, heads) < 8 * threads()) heads = (heads + 1) / 2;
-    // Several splits an item where there are enough: queries are laid out once for them.
-    int64_t each = splits / (8 * threads());
-    each = each < 1 ? 1 : each > 8 ? 8 : each;
-    float* partials = room(partials_, splits * partial_size(a));
-    for (DecodeItem& merge : merges) {
-        merge.partials = partials;
-        partials += (merge.split_end - merge.split) * partial_size(a);
-        for (int64_t split = merge.split; split < merge.split_end; split += each)
-            for (int64_t head = 0; head < a.pool.heads; head += heads)
-                one.push_back({merge.sequence, head,
-                               head + heads < a.pool.heads ? head + heads : a.pool.heads,
-                               merge.first_split, split,
-                               split + each < merge.split_end ? split + each : merge.split_end,
-                               merge.partials});
-    }
-    threads_.run(int64_t(many.size()), [&](int64_t i) { kernels_->prefill(a, many[size_t(i)]); });
-    threads_.run(int64_t(one.size()), [&](int64_t i) { kernels_->decode(a, one[size_t(i)]); });
-    spread(int64_t(merges.size()), splits * partial_size(a) / (int64_t(merges.size()) + 1),
-           [&](int64_t i) { kernels_->decode_merge(a, merges[size_t(i)]); });
-}
-
 // ---- rows ----------------------------------------------------------------------------------------
 
 int64_t Native::same_rows(const Floats& x, const Output& y, int64_t n) const {
@@ -357,6 +248,12 @@ void Native::rope(Floats x, Ints positions, Floats cos, Floats sin, Output y) {
     });
 }
 
+void Native::hadamard(Floats x, int64_t dim, Output y) {
+    int64_t rows = same_rows(x, y, dim);
+    nb::gil_scoped_release released;
+    spread(rows, dim, [&](int64_t r) { kernels_->hadamard(x.data() + r * dim, dim, y.data() + r * dim); });
+}
+
 void Native::activate(Floats x, int kind, Output y) {
     elementwise(x, y, [&](int64_t at, int64_t n) {
         kernels_->activate(x.data() + at, kind, n, y.data() + at);
@@ -393,10 +290,12 @@ void Native::embed(const Weight& table, Ints ids, Output y) {
 
 // ---- halves of a decoder layer ---------------------------------------------------------------------
 
-// Norms and rotation of queries and keys of some tokens, then keys and values into the pool.
-void Native::place_rows(const AttentionWeights& w, const Attention& a, const Floats& cos,
+// Norms, positions and, if asked for, rotation of queries and keys of some tokens; then keys and values
+// into the pool.
+void Native::place_rows(const AttentionWeights& w, const Parts& parts, const Floats& cos,
                         const Floats& sin, const int64_t* positions, const int64_t* slots,
                         int64_t row, int64_t row_end) {
+    const Attention& a = parts.part[0];
     int64_t dim = a.pool.key.dim, half = dim / 2;
     for (int64_t t = row; t < row_end; ++t) {
         auto turn = [&](float* x, int64_t heads, const std::optional<Floats>& norm) {
@@ -404,18 +303,21 @@ void Native::place_rows(const AttentionWeights& w, const Attention& a, const Flo
                 if (norm) kernels_->rms_norm(x, norm->data(), w.eps, dim, x);
                 const int64_t angle = positions[t] * half;
                 kernels_->rope(x, cos.data() + angle, sin.data() + angle, half, x);
+                if (parts.arrays->rotated) kernels_->hadamard(x, dim, x);
             }
         };
         float *key = k_.data() + t * a.pool.heads * dim,
               *value = v_.data() + t * a.pool.heads * a.pool.value.dim;
         turn(q_.data() + t * a.num_heads * dim, a.num_heads, w.q_norm);
         turn(key, a.pool.heads, w.k_norm);
-        kernels_->append(a.pool, slots[t], key, value);
+        kernels_->append(parts.arrays->taker(), slots[t], key, value);
     }
 }
 
-Attention Native::check_attention(const AttentionWeights& w, const Floats& cos, const Floats& sin,
-                                  const Pool& pool, const Ints& slots, const Tables& tables) const {
+Native::Parts Native::check_attention(const AttentionWeights& w, const Floats& cos,
+                                      const Floats& sin, const PoolArrays& arrays, const Ints& slots,
+                                      const Tables& tables) const {
+    const Pool& pool = arrays.pool;
     REQUIRE(tables.positions.size() == slots.size(),
             "attention_block: there must be one slot a token");
     REQUIRE(w.q.weight.n % pool.key.dim == 0 && w.k.weight.n == pool.heads * pool.key.dim &&
@@ -427,17 +329,19 @@ Attention Native::check_attention(const AttentionWeights& w, const Floats& cos, 
                 (!w.k_norm || int64_t(w.k_norm->size()) == pool.key.dim),
             "attention_block: output projection or norms do not fit the heads");
     check_rope(cos, sin, tables.positions, pool.key.dim / 2);
-    check_slots(pool, slots);
-    return attention(nullptr, heads, pool, tables, nullptr);
+    check_slots(arrays, slots);
+    check_seal(arrays, tables.open.seal_from, tables.open.seal_to);
+    return attention(nullptr, heads, arrays, tables, nullptr);
 }
 
 // y = x + attention(norm(x)) of the tokens that `a` names; scratch memory is this thread's.
 void Native::attention_half(const float* x, const AttentionWeights& w, const Floats& cos,
-                            const Floats& sin, Attention a, const Ints& slots, const Tables& tables,
+                            const Floats& sin, Parts parts, const Ints& slots, const Tables& tables,
                             float* y) {
     int64_t m = int64_t(slots.size()), hidden = int64_t(w.norm.size());
     float* q = room(q_, m * w.q.weight.n);
-    a.query = q, a.out = room(mixed_, m * w.o.weight.k);
+    float* mixed = room(mixed_, m * w.o.weight.k);
+    for (Attention& part : parts.part) part.query = q, part.out = mixed;
     float* norm = room(norm_, m * hidden);
     norm_rows(x, w.norm, w.eps, m, norm);
     project(norm, m,
@@ -446,10 +350,11 @@ void Native::attention_half(const float* x, const AttentionWeights& w, const Flo
              {&w.v.weight, w.v.bias_data(), room(v_, m * w.v.weight.n)}});
     spread(m, w.q.weight.n * 4,
            [&](int64_t t) {
-               place_rows(w, a, cos, sin, tables.positions.data(), slots.data(), t, t + 1);
+               place_rows(w, parts, cos, sin, tables.positions.data(), slots.data(), t, t + 1);
            });
-    run_attention(a, int64_t(tables.last_page_len.size()));
-    project_together(a.out, m, {{&w.o.weight, w.o.bias_data(), y, Join::add, x}},
+    run_seal(*parts.arrays, tables.open.seal_from, tables.open.seal_to);
+    run_attention(parts, int64_t(tables.last_page_len.size()));
+    project_together(mixed, m, {{&w.o.weight, w.o.bias_data(), y, Join::add, x}},
                      residual(x, y, hidden));
 }
 
@@ -457,11 +362,11 @@ void Native::attention_block(Floats x, const AttentionWeights& w, Floats cos, Fl
                              PoolArrays& arrays, Ints slots, const Tables& tables, Output y) {
     int64_t m = same_rows(x, y, int64_t(w.norm.size()));
     REQUIRE(m == int64_t(slots.size()), "attention_block: there must be one slot a row");
-    Attention a = check_attention(w, cos, sin, arrays.pool, slots, tables);
+    Parts parts = check_attention(w, cos, sin, arrays, slots, tables);
     if (m == 0) return;
     nb::gil_scoped_release released;
     std::lock_guard<std::mutex> one(mutex_);
-    attention_half(x.data(), w, cos, sin, a, slots, tables, y.data());
+    attention_half(x.data(), w, cos, sin, parts, slots, tables, y.data());
 }
 
 Native::Then Native::residual(const float* from, float* to, int64_t n) const {
@@ -507,13 +412,13 @@ void Native::mlp_block(Floats x, const MlpWeights& w, Output y) {
 void Native::layers(Floats x, const Layers& stack, Floats cos, Floats sin, std::vector<Ints> slots,
                     const std::vector<const Tables*>& tables, Output y) {
     int64_t m = same_rows(x, y, stack.hidden);
-    std::vector<Attention> all;
+    std::vector<Parts> all;
     for (const DecoderLayer& layer : stack.layers) {
         size_t g = size_t(layer.group);
         REQUIRE(g < slots.size() && g < tables.size(),
                 "layers: there is no layer group " + std::to_string(g));
         REQUIRE(m == int64_t(slots[g].size()), "layers: there must be one slot a row");
-        all.push_back(check_attention(layer.attention, cos, sin, layer.pool.pool, slots[g], *tables[g]));
+        all.push_back(check_attention(layer.attention, cos, sin, layer.pool, slots[g], *tables[g]));
     }
     if (m == 0) return;
     nb::gil_scoped_release released;
@@ -526,6 +431,43 @@ void Native::layers(Floats x, const Layers& stack, Floats cos, Floats sin, std::
         attention_half(from, layer.attention, cos, sin, all[i], slots[g], *tables[g], middle);
         mlp_half(middle, m, layer.mlp, y.data());
     }
+}
+
+// ---- what is known of pages -------------------------------------------------------------------------
+
+void Native::score_pages(PageScores a, const Ints& pages, int64_t known, const Output& out,
+                         void (*kernel)(const PageScores&, int64_t, int64_t)) {
+    REQUIRE(out.ndim() == 2 && int64_t(out.shape(0)) == a.heads && out.shape(1) == pages.size(),
+            "scores must be [" + std::to_string(a.heads) + ", " + std::to_string(pages.size()) + "]");
+    for (size_t i = 0; i < pages.size(); ++i)
+        REQUIRE(pages(i) >= 0 && pages(i) < known,
+                "page " + std::to_string(pages(i)) + " is not one of " + std::to_string(known));
+    a.pages = pages.data(), a.count = int64_t(pages.size()), a.out = out.data();
+    constexpr int64_t STEP = 64;
+    nb::gil_scoped_release released;
+    threads_.run(ceil_div(a.count, STEP), [&](int64_t i) {
+        kernel(a, i * STEP, (i + 1) * STEP < a.count ? (i + 1) * STEP : a.count);
+    });
+}
+
+void Native::score_bounds(Floats query, Shorts bounds, Ints pages, Output out) {
+    REQUIRE(query.ndim() == 3 && bounds.ndim() == 4 && query.shape(1) == 2 && bounds.shape(2) == 2 &&
+                query.shape(0) == bounds.shape(1) && query.shape(2) == bounds.shape(3),
+            "score_bounds: bounds [pages, heads, 2, dim] and query [heads, 2, dim] disagree");
+    int64_t heads = int64_t(query.shape(0)), size = 2 * int64_t(query.shape(2));
+    PageScores a{bounds.data(), query.data(), nullptr, 0, heads, 1, size, 0, nullptr};
+    score_pages(a, pages, int64_t(bounds.shape(0)), out, kernels_->score_bounds);
+}
+
+void Native::score_signatures(Words query, Words signs, Ints pages, Output out) {
+    REQUIRE(query.ndim() == 2 && signs.ndim() == 4 && query.shape(1) == signs.shape(3) &&
+                signs.shape(1) > 0 && query.shape(0) % signs.shape(1) == 0,
+            "score_signatures: signatures [pages, heads, page_size, words] and query [query heads, "
+            "words] disagree");
+    int64_t heads = int64_t(signs.shape(1)), share = int64_t(query.shape(0)) / heads;
+    PageScores a{signs.data(), query.data(), nullptr, 0, heads, share, int64_t(signs.shape(2)),
+                 int64_t(signs.shape(3)), nullptr};
+    score_pages(a, pages, int64_t(signs.shape(0)), out, kernels_->score_signatures);
 }
 
 // ---- the machine's limits --------------------------------------------------------------------------

@@ -1,8 +1,5 @@
-"""Storage of one layer's pages in the layout that the native kernels read."""
+"""Storage of one layer's pages for the native kernels, open and packed ones."""
 
-import contextlib
-import math
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,147 +7,122 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.native import _native
+from quire.backends.native.stored import CODES, DTYPES, StoredPages
 from quire.errors import BackendError
-from quire.formats import Part
-from quire.pages import PAGE_FORMATS, PageFormat, PageShape, export_rows, import_rows
+from quire.pages import PAGE_FORMATS, PageFormat, PageShape
 
 __all__ = ["DTYPES", "NativePool", "require_formats"]
 
 Array = npt.NDArray[Any]
 
-# The extension's dtype codes.
-DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "float8_e4m3fn": 4}
-
-_FORMATS = tuple(name for name, format in PAGE_FORMATS.items() if format.dtype.name in DTYPES)
+_FORMATS = tuple(
+    name
+    for name, format in PAGE_FORMATS.items()
+    if (name in CODES if format.kind == "page" else format.dtype.name in DTYPES)
+)
 
 
 class NativePool:
-    """K and V of one layer, keys dimension-major inside a page.
+    """K and V of one layer: see :class:`~quire.backends.native.stored.StoredPages`.
 
-    ``n`` numbers that are multiplied together lie side by side, 2 of bf16, 4 of int8 and fp8, where
-    pages are a multiple of 16 tokens and ``dim`` is one of n (of values: of 16); else n is 1:
-
-    K  ``[page, head, dim / n, token, n]``
-    V  ``[page, head, token / n, dim, n]``
-
-    Int8 numbers are stored as bytes with 128 added. Scales are bf16 ``[page, head, token]`` in
-    arrays of their own, None where there are none.
+    Where whole pages are packed, open ones lie in arrays of their own, in the layout of theirs;
+    else all pages lie in the same ones. ``kernels`` pack them.
     """
 
-    def __init__(self, shape: PageShape, num_pages: int) -> None:
+    def __init__(
+        self, kernels: _native.Native, shape: PageShape, num_pages: int, open_pages: int = 0
+    ) -> None:
         require_formats(shape.key_format, shape.value_format)
-        self.shape, self.num_pages = shape, num_pages
-        self._memory: list[mmap.mmap] = []
-        try:
-            self.key, self.key_scale = self._stored(shape.key_parts)
-            self.value, self.value_scale = self._stored(shape.value_parts)
-        except (OSError, OverflowError, ValueError) as error:
+        if shape.by_page and open_pages < 1:
             raise BackendError(
-                f"no memory for {num_pages} pages of {shape.bytes_per_page} bytes; lower kv_memory"
-            ) from error
-        self.handle = _native.Pool(
-            _store(self.key, self.key_scale, shape.key_dim, _code(shape.key_format)),
-            _store(self.value, self.value_scale, shape.value_dim, _code(shape.value_format)),
-            [num_pages, shape.page_size, shape.num_kv_heads],
-        )
+                f"pages of k={shape.key_format.name},v={shape.value_format.name} are packed from "
+                "open ones, and the pool is to have none; give open_pages"
+            )
+        self.shape, self.num_pages, self.open_pages = shape, num_pages, open_pages
+        self._kernels = kernels
+        self._pages = StoredPages(shape, num_pages + (0 if shape.by_page else open_pages))
+        if shape.by_page:
+            self._open = StoredPages(shape.open_shape, open_pages)
+            self._open_handle = self._open.handle()
+            self.handle = self._pages.handle(self._open_handle)
+        else:
+            self._open = self._pages
+            self.handle = self._open_handle = self._pages.handle(
+                taking=num_pages if open_pages else 0
+            )
+        # Page p's head g as page p * heads + g of one head.
+        self.by_head = self._handle_by_head()
+        self.key, self.key_scale = self._pages.key, self._pages.key_scale
+        self.value, self.value_scale = self._pages.value, self._pages.value_scale
+
+    def seal(self, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> None:
+        """See :class:`quire.pages.PagePool`; ValueError for ids of the wrong kind."""
+        self._kernels.seal(self.handle, source, target)
 
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """See :class:`quire.pages.PagePool`."""
-        for array in self._arrays:
-            array[list(target)] = array[list(source)]
+        pages, (rows, to) = self._of_kind(source, target)
+        pages.copy(rows, to)
 
     def gather_tokens(self, source: Array, target: Array) -> None:
         """See :class:`quire.pages.PagePool`."""
-        size, n = self.shape.page_size, self.handle.value_beside
-        heads = np.arange(self.shape.num_kv_heads)
-        page, slot = np.divmod(source.T, size)
-        to_page, to_slot = np.divmod(target[:, None], size)
-        keys, values = self._keys(self.key), self._values(self.value)
-        keys[to_page, to_slot, heads] = keys[page, slot, heads]
-        moved = values[page, slot // n, slot % n, heads]
-        values[to_page, to_slot // n, to_slot % n, heads] = moved
-        for array in (self.key_scale, self.value_scale):
-            if array is not None:
-                scales = self._scales(array)
-                scales[to_page, to_slot, heads] = scales[page, slot, heads]
+        if self.open_pages:
+            raise BackendError("tokens of packed pages cannot be moved one by one")
+        self._pages.gather_tokens(source, target, self.handle)
 
     def discard(self) -> None:
         """See :class:`quire.pages.PagePool`."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for memory in self._memory:
-                memory.madvise(mmap.MADV_DONTNEED)  # private pages: they read as zero from now on
+        self._pages.discard()
+        self._open.discard()
 
     def export_pages(self, pages: Sequence[int]) -> npt.NDArray[np.uint8]:
         """See :class:`quire.pages.PagePool`."""
-        return export_rows(self._arrays, pages)
+        stored, (rows,) = self._of_kind(pages)
+        return stored.export(rows)
 
     def import_pages(self, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
         """See :class:`quire.pages.PagePool`."""
-        import_rows(self._arrays, pages, data)
+        stored, (rows,) = self._of_kind(pages)
+        stored.put(rows, data)
 
     def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
         """See :class:`quire.pages.PagePool`."""
-        slots = np.arange(first, self.shape.page_size)
-        start = 0
-        for array in self._arrays:
-            rows = data[:, start : start + array[0].nbytes]
-            start += array[0].nbytes
-            for row in rows:  # each lies in one piece
-                page = row.view(array.dtype)[None]
-                if array is self.key:
-                    self._keys(page)[:, slots] = 0
-                elif array is self.value:
-                    n = self.handle.value_beside
-                    self._values(page)[:, slots // n, slots % n] = 0
-                else:
-                    self._scales(page)[:, slots] = 0
+        self._open.blank_slots(data, first, self._open_handle)
 
     def read_pages(self, pages: Sequence[int]) -> tuple[Array, Array]:
         """See :class:`quire.pages.PagePool`."""
-        ids, shape = np.asarray(pages, dtype=np.int64), self.shape
-        tokens = (len(ids), shape.page_size, shape.num_kv_heads)
-        key = self._keys(self.key[ids]).reshape(*tokens, shape.key_dim)
-        value = self._values(self.value[ids]).reshape(*tokens, shape.value_dim)
-        if self.key_scale is not None:
-            scale = self._scales(self.key_scale[ids])
-            key = shape.key_format.key.decode((_signed(key), scale), shape.key_dim)
-        if self.value_scale is not None:
-            scale = self._scales(self.value_scale[ids])
-            value = shape.value_format.value.decode((_signed(value), scale), shape.value_dim)
+        ids = np.asarray(pages, dtype=np.int64)
+        opened = ids >= self.num_pages
+        if not self.shape.by_page or not opened.any():
+            return self._read(self._pages, ids)
+        if opened.all():
+            return self._read(self._open, ids - self.num_pages)
+        both = zip(
+            self._read(self._pages, ids[~opened]),
+            self._read(self._open, ids[opened] - self.num_pages),
+            strict=True,
+        )
+        key, value = (_interleave(opened, *sides) for sides in both)
         return key, value
 
-    @property
-    def _arrays(self) -> list[Array]:
-        """In the order in which :meth:`export_pages` has them."""
-        arrays = (self.key, self.key_scale, self.value, self.value_scale)
-        return [array for array in arrays if array is not None]
+    def _read(self, stored: StoredPages, rows: Array) -> tuple[Array, Array]:
+        handle = self.handle if stored is self._pages else self._open_handle
+        return stored.read_keys(rows, handle), stored.read_values(rows, handle)
 
-    def _stored(self, parts: tuple[Part, ...]) -> tuple[Array, Array | None]:
-        """Zeroed numbers and scales of all pages; int8 as the bytes that kernels read."""
-        arrays: list[Array] = []
-        for shape, dtype in parts:
-            kept = np.dtype(np.uint8) if dtype == np.int8 else dtype
-            memory, array = _zeros((self.num_pages, math.prod(shape)), kept)
-            self._memory.append(memory)
-            arrays.append(array)
-        return arrays[0], arrays[1] if len(arrays) > 1 else None
+    def _handle_by_head(self) -> _native.Pool:
+        if self.shape.by_page:
+            return self._pages.handle(self._open.handle(by_head=True), by_head=True)
+        return self._pages.handle(by_head=True)
 
-    # Views of rows of the arrays, token by token.
-
-    def _keys(self, rows: Array) -> Array:
-        """[n, page_size, heads, dim / beside, beside]."""
-        size, heads, n = self.shape.page_size, self.shape.num_kv_heads, self.handle.key_beside
-        return rows.reshape(-1, heads, self.shape.key_dim // n, size, n).transpose(0, 3, 1, 2, 4)
-
-    def _values(self, rows: Array) -> Array:
-        """[n, page_size / beside, beside, heads, dim]."""
-        size, heads, n = self.shape.page_size, self.shape.num_kv_heads, self.handle.value_beside
-        return rows.reshape(-1, heads, size // n, self.shape.value_dim, n).transpose(0, 2, 4, 1, 3)
-
-    def _scales(self, rows: Array) -> Array:
-        """[n, page_size, heads]."""
-        size, heads = self.shape.page_size, self.shape.num_kv_heads
-        return rows.reshape(-1, heads, size).transpose(0, 2, 1)
+    def _of_kind(self, *lists: Sequence[int]) -> tuple[StoredPages, list[Array]]:
+        """The pages that ids name, all open or none, and their rows there."""
+        ids = [np.asarray(pages, dtype=np.int64) for pages in lists]
+        opened = np.concatenate(ids) >= self.num_pages
+        if not self.shape.by_page or not opened.any():
+            return self._pages, ids
+        if not opened.all():
+            raise BackendError("pages of both kinds, open and packed, in one call")
+        return self._open, [each - self.num_pages for each in ids]
 
 
 def require_formats(key: PageFormat, value: PageFormat) -> None:
@@ -162,29 +134,8 @@ def require_formats(key: PageFormat, value: PageFormat) -> None:
         )
 
 
-def _store(data: Array, scale: Array | None, dim: int, code: int) -> _native.Store:
-    scales = None if scale is None else scale.reshape(-1).view(np.uint16)
-    return _native.Store(data.reshape(-1).view(np.uint8), scales, code, dim)
-
-
-def _code(format: PageFormat) -> int:
-    return DTYPES[format.dtype.name]
-
-
-def _signed(numbers: Array) -> Array:
-    """Int8 numbers as the definition has them; others as they are."""
-    return (numbers ^ np.uint8(128)).view(np.int8) if numbers.dtype == np.uint8 else numbers
-
-
-def _zeros(shape: tuple[int, int], dtype: Any) -> tuple[mmap.mmap, Array]:
-    """Memory of the system and an array of zeros in it, page-aligned, on huge pages if it has them.
-
-    Scattered reads through 4 KiB pages wait for page walks. Raises OSError or, for sizes beyond any
-    address, OverflowError or ValueError.
-    """
-    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory, np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
+def _interleave(opened: Array, whole: Array, unfinished: Array) -> Array:
+    """Pages in order, as float32."""
+    out = np.empty((len(opened), *whole.shape[1:]), np.float32)
+    out[~opened], out[opened] = whole, unfinished
+    return out

@@ -78,8 +78,17 @@ struct Half {
         return {second ? _mm512_srli_epi16(line, 8)
                        : _mm512_and_si512(line, _mm512_set1_epi32(0x00ff00ff))};
     }
+    static Half load_wide(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+    void store(void* to) const { _mm512_storeu_si512(to, v); }
 #elif defined(__AVX2__)
     __m256i v[2];
+    static Half load_wide(const uint16_t* p) {
+        return {{_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + 1)}};
+    }
+    void store(void* to) const {
+        for (int i = 0; i < 2; ++i) _mm256_storeu_si256(static_cast<__m256i*>(to) + i, v[i]);
+    }
     static Half load(const uint8_t* p, bool second) {
         Half r;
         for (int i = 0; i < 2; ++i) {
@@ -90,7 +99,13 @@ struct Half {
         return r;
     }
 #else
-    uint8_t v[32];
+    int16_t v[32];
+    static Half load_wide(const uint16_t* p) {
+        Half r;
+        std::memcpy(r.v, p, sizeof r.v);
+        return r;
+    }
+    void store(void* to) const { std::memcpy(to, v, sizeof v); }
     static Half load(const uint8_t* p, bool second) {
         Half r;
         for (int i = 0; i < 32; ++i) r.v[i] = p[2 * i + second];
@@ -169,8 +184,11 @@ struct Sums {
     // `word`: the first of a quad for numbers 0 and 2 of a quad, else the second.
     void add(Half x, uint32_t word) {
         __m512i y = _mm512_set1_epi32(int(word));
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && defined(__clang__)
         all = _mm512_dpwssd_epi32(all, x.v, y);
+#elif defined(__AVX512VNNI__)
+        // GCC 12 copies the sum for its intrinsic, and spills half of 24 sums.
+        __asm__("vpdpwssd %2, %1, %0" : "+v"(all) : "v"(x.v), "v"(y));
 #else
         all = _mm512_add_epi32(all, _mm512_madd_epi16(x.v, y));
 #endif

@@ -54,6 +54,51 @@ void rope(const float* x, const float* cos, const float* sin, int64_t half, floa
     }
 }
 
+// One pass of butterflies over x [n]: numbers `apart` from each other become their sum and difference.
+inline void butterflies(float* x, int64_t n, int64_t apart) {
+    for (int64_t i = 0; i < n; i += 2 * apart) {
+        int64_t j = i;
+        for (; j + 16 <= i + apart; j += 16) {
+            F16 a = F16::load(x + j), b = F16::load(x + j + apart);
+            (a + b).store(x + j);
+            (a - b).store(x + j + apart);
+        }
+        for (; j < i + apart; ++j) {
+            float a = x[j], b = x[j + apart];
+            x[j] = a + b;
+            x[j + apart] = a - b;
+        }
+    }
+}
+
+// The same in sixteen numbers, of which a compiler makes shuffles.
+template <int apart>
+inline void butterflies_of_16(float* x) {
+    float y[16];
+    for (int i = 0; i < 16; ++i) {
+        float low = x[i & ~apart], high = x[i | apart];
+        float sum = low + high, difference = low - high;
+        y[i] = i & apart ? difference : sum;
+    }
+    std::memcpy(x, y, sizeof y);
+}
+
+// See quire.rotation, which does the same operations in the same order. y may be x.
+void hadamard(const float* x, int64_t n, float* y) {
+    if (y != x) std::memcpy(y, x, size_t(n) * 4);
+    for (int64_t block, left = n; left > 0; left -= block, y += block) {
+        for (block = 1; 2 * block <= left;) block *= 2;
+        for (int64_t i = 0; i + 16 <= block; i += 16) {
+            butterflies_of_16<1>(y + i), butterflies_of_16<2>(y + i);
+            butterflies_of_16<4>(y + i), butterflies_of_16<8>(y + i);
+        }
+        int64_t apart = block < 16 ? 1 : 16;
+        for (; apart < block; apart *= 2) butterflies(y, block, apart);
+        F16 scale = F16::set(float(1.0 / std::sqrt(double(block))));
+        each_lane(block, y, [&](int64_t i, int m) { return load_some(y + i, m) * scale; });
+    }
+}
+
 inline F16 sigmoid(F16 x) {
     return F16::set(1.0f) / (F16::set(1.0f) + exp(F16::zero() - x));
 }

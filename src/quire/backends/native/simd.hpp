@@ -36,20 +36,16 @@ inline uint16_t float_to_bf16(float f) {
     return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+// Without branches, so that loops over it become vectors.
 inline float fp16_to_float(uint16_t h) {
-    uint32_t sign = uint32_t(h & 0x8000) << 16, exp = (h >> 10) & 31, man = h & 0x3ff, bits;
-    if (exp == 31) {
-        bits = sign | 0x7f800000u | (man << 13);
-    } else if (exp) {
-        bits = sign | ((exp + 112) << 23) | (man << 13);
-    } else if (man) {  // denormal: normalise
-        int shift = 0;
-        while (!(man & 0x400)) man <<= 1, ++shift;
-        bits = sign | ((113 - shift) << 23) | ((man & 0x3ff) << 13);
-    } else {
-        bits = sign;
-    }
+    // A product with 2^112 puts the exponent right, denormals included.
+    uint32_t bits = uint32_t(h & 0x7fff) << 13;
     float f;
+    std::memcpy(&f, &bits, 4);
+    f *= 0x1p112f;
+    std::memcpy(&bits, &f, 4);
+    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+    bits |= special | uint32_t(h & 0x8000) << 16;
     std::memcpy(&f, &bits, 4);
     return f;
 }
@@ -250,6 +246,17 @@ inline void store_some(F16 a, float* p, int n) {
 
 #endif
 
+// n numbers of fp16, zero in the other lanes.
+inline F16 load_some_fp16(const uint16_t* p, int n) {
+#if defined(__AVX512F__)
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p))};
+#else
+    uint16_t all[16] = {};
+    std::memcpy(all, p, size_t(n) * 2);
+    return F16::load_fp16(all);
+#endif
+}
+
 // Sum and maximum over the lanes, always in the same order: i with i + 8, then with i + 4, ...
 #if defined(__AVX2__) || defined(__AVX512F__)
 inline __m256 low_half(F16 a) {
@@ -358,6 +365,7 @@ struct Pairs {
     __m512i v;
     static Pairs load(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
     static Pairs set(uint32_t pair) { return {_mm512_set1_epi32(int(pair))}; }
+    void store(void* to) const { _mm512_storeu_si512(to, v); }
     F16 first() const { return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16))}; }
     F16 second() const {
         return {_mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000u))))};
@@ -370,6 +378,10 @@ struct Pairs {
     }
     static Pairs set(uint32_t pair) {
         return {_mm256_set1_epi32(int(pair)), _mm256_set1_epi32(int(pair))};
+    }
+    void store(void* to) const {
+        _mm256_storeu_si256(static_cast<__m256i*>(to), a);
+        _mm256_storeu_si256(static_cast<__m256i*>(to) + 1, b);
     }
     F16 first() const {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
@@ -392,6 +404,7 @@ struct Pairs {
         for (int i = 0; i < 16; ++i) r.v[2 * i] = uint16_t(pair), r.v[2 * i + 1] = uint16_t(pair >> 16);
         return r;
     }
+    void store(void* to) const { std::memcpy(to, v, sizeof v); }
     F16 first() const {
         F16 r;
         for (int i = 0; i < 16; ++i) r.v[i] = bf16_to_float(v[2 * i]);

@@ -37,9 +37,10 @@ inline const ByteWeights& byte_weights(const float* row) {
 }
 
 // mixed[r][0..16 W) (+)= weights[r] . value over some blocks, for R rows; of int8 values sums stay
-// integers until the last block.
+// integers until the last block. A function of its own, like `score`: where it was inlined its sums were
+// spilled.
 template <Form F, int R, int W, class Ask>
-inline void mix(const Mix& m, int row, int64_t column, Ask& ask) {
+__attribute__((noinline)) void mix(const Mix& m, int row, int64_t column, Ask& ask) {
     const float* rows = m.weights + row * SPLIT;
     float* mixed = m.mixed + row * m.dim + column;
     Sum<F> acc[R][W];
@@ -52,68 +53,29 @@ inline void mix(const Mix& m, int row, int64_t column, Ask& ask) {
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) {
             const float* from = mixed + r * m.dim + 16 * w;
-            if constexpr (F == Form::int8)
+            if constexpr (INTEGER<F>)
                 acc[r][w] = !m.more ? Sums::set(byte_weights(rows + r * SPLIT).start)
                                     : Sums::from_bits(whole ? F16::load(from) : load_some(from, left));
             else acc[r][w] = !m.more ? F16::zero() : whole ? F16::load(from) : load_some(from, left);
         }
     for (int64_t b = 0; b < m.count; ++b) {
-        const auto* value = reinterpret_cast<const Number<F>*>(m.blocks[b].data);
-        const int64_t at = m.first + b;
-        for (int64_t t = 0; t < BLOCK / BESIDE<F>; ++t) {
+        const char* value = m.blocks[b].data + column * LANE<F>;
+        const float* weights = rows + (m.first + b) * (BLOCK / BESIDE<F> * PARTS<F>);
+        for (int64_t t = 0; t < BLOCK / BESIDE<F>; ++t, value += dim * LANE<F>) {
             ask.step();
-            const auto* from = value + (t * dim + column) * BESIDE<F>;
-            if constexpr (F == Form::pairs) {
-                Pairs pairs[W];
-#pragma GCC unroll 4
-                for (int w = 0; w < W; ++w) pairs[w] = Pairs::load(from + 32 * w);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    uint32_t pair;
-                    const auto* row = reinterpret_cast<const uint16_t*>(rows + r * SPLIT);
-                    std::memcpy(&pair, row + at * BLOCK + 2 * t, 4);
-                    Pairs weight = Pairs::set(pair);
-#pragma GCC unroll 4
-                    for (int w = 0; w < W; ++w) acc[r][w] = dot_pairs(acc[r][w], weight, pairs[w]);
-                }
-            } else if constexpr (F == Form::int8) {
 #pragma GCC unroll 2
-                for (int second = 0; second < 2; ++second) {
-                    Half half[W];
-#pragma GCC unroll 4
-                    for (int w = 0; w < W; ++w) half[w] = Half::load(from + 64 * w, second);
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) {
-                        uint32_t word = byte_weights(rows + r * SPLIT).words[at * 4 + t][second];
-#pragma GCC unroll 4
-                        for (int w = 0; w < W; ++w) acc[r][w].add(half[w], word);
-                    }
-                }
-            } else if constexpr (F == Form::fp8) {
-#pragma GCC unroll 2
-                for (int second = 0; second < 2; ++second) {
-                    Pairs pairs[W];
-#pragma GCC unroll 4
-                    for (int w = 0; w < W; ++w) pairs[w] = load_fp8(from + 64 * w, second);
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) {
-                        Pairs weight =
-                            Pairs::set(byte_weights(rows + r * SPLIT).words[at * 4 + t][second]);
-#pragma GCC unroll 4
-                        for (int w = 0; w < W; ++w)
-                            acc[r][w] = dot_pairs(acc[r][w], weight, pairs[w]);
-                    }
-                }
-            } else {
-                F16 numbers[W];
+            for (int part = 0; part < PARTS<F>; ++part, ++weights) {
+                decltype(load_part<F>(nullptr, 0)) parts[W];
 #pragma GCC unroll 4
                 for (int w = 0; w < W; ++w)
-                    numbers[w] = whole ? F16::load(from + 16 * w) : load_some(from, left);
+                    parts[w] = whole ? load_part<F>(value + w * LINE<F>, part)
+                                     : load_lanes<F>(value, part, left);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
-                    F16 weight = F16::set(rows[r * SPLIT + at * BLOCK + t]);
+                    uint32_t word;
+                    std::memcpy(&word, weights + r * SPLIT, 4);
 #pragma GCC unroll 4
-                    for (int w = 0; w < W; ++w) acc[r][w] = fma(weight, numbers[w], acc[r][w]);
+                    for (int w = 0; w < W; ++w) add_product(acc[r][w], parts[w], word);
                 }
             }
         }
@@ -124,10 +86,10 @@ inline void mix(const Mix& m, int row, int64_t column, Ask& ask) {
         for (int w = 0; w < W; ++w) {
             float* to = mixed + r * m.dim + 16 * w;
             F16 all;
-            if constexpr (F == Form::int8)
+            if constexpr (INTEGER<F>)
                 all = m.last ? acc[r][w].value() * F16::set(byte_weights(rows + r * SPLIT).unit)
                              : acc[r][w].bits();
-            else if (F == Form::fp8 && m.last)
+            else if (SCALED<F> && m.last)
                 all = acc[r][w] * F16::set(byte_weights(rows + r * SPLIT).unit);
             else all = acc[r][w];
             if (whole) all.store(to);
@@ -270,7 +232,8 @@ template <class Ask, int R = 4>
 inline void soften_rows(Form form, const Weights& w, int row, Ask& ask) {
     for (; row + R <= w.tile.rows; row += R)
         by_form(form, [&](auto f) {
-            if constexpr (SCALED<f()>) soften_scaled<f(), R>(w, row, ask);
+            if constexpr (PACKED<f()>) return;  // soften_packed_rows
+            else if constexpr (SCALED<f()>) soften_scaled<f(), R>(w, row, ask);
             else soften<f(), R>(w, row, ask);
         });
     if constexpr (R > 1) soften_rows<Ask, R - 1>(form, w, row, ask);
@@ -281,16 +244,17 @@ inline void soften_rows(Form form, const Weights& w, int row, Ask& ask) {
 // their scales it does not count.
 template <Form F>
 bool is_wild(const Tile& tile, const Values& block, int64_t at, int64_t dim) {
-    if (SCALED<F> || (tile.low[tile.rows - 1] <= at && tile.high[0] >= at + BLOCK)) return false;
+    if (SCALED<F> || PACKED<F> || (tile.low[tile.rows - 1] <= at && tile.high[0] >= at + BLOCK)) return false;
     const auto* value = reinterpret_cast<const Number<F>*>(block.data);
-    uint32_t most = 0;  // exponent, as bits of a bf16: a maximum compiles to vectors
+    constexpr uint32_t EXPONENTS = F == Form::halves ? 0x7c00 : 0x7f80;
+    uint32_t most = 0;  // exponent, as bits of a bf16 or fp16: a maximum compiles to vectors
     for (int64_t i = 0; i < BLOCK * dim; ++i) {
         uint32_t bits = 0;
         std::memcpy(&bits, value + i, sizeof value[i]);
-        uint32_t exponent = (F == Form::pairs ? bits : bits >> 16) & 0x7f80;
+        uint32_t exponent = (F == Form::floats ? bits >> 16 : bits) & EXPONENTS;
         most = exponent > most ? exponent : most;
     }
-    return most == 0x7f80;
+    return most == EXPONENTS;
 }
 
 // A copy of the block without the values of tokens that one row does not see.

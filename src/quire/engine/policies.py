@@ -1,0 +1,138 @@
+"""What a request does when it outgrows a budget: drop tokens, or leave pages unread."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quire.backends import Backend
+from quire.batch import PagedBatch
+from quire.cache import KVCache
+from quire.config import CacheConfig
+from quire.engine.evicting import Evictor, Part, Watch, require_evictable
+from quire.engine.reading import Reader, SparseStep, read_layers, require_readable
+from quire.engine.request import Request, Sample, SamplingParams
+from quire.errors import ConfigError, RequestError
+from quire.evict_choice import EvictChoice, parse_eviction
+from quire.layout import CacheLayout
+
+__all__ = ["Attend", "Policies", "require_usable"]
+
+Attend = Callable[[int, Any], Any]
+
+
+def require_usable(layout: CacheLayout, settings: CacheConfig, choice: EvictChoice | None) -> None:
+    """Raise ConfigError, with the reason, for a policy that does not work with such a cache."""
+    if choice is None:
+        return
+    if choice.drops:
+        require_evictable(layout, settings)
+    else:
+        require_readable(layout, settings, choice)
+
+
+class Policies:
+    """The policies of an engine's sequences, step by step: its own, and those of requests."""
+
+    def __init__(self, cache: KVCache, backend: Backend, settings: CacheConfig) -> None:
+        self._cache, self._backend, self._settings = cache, backend, settings
+        self._own = parse_eviction(settings.evict)
+        self.evictor, self.reader = Evictor(cache), Reader(cache, backend)
+        self._watch: Watch | None = None
+        self._sparse: SparseStep | None = None
+
+    # -- what is asked for -------------------------------------------------------------------
+
+    @property
+    def lossy(self) -> tuple[str, ...]:
+        """What the engine's own policy loses, for people."""
+        if self._own is None:
+            return ()
+        if self._own.drops:
+            return (f"all layers: evict {self._own}",)
+        layers = read_layers(self._cache.layout, self._own)
+        span = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+        return (f"{span}: read {self._own}",)
+
+    def of(self, params: SamplingParams) -> EvictChoice | None:
+        """The policy of a request; RequestError if it cannot be used with what else it asks."""
+        choice = self._own if params.evict is None else parse_eviction(params.evict)
+        if choice is None:
+            return None
+        try:
+            require_usable(self._cache.layout, self._settings, choice)
+        except ConfigError as error:
+            raise RequestError(str(error)) from None
+        if choice.drops and (params.n > 1 or params.beam_width > 1):
+            raise RequestError(
+                f"eviction {str(choice)!r} follows one sample, but n is {params.n} and "
+                f"beam_width {params.beam_width}; submit samples one by one, or use evict='none'"
+            )
+        return choice
+
+    def follow(self, sample: Sample) -> None:
+        """Apply the policy of a sample's request to the sequence it runs on."""
+        request, sequence = sample.request, sample.sequence
+        assert sequence is not None
+        if request.eviction is not None and request.budget is not None:
+            self.evictor.follow(sequence, request.eviction, request.budget)
+        elif request.reading is not None:
+            self.reader.follow(sequence, request.reading, len(request.prompt_tokens))
+
+    def follow_forced(self, sequence: int, tokens: int) -> None:
+        """Apply the engine's own policy to a sequence whose first ``tokens`` are its prompt."""
+        if self._own is None:
+            return
+        if self._own.drops:
+            self.evictor.follow(sequence, self._own, self._own.tokens(tokens))
+        else:
+            self.reader.follow(sequence, self._own, tokens)
+
+    def note(self, request: Request, choice: EvictChoice | None) -> None:
+        """Write into ``request`` what its policy means for a prompt of its length."""
+        if choice is None:
+            return
+        if not choice.drops:
+            request.reading = choice
+            return
+        request.eviction, request.budget = choice, choice.tokens(len(request.prompt_tokens))
+        request.most_kept = request.budget + self._cache.layout.page_size
+
+    # -- a step ------------------------------------------------------------------------------
+
+    def attention(self, parts: Sequence[Part], batch: PagedBatch) -> Attend | None:
+        """How a step attends; None if it does as the backend does."""
+        self._watch = self.evictor.watch(parts, batch)
+        self._sparse = self.reader.step(parts, batch)
+        if self._watch is None and self._sparse is None:
+            return None
+        watch, backend = self._watch, self._backend
+        inner = self.plain(batch) if self._sparse is None else self._sparse.attend
+
+        def attend(layer: int, query: Any) -> Any:
+            if watch is not None:
+                watch(layer, backend.to_host(query))
+            return inner(layer, query)
+
+        return attend
+
+    def plain(self, batch: PagedBatch) -> Attend:
+        """Attention over all pages."""
+        pools, groups = self._cache.pools, batch.group_of_layer
+        return lambda layer, query: self._backend.attend(query, pools[layer], batch, groups[layer])
+
+    def exact_tokens(self, parts: Sequence[Part]) -> list[Sequence[int] | None]:
+        """For the prefix index, the tokens of each part; None where keys are not the exact ones."""
+        sparse = {} if self._sparse is None else self._sparse.usage
+        return [None if at in sparse else chunk for at, (_, chunk, _) in enumerate(parts)]
+
+    def settle(self, parts: Sequence[Part]) -> None:
+        """``parts`` were committed: drop what is above budgets."""
+        self.evictor.settle(parts, self._watch)
+
+    def count(self, samples: Sequence[Sample]) -> None:
+        """A step of ``samples`` was committed: add what they read."""
+        if self._sparse is not None:
+            for at, usage in self._sparse.usage.items():
+                if at < len(samples):
+                    before = samples[at].reading
+                    samples[at].reading = usage if before is None else before + usage
+            self.reader.settle(self._sparse)
