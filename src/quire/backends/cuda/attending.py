@@ -8,8 +8,10 @@ import torch
 
 from quire.backends.cuda.attention import decode_kernel, merge_kernel, prefill_kernel
 from quire.backends.cuda.device import Device
-from quire.backends.cuda.pool import CudaPool, power_of_two
+from quire.backends.cuda.pool import CudaPool
 from quire.backends.cuda.steps import Step, StepGroup
+from quire.backends.cuda.stored import Side, power_of_two
+from quire.formats import GROUP
 from quire.pages import PageShape
 
 __all__ = ["SPLIT", "Attention", "decode_tiles", "prefill_tiles"]
@@ -45,6 +47,8 @@ def prefill_tiles(shape: PageShape, share: int) -> Tiles:
         tiles = Tiles(16, 32, 8, 1) if wide else Tiles(32, 32, 8, 1)
     else:
         tiles = Tiles(64, 32, 8, 2) if wide else Tiles(64, 64, 4, 3)
+    if shape.key_format.kind == "page":
+        tiles = replace(tiles, keys=GROUP)  # which share minima and steps
     return replace(tiles, rows=max(tiles.rows, power_of_two(share)))
 
 
@@ -69,6 +73,15 @@ class Attention:
             self._decode(out, query, pool, step, step.groups[group])
         return out
 
+    def chosen(self, query: Tensor, pool: CudaPool, step: Step) -> Tensor:
+        """query [S * G, heads that share a KV head, D] -> [S * G, heads * value_dim].
+
+        Row s * G + g is a sequence of its own, which reads pages of KV head g.
+        """
+        out = self._device.empty((len(query), query.shape[1] * pool.shape.value_dim))
+        self._decode(out, query, pool, step, step.groups[0], kv_heads=1)
+        return out
+
     def _prefill(
         self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup
     ) -> None:
@@ -79,28 +92,35 @@ class Attention:
         self._device.launch(
             prefill_kernel, (count, kv_heads),
             out, query, step.places, step.query_indptr, group.indptr, group.indices,
-            group.first_page, sequences, group.window, *_stored(pool), _unit(pool),
-            **self._sizes(pool, share), BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
-            SPLIT=SPLIT if self._exact else 0, num_warps=tiles.warps, num_stages=tiles.stages,
+            group.first_page, sequences, group.window, *_open_tables(group), pool.num_pages,
+            *_stored(pool), _unit(pool), **self._sizes(pool, share), G=kv_heads,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, SPLIT=SPLIT if self._exact else 0,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
     def _decode(
-        self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup
+        self,
+        out: Tensor,
+        query: Tensor,
+        pool: CudaPool,
+        step: Step,
+        group: StepGroup,
+        kv_heads: int | None = None,
     ) -> None:
         shape = pool.shape
-        kv_heads, share = shape.num_kv_heads, query.shape[1] // shape.num_kv_heads
+        kv_heads = shape.num_kv_heads if kv_heads is None else kv_heads
+        share, sequences = query.shape[1] // kv_heads, step.batch.num_sequences
         tiles = (prefill_tiles if self._exact else decode_tiles)(shape, share)
-        sequences = step.batch.num_sequences
-        split = self._split(group, sequences * kv_heads)
-        splits = group.splits(split)
+        split, splits = self._splits(step, group, sequences * kv_heads)
         parts = (sequences, kv_heads, splits, share)
         mixed = self._device.empty((*parts, shape.value_dim))
         best, total = self._device.empty(parts), self._device.empty(parts)
         self._device.launch(
             decode_kernel, (sequences, kv_heads, splits),
             mixed, best, total, query, step.places, step.query_indptr, group.indptr,
-            group.indices, group.first_page, group.window, *_stored(pool), _unit(pool), split,
-            **self._sizes(pool, share), BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
+            group.indices, group.first_page, group.window, *_open_tables(group), pool.num_pages,
+            *_stored(pool), _unit(pool), split, **self._sizes(pool, share), G=kv_heads,
+            HEADS=shape.num_kv_heads, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         self._device.launch(
@@ -111,33 +131,46 @@ class Attention:
             num_warps=2,
         )  # fmt: skip
 
-    def _split(self, group: StepGroup, programs: int) -> int:
-        """Places a split; a multiple of SPLIT, and that where bits must not depend on the batch."""
-        if self._exact:
-            return SPLIT
+    def _splits(self, step: Step, group: StepGroup, programs: int) -> tuple[int, int]:
+        """Places of a split, and how many there are at most.
+
+        Places are SPLIT where bits must not depend on the batch, else a multiple of it, so that
+        there are no more programs than keep all processors busy.
+        """
+        if step.reach is None:
+            length = SPLIT if self._exact else SPLIT * self._factor(group.splits(SPLIT), programs)
+            return length, group.splits(length)
+        factor = 1 if self._exact else self._factor(step.reach, programs)
+        # A window, or pages given back, may begin in the middle of a split.
+        return SPLIT * factor, -(-step.reach // factor) + 1
+
+    def _factor(self, splits: int, programs: int) -> int:
         wanted = max(1, _WAVES * self._device.processors // programs)
-        return SPLIT * max(1, -(-group.splits(SPLIT) // wanted))
+        return max(1, -(-splits // wanted))
 
     def _sizes(self, pool: CudaPool, share: int) -> dict[str, Any]:
         """What kernels are compiled for."""
         shape = pool.shape
         return {
-            "G": shape.num_kv_heads,
             "SHARE": share,
             "DK": shape.key_dim,
             "DV": shape.value_dim,
             "DKP": _padded(shape.key_dim),
-            "DVP": _padded(shape.value_dim),
+            "DVP": _padded(shape.value_dim, GROUP if shape.value_format.kind == "page" else 16),
             "PAGE": shape.page_size,
+            "GROUP": GROUP,
             "KEY": shape.key_format.name,
             "VALUE": shape.value_format.name,
+            "PACKED": shape.by_page,
+            "OPEN_KEY": shape.open_shape.key_format.name,
+            "OPEN_VALUE": shape.open_shape.value_format.name,
             "HARDWARE": self._device.hardware,
         }
 
 
-def _padded(dim: int) -> int:
+def _padded(dim: int, least: int = 16) -> int:
     """The power of two, of 16 or more as products need it, that holds ``dim`` numbers."""
-    return max(16, power_of_two(dim))
+    return max(least, power_of_two(dim))
 
 
 def _unit(pool: CudaPool) -> float:
@@ -145,11 +178,15 @@ def _unit(pool: CudaPool) -> float:
 
 
 def _stored(pool: CudaPool) -> tuple[torch.Tensor, ...]:
-    """Keys, their scales, values, their scales; any tensor where there are no scales."""
-    key, value = pool.key, pool.value
-    return (
-        key.numbers,
-        key.numbers if key.scale is None else key.scale,
-        value.numbers,
-        value.numbers if value.scale is None else value.scale,
-    )
+    """Arrays of the packed pages, or of all, and of the open ones."""
+
+    def of(side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+        return side.numbers, side.scale
+
+    key, value = pool.pages.key, pool.pages.value
+    packed = *of(key), key.least, *of(value), value.least
+    return *packed, *of(pool.open.key), *of(pool.open.value)
+
+
+def _open_tables(group: StepGroup) -> tuple[torch.Tensor, ...]:
+    return group.open_indptr, group.open_indices, group.open_first

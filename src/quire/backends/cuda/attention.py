@@ -1,138 +1,59 @@
 """Attention over pages, in Triton: decode in two kernels, prefill of ragged batches in one.
 
-Keys are walked in blocks of ``BLOCK_N`` places, aligned to absolute places, with the online softmax
-(Milakov & Gimelshein, 2018, arXiv:1805.02867; in tiles: Dao, 2023, arXiv:2307.08691). A tile of
-``BLOCK_M`` rows holds the query heads of one KV head, for one token or several, so that a page is
-read once for all of them. Decode is split along the context (flash-decoding: Dao et al., 2023) at
-multiples of ``SPLIT`` places; the parts are merged in order of place.
+A tile of ``BLOCK_M`` rows holds the query heads of one KV head, for one token or several, so that a
+page is read once for all of them; how its blocks of keys are walked is in ``walking.py``. Decode is
+split along the context (flash-decoding: Dao et al., 2023) at multiples of ``SPLIT`` places; the
+parts are merged in order of place.
 
 What a row adds up, and in which order, follows from the places that it sees: a block, or split,
 that only its neighbours see adds exact zeros. With the same tile sizes and the same ``SPLIT`` a
 token therefore gets the same bits from both kernels, in any company (``exact=True``).
 
-Names in the kernels: G KV heads, SHARE query heads for each, DK and DV numbers of a key and of a
-value, DKP and DVP the powers of two that hold them; ``unit`` is log2(e) / sqrt(DK).
+Names in the kernels: those of ``walking.py``; SHARE query heads of each KV head. Where PACKED,
+``key`` and ``value`` are packed pages and ``open_key`` and ``open_value`` the open ones, whose ids
+begin at ``num_pages``; those that queries of sequence s stand in, from page number
+``open_first[s]`` on, are ``open_indices[open_indptr[s]:]``. Else those arguments are not read.
 """
 
 import triton
 import triton.language as tl
 
-from quire.backends.cuda.codec import narrow, operand, scales
+from quire.backends.cuda.codec import narrow
+from quire.backends.cuda.walking import walk_pages, walk_three_parts
 
 __all__ = ["decode_kernel", "merge_kernel", "prefill_kernel"]
 
 
 @triton.jit
-def _load(pointers, there, inside, EDGE: tl.constexpr, PADDED: tl.constexpr):
-    """Numbers of a block; 0 where no token or no number is."""
-    if EDGE and PADDED:
-        out = tl.load(pointers, mask=there & inside, other=0)
-    elif EDGE:
-        out = tl.load(pointers, mask=there, other=0)
-    elif PADDED:
-        out = tl.load(pointers, mask=inside, other=0)
-    else:
-        out = tl.load(pointers)
-    return out
-
-
-@triton.jit
-def _walk(
-    best, total, mixed, q, at, first, end, low, high, window, pages, head,
-    key, key_scale, value, value_scale, unit,
-    G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    PAGE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, HARDWARE: tl.constexpr,
-    BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """Blocks of keys from place ``low`` up to ``high``, added to what rows have seen.
-
-    q [M, DKP] at places ``at`` [M]; best, total [M]; mixed [M, DVP]. Without EDGE all rows see all
-    keys of these blocks; with it, keys outside ``[first, end)`` are not read.
-    """
-    dims_k, dims_v = tl.arange(0, DKP), tl.arange(0, DVP)
-    for block in range(low, high, BLOCK_N):
-        places = block + tl.arange(0, BLOCK_N)
-        there = (places >= first) & (places < end)
-        page = _load(pages + places // PAGE, there, there, EDGE, False)
-        rows = (page * G + head) * PAGE + places % PAGE  # int64 [BLOCK_N]
-        raw = _load(
-            key + rows[None, :] * DK + dims_k[:, None],
-            there[None, :], dims_k[:, None] < DK, EDGE, DKP > DK,
-        )  # fmt: skip
-        keys = operand(raw, KEY, HARDWARE)
-        scores = tl.dot(q, keys, input_precision="ieee") * unit
-        if KEY == "int8" or KEY == "fp8":
-            scores *= scales(_load(key_scale + rows, there, there, EDGE, False))[None, :]
-        if EDGE:
-            seen = (places[None, :] <= at[:, None]) & (places[None, :] > at[:, None] - window)
-            seen = seen & there[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
-        peak = tl.maximum(best, tl.max(scores, axis=1))
-        shrink = tl.exp2(best - peak)
-        weights = tl.exp2(scores - peak[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        raw = _load(
-            value + rows[:, None] * DV + dims_v[None, :],
-            there[:, None], dims_v[None, :] < DV, EDGE, DVP > DV,
-        )  # fmt: skip
-        values = operand(raw, VALUE, HARDWARE)
-        if VALUE == "int8" or VALUE == "fp8":
-            weights *= scales(_load(value_scale + rows, there, there, EDGE, False))[None, :]
-            if EDGE:  # a token's scale may be NaN
-                weights = tl.where(seen, weights, 0.0)
-        elif EDGE:  # values may overflow a narrow format, and 0 * inf must not reach other rows
-            wild = values.to(tl.float32) * 0.0 != 0.0
-            values = tl.where(wild, 0.0, values.to(tl.float32)).to(values.dtype)
-        weights = narrow(weights, VALUE, HARDWARE)
-        mixed = tl.dot(weights, values, mixed * shrink[:, None], input_precision="ieee")
-        if EDGE and (VALUE == "fp32" or VALUE == "fp16" or VALUE == "bf16"):
-            if tl.max(tl.max(wild.to(tl.int32), axis=1), axis=0) > 0:
-                hits = tl.dot(seen.to(tl.float16), wild.to(tl.float16))
-                mixed = tl.where(hits > 0.0, float("nan"), mixed)
-        best = peak
-    return best, total, mixed
-
-
-@triton.jit
 def _span(
-    q, at, at_min, at_max, stored, low, high, window, pages, head,
-    key, key_scale, value, value_scale, unit,
+    q, wide, at, at_min, at_max, low, high, window, sequence, head,
+    indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+    key, key_scale, key_least, value, value_scale, value_least,
+    open_key, open_key_scale, open_value, open_value_scale, unit,
     G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    PAGE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, HARDWARE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr,
+    OPEN_KEY: tl.constexpr, OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What rows at ``at_min`` to ``at_max`` see of places ``[low, high)``: best, total, mixed.
-
-    ``low`` and ``high`` are multiples of BLOCK_N; pages start with place ``stored``.
-    """
-    first = tl.maximum(stored, at_min - window + 1)
-    end = tl.minimum(at_max + 1, high)
-    begin = tl.maximum(low, first // BLOCK_N * BLOCK_N)
-    # Blocks in [inner, outer) are seen whole by every row.
-    inner = tl.maximum(stored, tl.maximum(at_max - window + 1, 0))
-    inner = tl.maximum(begin, (inner + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
-    outer = tl.minimum(high, (at_min + 1) // BLOCK_N * BLOCK_N)
-    some = inner < outer
-    inner = tl.where(some, inner, end)
-    outer = tl.where(some, outer, end)
-    best = tl.full((BLOCK_M,), -3.0e38, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    mixed = tl.zeros((BLOCK_M, DVP), tl.float32)
-    best, total, mixed = _walk(
-        best, total, mixed, q, at, first, end, begin, inner, window, pages, head,
-        key, key_scale, value, value_scale, unit,
-        G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, HARDWARE, BLOCK_N, True,
-    )  # fmt: skip
-    best, total, mixed = _walk(
-        best, total, mixed, q, at, first, end, inner, outer, window, pages, head,
-        key, key_scale, value, value_scale, unit,
-        G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, HARDWARE, BLOCK_N, False,
-    )  # fmt: skip
-    best, total, mixed = _walk(
-        best, total, mixed, q, at, first, end, outer, end, window, pages, head,
-        key, key_scale, value, value_scale, unit,
-        G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, HARDWARE, BLOCK_N, True,
-    )  # fmt: skip
+    """What rows at ``at_min`` to ``at_max`` see of places ``[low, high)``: best, total, mixed."""
+    gone = tl.load(first_page + sequence)
+    pages = indices + tl.load(indptr + sequence) - gone
+    stored = (gone * PAGE).to(tl.int32)
+    if PACKED:
+        own = open_indices + tl.load(open_indptr + sequence) - tl.load(open_first + sequence)
+        best, total, mixed = walk_three_parts(
+            q, wide, at, at_min, at_max, stored, low, high, window, pages, own, num_pages, head,
+            key, key_scale, key_least, value, value_scale, value_least,
+            open_key, open_key_scale, open_value, open_value_scale, unit,
+            G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, OPEN_KEY, OPEN_VALUE, HARDWARE,
+            BLOCK_M, BLOCK_N, GROUP,
+        )  # fmt: skip
+    else:
+        best, total, mixed = walk_pages(
+            q, wide, at, at_min, at_max, stored, low, high, window, pages, head,
+            key, key_scale, key_least, value, value_scale, value_least, unit,
+            G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, HARDWARE, BLOCK_M, BLOCK_N, GROUP,
+        )  # fmt: skip
     return best, total, mixed
 
 
@@ -152,12 +73,12 @@ def _queries(
     G: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
     KEY: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of query [T, G * SHARE, DK] -> operands [M, DKP]; 0 where no row or number is."""
+    """Rows of query [T, G * SHARE, DK] -> operands [M, DKP], and as they are; 0 elsewhere."""
     dims = tl.arange(0, DKP)
     at = (token * (G * SHARE) + head * SHARE + rows % SHARE).to(tl.int64) * DK
     mask = there[:, None] & (dims[None, :] < DK)
     x = tl.load(query + at[:, None] + dims[None, :], mask=mask, other=0.0)
-    return narrow(x, KEY, HARDWARE)
+    return narrow(x, KEY, HARDWARE), x
 
 
 @triton.jit
@@ -177,14 +98,17 @@ def _sequence_of(tile, query_indptr, num_sequences, TOKENS: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window"])
+@triton.jit(do_not_specialize=["num_sequences", "window", "num_pages"])
 def prefill_kernel(
     out, query, places, query_indptr, indptr, indices, first_page, num_sequences, window,
-    key, key_scale, value, value_scale, unit,
+    open_indptr, open_indices, open_first, num_pages,
+    key, key_scale, key_least, value, value_scale, value_least,
+    open_key, open_key_scale, open_value, open_value_scale, unit,
     G: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DKP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, HARDWARE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr, OPEN_KEY: tl.constexpr,
+    OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Attention of all sequences with two new tokens or more; grid (tiles, G).
 
@@ -208,16 +132,17 @@ def prefill_kernel(
         at = tl.load(places + token).to(tl.int32)
         at_min = tl.load(places + first_token).to(tl.int32)
         at_max = tl.load(places + last_token).to(tl.int32)
-        gone = tl.load(first_page + sequence)
-        pages = indices + tl.load(indptr + sequence) - gone
-        stored = (gone * PAGE).to(tl.int32)
-        q = _queries(query, token, head, rows, there, G, SHARE, DK, DKP, KEY, HARDWARE)
+        stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
+        q, wide = _queries(query, token, head, rows, there, G, SHARE, DK, DKP, KEY, HARDWARE)
         if SPLIT == 0:
             high = (at_max // BLOCK_N + 1) * BLOCK_N
             best, total, mixed = _span(
-                q, at, at_min, at_max, stored, 0, high, window, pages, head,
-                key, key_scale, value, value_scale, unit,
-                G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, HARDWARE, BLOCK_M, BLOCK_N,
+                q, wide, at, at_min, at_max, 0, high, window, sequence, head,
+                indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+                key, key_scale, key_least, value, value_scale, value_least,
+                open_key, open_key_scale, open_value, open_value_scale, unit,
+                G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
+                BLOCK_M, BLOCK_N, GROUP,
             )  # fmt: skip
         else:
             best = tl.full((BLOCK_M,), -3.0e38, tl.float32)
@@ -226,9 +151,13 @@ def prefill_kernel(
             first = tl.maximum(stored, tl.maximum(at_min - window + 1, 0))
             for split in range(first // SPLIT, at_max // SPLIT + 1):
                 part_best, part_total, part_mixed = _span(
-                    q, at, at_min, at_max, stored, split * SPLIT, (split + 1) * SPLIT,
-                    window, pages, head, key, key_scale, value, value_scale, unit,
-                    G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, HARDWARE, BLOCK_M, BLOCK_N,
+                    q, wide, at, at_min, at_max, split * SPLIT, (split + 1) * SPLIT, window,
+                    sequence, head,
+                    indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+                    key, key_scale, key_least, value, value_scale, value_least,
+                    open_key, open_key_scale, open_value, open_value_scale, unit,
+                    G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
+                    BLOCK_M, BLOCK_N, GROUP,
                 )  # fmt: skip
                 best, total, mixed = _merge(best, total, mixed, part_best, part_total, part_mixed)
         dims = tl.arange(0, DVP)
@@ -238,37 +167,43 @@ def prefill_kernel(
         tl.store(out + to[:, None] + dims[None, :], result, mask=mask)
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "num_pages"])
 def decode_kernel(
     part_mixed, part_best, part_total, query, places, query_indptr, indptr, indices, first_page,
-    window, key, key_scale, value, value_scale, unit, SPLIT,
-    G: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    window, open_indptr, open_indices, open_first, num_pages,
+    key, key_scale, key_least, value, value_scale, value_least,
+    open_key, open_key_scale, open_value, open_value_scale, unit, SPLIT,
+    G: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     DKP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, HARDWARE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr, OPEN_KEY: tl.constexpr,
+    OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One split of each sequence with one new token; grid (S, G, splits).
 
     part_mixed [S, G, splits, SHARE, DV], part_best and part_total [S, G, splits, SHARE]. A program
-    whose split lies beyond the context, or was given back, writes nothing.
+    whose split lies beyond the context, or was given back, writes nothing. HEADS are the KV heads
+    of a page; G is 1 where each of them has a table of its own, as if it were a sequence.
     """
     sequence, head, nth = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(query_indptr + sequence)
     alone = tl.load(query_indptr + sequence + 1) - start == 1
     place = tl.load(places + start, mask=alone, other=0).to(tl.int32)
-    gone = tl.load(first_page + sequence)
-    stored = (gone * PAGE).to(tl.int32)
+    stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
     split = tl.maximum(stored, tl.maximum(place - window + 1, 0)) // SPLIT + nth
     if alone & (split * SPLIT <= place):
         rows = tl.arange(0, BLOCK_M)
         there = rows < SHARE
         at = tl.full((BLOCK_M,), 0, tl.int32) + place
-        pages = indices + tl.load(indptr + sequence) - gone
-        q = _queries(query, start, head, rows, there, G, SHARE, DK, DKP, KEY, HARDWARE)
+        q, wide = _queries(query, start, head, rows, there, G, SHARE, DK, DKP, KEY, HARDWARE)
         best, total, mixed = _span(
-            q, at, place, place, stored, split * SPLIT, (split + 1) * SPLIT, window, pages, head,
-            key, key_scale, value, value_scale, unit,
-            G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, HARDWARE, BLOCK_M, BLOCK_N,
+            q, wide, at, place, place, split * SPLIT, (split + 1) * SPLIT, window, sequence,
+            (sequence * G + head) % HEADS,
+            indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+            key, key_scale, key_least, value, value_scale, value_least,
+            open_key, open_key_scale, open_value, open_value_scale, unit,
+            HEADS, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
+            BLOCK_M, BLOCK_N, GROUP,
         )  # fmt: skip
         dims = tl.arange(0, DVP)
         part = ((sequence * G + head).to(tl.int64) * tl.num_programs(2) + nth) * SHARE + rows

@@ -22,16 +22,19 @@ from quire.backends.blocks import (
 from quire.backends.cuda import steps
 from quire.backends.cuda.attending import Attention
 from quire.backends.cuda.device import find_device
-from quire.backends.cuda.pool import CudaPool, power_of_two, require_formats
+from quire.backends.cuda.pool import CudaPool, require_formats
 from quire.backends.cuda.rows import (
     layer_norm_kernel,
     linear_kernel,
     rms_norm_kernel,
     rope_kernel,
 )
-from quire.batch import PagedBatch
+from quire.backends.cuda.stored import power_of_two
+from quire.backends.selecting import score_bounds, score_signatures
+from quire.batch import ChosenPages, PagedBatch
 from quire.errors import BackendError
 from quire.pages import PageFormat, PagePool, PageShape
+from quire.rotation import blocks
 
 __all__ = ["CudaBackend"]
 
@@ -62,6 +65,7 @@ class CudaBackend:
         self._attention = Attention(self.device, exact)
         self._last: steps.Step | None = None
         self._angles: tuple[Array, Array, Tensor, Tensor] | None = None
+        self._frequencies: tuple[Array, Tensor] | None = None
 
     @property
     def identity(self) -> str:
@@ -91,14 +95,12 @@ class CudaBackend:
         return tensor.view(torch.bfloat16) if array.dtype.name == "bfloat16" else tensor
 
     def require_formats(self, key: PageFormat, value: PageFormat) -> None:
-        """Keys and values apart; not yet those that store whole pages at once."""
+        """All formats, keys and values apart."""
         require_formats(key, value)
 
     def pool(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> CudaPool:
-        """Zeroed pages in the device's memory; no open ones yet, which int4 and int2 need."""
-        if open_pages:
-            raise BackendError("the cuda backend cannot store open pages yet; choose int8 or fp8")
-        return CudaPool(self.device, shape, num_pages)
+        """Zeroed pages in the device's memory."""
+        return CudaPool(self.device, shape, num_pages, open_pages)
 
     def embed(self, table: Tensor, ids: Sequence[int]) -> Tensor:
         """[vocab, hidden], [T] -> [T, hidden]."""
@@ -158,6 +160,19 @@ class CudaBackend:
         )
         return out
 
+    def hadamard(self, x: Tensor) -> Tensor:
+        """[T, heads, D] -> [T, heads, D]."""
+        out = torch.empty_like(x)
+        for block in blocks(x.shape[-1]):
+            part, size, apart = x[..., block], block.stop - block.start, 1
+            while apart < size:
+                pairs = part.reshape(*part.shape[:-1], size // (2 * apart), 2, apart)
+                low, high = pairs.unbind(-2)
+                part = torch.stack((low + high, low - high), -2).reshape(part.shape)
+                apart *= 2
+            out[..., block] = part * float(np.float32(1 / np.sqrt(size)))
+        return out
+
     def activate(self, x: Tensor, kind: str) -> Tensor:
         """Any shape -> the same."""
         if kind == "relu":
@@ -183,10 +198,12 @@ class CudaBackend:
         assert isinstance(pool, CudaPool)
         if not len(slots) == len(key) == len(value):
             raise BackendError(f"{len(slots)} slots for {len(key)} tokens")
-        last = pool.num_pages * pool.shape.page_size - 1
-        if len(slots) and (slots.min() < 0 or slots.max() > last):
-            raise BackendError(f"tokens are to be stored outside of slots 0 to {last}")
-        pool.store(self._on_device(slots), key.contiguous(), value.contiguous())
+        inside = pool.slots
+        if len(slots) and (slots.min() < inside.start or slots.max() >= inside.stop):
+            raise BackendError(
+                f"tokens are to be stored outside of slots {inside.start} to {inside.stop - 1}"
+            )
+        pool.store(self.device.integers(slots), key.contiguous(), value.contiguous())
 
     def attend(self, query: Tensor, pool: PagePool, batch: PagedBatch, group: int) -> Tensor:
         """[T, H, D] -> [T, H * D]."""
@@ -194,11 +211,33 @@ class CudaBackend:
         step = self._step(batch)
         if len(query) != batch.num_tokens:
             raise BackendError(f"{len(query)} queries for {batch.num_tokens} tokens")
-        if step.groups[group].last_page >= pool.num_pages:
-            raise BackendError(
-                f"page {step.groups[group].last_page} of a pool of {pool.num_pages} is to be read"
-            )
+        _require_readable(step.groups[group], pool)
         return self._attention(query.contiguous(), pool, step, group)
+
+    def attend_pages(self, query: Tensor, pool: PagePool, chosen: ChosenPages) -> Tensor:
+        """[S, H, D] -> [S, H * D]."""
+        assert isinstance(pool, CudaPool)
+        heads = pool.shape.num_kv_heads
+        step = steps.chosen_step(chosen, heads, self.device)
+        _require_readable(step.groups[0], pool)
+        by_head = query.reshape(len(query) * heads, -1, query.shape[2])
+        return self._attention.chosen(by_head, pool, step).reshape(len(query), -1)
+
+    def score_bounds(self, query: Tensor, bounds: Array, pages: Array) -> Array:
+        """[H, D], [P, G, 2, D], [n] -> [G, n]; on the host, where bounds lie."""
+        return score_bounds(self.to_host(query), bounds, pages)
+
+    def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
+        """[H, W], [P, G, page_size, W], [n] -> [G, n]; on the host, where signatures lie."""
+        return score_signatures(query, signs, pages)
+
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+        """Of rows [R] and x [R, n] each -> [T, n]."""
+        count = sum(len(rows) for rows, _ in parts)
+        out = self.device.empty((count, parts[0][1].shape[1]))
+        for rows, x in parts:
+            out.index_copy_(0, self.device.integers(rows), x)
+        return out
 
     def rows(self, x: Tensor, indices: Sequence[int]) -> Tensor:
         """[T, n], [R] -> [R, n]."""
@@ -255,21 +294,38 @@ class CudaBackend:
         """The batch on the device, handed over once a step."""
         if self._last is None or self._last.batch is not batch:
             self._last = steps.to_device(batch, self.device)
+            self.device.hold(self._last.held)
         return self._last
-
-    def _on_device(self, array: Array) -> Tensor:
-        known = None if self._last is None else self._last.find(array)
-        return self.device.integers(array) if known is None else known
 
     def _cos_and_sin(self, positions: Array, inv_freq: Array) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [T, D/2] of a step's tokens: of float32 products, in float64."""
         last = self._angles
         if last is None or last[0] is not positions or last[1] is not inv_freq:
-            at = self._on_device(positions).float()
-            angles = (at[:, None] * self.device.to_device(inv_freq)[None, :]).double()
+            at = self.device.integers(positions).float()
+            angles = (at[:, None] * self._on_device(inv_freq)[None, :]).double()
             last = positions, inv_freq, torch.cos(angles).float(), torch.sin(angles).float()
             self._angles = last
         return last[2], last[3]
+
+    def _on_device(self, inv_freq: Array) -> Tensor:
+        """Frequencies, which stay the same array from step to step."""
+        if self._frequencies is None or self._frequencies[0] is not inv_freq:
+            self._frequencies = inv_freq, self.device.to_device(inv_freq)
+        return self._frequencies[1]
+
+
+def _require_readable(group: steps.StepGroup, pool: CudaPool) -> None:
+    """Raise BackendError for ids that the pool does not have, or not of that kind."""
+    last = pool.num_pages + pool.open_pages - 1
+    if group.most > last:
+        raise BackendError(f"page {group.most} of a pool of {last + 1} is to be read")
+    if group.opened is None or not pool.shape.by_page:
+        return
+    if group.opened[0] < pool.num_pages or group.opened[1] > last:
+        raise BackendError(
+            f"queries stand in pages {group.opened[0]} to {group.opened[1]}, but ids of open pages "
+            f"are {pool.num_pages} to {last}"
+        )
 
 
 @functools.cache

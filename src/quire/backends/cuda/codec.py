@@ -2,7 +2,8 @@
 
 Kinds are the names of page formats. Bfloat16 lies in memory as int16 bits, int8 and fp8 as uint8
 bytes, scales as int16 bits of bfloat16. A kernel multiplies bf16, int8 and fp8 numbers as bfloat16
-(all of them are exact there), fp16 and fp32 ones as they are.
+(all of them are exact there), fp16 and fp32 ones as they are. Int4 and int2 pages hold codes, 2 or 4
+a byte, and a minimum and a step for each group of :data:`quire.formats.GROUP`.
 
 ``HARDWARE`` is False under Triton's interpreter, whose bfloat16 has no arithmetic and rounds
 towards zero: there, such operands are float32 numbers that have been rounded to bfloat16.
@@ -11,7 +12,18 @@ towards zero: there, such operands are float32 numbers that have been rounded to
 import triton
 import triton.language as tl
 
-__all__ = ["encode_plain", "encode_token", "narrow", "operand", "scales"]
+__all__ = [
+    "bits_of_line",
+    "codes_on_line",
+    "encode_plain",
+    "encode_token",
+    "narrow",
+    "number_of",
+    "operand",
+    "scales",
+    "small_operand",
+    "unpacked",
+]
 
 
 @triton.jit
@@ -32,6 +44,35 @@ def _from_bits(bits):
 def scales(raw):
     """Scales as they lie in memory, int16 -> float32."""
     return _from_bits(raw.to(tl.int32))
+
+
+@triton.jit
+def unpacked(raw, KIND: tl.constexpr):
+    """Bytes [m, n] -> the codes in them, int32 [m, n * 8 / bits], the lowest bits first."""
+    wide = raw.to(tl.int32)
+    if KIND == "int4":
+        out = tl.interleave(wide & 15, wide >> 4)
+    else:
+        even = tl.interleave(wide & 3, (wide >> 4) & 3)
+        out = tl.interleave(even, tl.interleave((wide >> 2) & 3, wide >> 6))
+    return out
+
+
+@triton.jit
+def number_of(codes):
+    """Codes as float32 numbers: put into the bits of 2**23, which is then taken away."""
+    return (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def small_operand(codes, HARDWARE: tl.constexpr):
+    """Codes as what is multiplied with bfloat16 numbers; see :func:`operand`."""
+    if HARDWARE:
+        held = (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        out = held - tl.full((1, 1), 0x4300, tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        out = number_of(codes)
+    return out
 
 
 @triton.jit
@@ -139,3 +180,33 @@ def encode_token(x, KIND: tl.constexpr):
     else:
         payload = _to_fp8(steps)
     return payload, tl.where(wild == 0, bits, 0x7FC0).to(tl.int16)
+
+
+@triton.jit
+def bits_of_line(low, high, wild, LEVELS: tl.constexpr):
+    """Bits, int32, of minimum and step of groups that lie between float32 ``low`` and ``high``.
+
+    ``wild`` marks those with an infinity or a NaN in them. See ``formats.py``: the same operations
+    in the same order.
+    """
+    low = tl.where(wild | (low == 0.0), 0.0, low)  # -0 becomes 0
+    high = tl.where(wild, 0.0, high)
+    bits = low.to(tl.int32, bitcast=True)
+    upper = (tl.where(bits < 0, bits + 0xFFFF, bits) >> 16) & 0xFFFF
+    upper = tl.where(upper == 0xFF80, 0xFF7F, upper)
+    least = _from_bits(upper)
+    span = tl.maximum(0.5 * high - 0.5 * least, 0.0)
+    step = (tl.div_rn(span, 0.5 * LEVELS).to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    top = 2.0 * (0.5 * least + 0.5 * _from_bits(step) * LEVELS)
+    step -= tl.where(tl.abs(top) < float("inf"), 0, 1)
+    return upper, tl.where(wild, 0x7FC0, step)
+
+
+@triton.jit
+def codes_on_line(x, minimum, step, LEVELS: tl.constexpr):
+    """Float32 numbers -> int32 codes; bits of minimum and step broadcast to the shape of x."""
+    usable = (step > 0) & (step < 0x7F80)
+    each = tl.where(usable, _from_bits(step), 1.0)
+    steps = tl.div_rn(0.5 * x - 0.5 * _from_bits(minimum), 0.5 * each)
+    inside = tl.minimum(tl.maximum(tl.where(usable, steps, 0.0), 0.0), LEVELS)
+    return ((inside + 12582912.0) - 12582912.0).to(tl.int32)

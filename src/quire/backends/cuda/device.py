@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ import torch
 import triton
 
 from quire.backends.cuda.attention import prefill_kernel
+from quire.config import format_bytes
 from quire.errors import BackendError
 
 __all__ = ["Device", "find_device", "why_there_is_none"]
@@ -38,6 +39,13 @@ def find_device() -> "Device":
     return Device("cuda" if hardware else "cpu", hardware)
 
 
+class Known(Protocol):
+    """Arrays that are on the device already."""
+
+    def find(self, array: object) -> Any | None:
+        """The copy of this very array, or None."""
+
+
 class Device:
     """A torch device and whether kernels are compiled for it (``hardware``) or interpreted.
 
@@ -47,11 +55,22 @@ class Device:
 
     def __init__(self, kind: str, hardware: bool) -> None:
         self.kind, self.hardware = kind, hardware
+        self._known: Known | None = None
 
     @property
     def name(self) -> str:
         """What a person calls it."""
         return torch.cuda.get_device_name() if self.hardware else "this CPU, interpreted"
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Bytes of the card's memory that nobody has; None where there is no card."""
+        return torch.cuda.mem_get_info()[0] if self.hardware else None
+
+    def memory(self) -> str:
+        """How much memory is free, for a message."""
+        free = self.free_bytes
+        return "unknown" if free is None else f"{format_bytes(free)} ({free} bytes)"
 
     @property
     def processors(self) -> int:
@@ -74,9 +93,14 @@ class Device:
         held.numpy()[...] = array
         return held.to(self.kind, non_blocking=True)
 
+    def hold(self, known: Known) -> None:
+        """From now on :meth:`integers` takes copies from ``known``, where it has one."""
+        self._known = known
+
     def integers(self, numbers: Any) -> Any:
         """int64 numbers, as a tensor."""
-        return self.to_device(np.asarray(numbers, dtype=np.int64))
+        copy = None if self._known is None else self._known.find(numbers)
+        return self.to_device(np.asarray(numbers, dtype=np.int64)) if copy is None else copy
 
     def to_host(self, tensor: Any) -> Any:
         """A copy in host memory, complete when this returns."""

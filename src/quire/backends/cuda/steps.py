@@ -1,18 +1,34 @@
 """A step's batch on the device: one transfer, sliced there, kept for all layers."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from quire.backends.cuda.device import Device
-from quire.batch import GroupBatch, PagedBatch
+from quire.batch import ChosenPages, GroupBatch, PagedBatch
 
-__all__ = ["Step", "StepGroup", "to_device"]
+__all__ = ["EVERY", "Held", "Step", "StepGroup", "chosen_step", "describe", "to_device"]
 
 IntArray = npt.NDArray[np.int64]
 EVERY = 1 << 30  # the window of a group without one
+
+
+class Held:
+    """Arrays of the host, and their copies on the device; see :meth:`find`."""
+
+    def __init__(self, pairs: Iterable[tuple[IntArray, torch.Tensor]]) -> None:
+        self._pairs = {id(array): (array, tensor) for array, tensor in pairs}
+
+    def find(self, array: object) -> torch.Tensor | None:
+        """The copy of this very array, or None; equal ones are not looked for."""
+        pair = self._pairs.get(id(array))
+        return None if pair is None else pair[1]
+
+    def __getitem__(self, array: IntArray) -> torch.Tensor:
+        return self._pairs[id(array)][1]
 
 
 @dataclass(frozen=True)
@@ -21,17 +37,21 @@ class StepGroup:
 
     at, first   int64 [n] on the host: of sequences with one new token, its place and the first
                 place that it sees
-    last_page   the greatest page id; -1 if there is none
+    most        the greatest page id; -1 if there is none
+    opened      the least and the greatest id of the open pages that tokens go through
     """
 
     window: int
-    slots: torch.Tensor
     indptr: torch.Tensor
     indices: torch.Tensor
     first_page: torch.Tensor
+    open_indptr: torch.Tensor
+    open_indices: torch.Tensor
+    open_first: torch.Tensor
     at: IntArray
     first: IntArray
-    last_page: int
+    most: int
+    opened: tuple[int, int] | None
     known: dict[int, int] = field(default_factory=dict)
 
     def splits(self, length: int) -> int:
@@ -46,49 +66,92 @@ class StepGroup:
 class Step:
     """A PagedBatch on the device; see there.
 
+    reach     None, or how many splits of :data:`attending.SPLIT` places any sequence may have:
+              launches do not depend on the lengths there are
     single    True if some sequence has one new token
     several   True if some sequence has more
     """
 
     batch: PagedBatch
-    positions: torch.Tensor
-    places: torch.Tensor
-    query_indptr: torch.Tensor
+    held: Held
     groups: tuple[StepGroup, ...]
     single: bool
     several: bool
+    reach: int | None = None
 
-    def find(self, array: IntArray) -> torch.Tensor | None:
-        """The device's copy of one of the batch's own arrays; None for another array."""
-        if array is self.batch.positions:
-            return self.positions
-        for group, held in zip(self.batch.groups, self.groups, strict=True):
-            if array is group.slots:
-                return held.slots
-        return None
+    @property
+    def places(self) -> torch.Tensor:
+        """int64 [T]."""
+        return self.held[self.batch.places]
+
+    @property
+    def query_indptr(self) -> torch.Tensor:
+        """int64 [S + 1]."""
+        return self.held[self.batch.query_indptr]
+
+
+def arrays_of(batch: PagedBatch) -> list[IntArray]:
+    """All that a step's kernels read of it, each once."""
+    arrays = [batch.positions, batch.places, batch.query_indptr]
+    for group in batch.groups:
+        opened = group.open
+        arrays += [group.slots, group.indptr, group.indices, group.first_page]
+        arrays += [opened.indptr, opened.indices, opened.first, opened.seal_from, opened.seal_to]
+    return list({id(array): array for array in arrays}.values())
 
 
 def to_device(batch: PagedBatch, device: Device) -> Step:
     """All arrays of ``batch`` in one int64 tensor on the device, in slices."""
-    arrays = [batch.positions, batch.places, batch.query_indptr]
-    for group in batch.groups:
-        arrays += [group.slots, group.indptr, group.indices, group.first_page]
+    arrays = arrays_of(batch)
     packed = device.integers(np.concatenate(arrays))
-    parts = iter(packed.split([len(array) for array in arrays]))
-    positions, places, query_indptr = next(parts), next(parts), next(parts)
+    return describe(batch, zip(arrays, packed.split([len(a) for a in arrays]), strict=True))
+
+
+def describe(
+    batch: PagedBatch,
+    copies: Iterable[tuple[IntArray, torch.Tensor]],
+    reach: int | None = None,
+) -> Step:
+    """The step of a batch whose arrays have these copies on the device."""
+    held = Held(copies)
     counts = np.diff(batch.query_indptr)
     alone = np.flatnonzero(counts == 1)
     at = batch.places[batch.query_indptr[alone]]
-    groups = []
-    for group in batch.groups:
-        window = EVERY if group.window is None else group.window
-        four = next(parts), next(parts), next(parts), next(parts)
-        first, last_page = _first_seen(group, at, alone, window), int(group.indices.max(initial=-1))
-        groups.append(StepGroup(window, *four, at, first, last_page))
+    groups = tuple(_group(group, held, at, alone) for group in batch.groups)
     single, several = len(alone) > 0, bool((counts > 1).any())
-    return Step(batch, positions, places, query_indptr, tuple(groups), single, several)
+    return Step(batch, held, groups, single, several, reach)
 
 
-def _first_seen(group: GroupBatch, at: IntArray, alone: IntArray, window: int) -> IntArray:
+def _group(group: GroupBatch, held: Held, at: IntArray, alone: IntArray) -> StepGroup:
+    window = EVERY if group.window is None else group.window
     stored = group.first_page[alone] * group.page_size
-    return np.maximum(stored, np.maximum(at - window + 1, 0))
+    opened = group.open.indices
+    return StepGroup(
+        window,
+        *(held[array] for array in (group.indptr, group.indices, group.first_page)),
+        *(held[array] for array in (group.open.indptr, opened, group.open.first)),
+        at,
+        np.maximum(stored, np.maximum(at - window + 1, 0)),
+        int(group.indices.max(initial=-1)),
+        (int(opened.min()), int(opened.max())) if len(opened) else None,
+    )
+
+
+def chosen_step(chosen: ChosenPages, heads: int, device: Device) -> Step:
+    """Each of ``heads`` KV heads of a token as a sequence whose pages are those chosen for it.
+
+    The last of them is the page that its query stands in.
+    """
+    pages = np.diff(chosen.indptr)
+    places = (pages - 1) * chosen.page_size + np.repeat(chosen.last_page_len, heads) - 1
+    none, rows = np.zeros(len(pages), np.int64), np.arange(len(pages) + 1)
+    group = GroupBatch(
+        chosen.page_size, None, none, chosen.indptr, chosen.indices, chosen.last_page_len, none
+    )
+    batch = PagedBatch(places, rows, (group,), (0,))
+    step = to_device(batch, device)
+    (only,) = step.groups
+    own = replace(
+        only, open_indptr=only.indptr, open_indices=only.indices, open_first=only.first_page
+    )
+    return replace(step, groups=(own,))
