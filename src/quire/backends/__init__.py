@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.backends.base import Backend
-from quire.backends.blocks import AttentionParams, MlpParams, Projection, keep, turned
+from quire.backends.blocks import AttentionParams, MlpParams, Network, Projection, keep, turned
 from quire.backends.reference import ReferenceBackend
 from quire.errors import BackendError, did_you_mean
 
@@ -18,6 +18,7 @@ __all__ = [
     "Backend",
     "BackendStatus",
     "MlpParams",
+    "Network",
     "Projection",
     "backend_status",
     "create_backend",

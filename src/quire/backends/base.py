@@ -167,6 +167,11 @@ class Backend(Protocol):
         ``blocks``: each layer's attention and MLP half, as :meth:`block` gave them.
         """
 
+    def logits(
+        self, tokens: Sequence[int], network: Any, batch: PagedBatch, pools: Sequence[PagePool]
+    ) -> npt.NDArray[np.float32]:
+        """All of a step whose every row is wanted: see :func:`blocks.logits` and ``Network``."""
+
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """Rows ``indices`` of x [T, n] -> [len(indices), n]."""
 

@@ -140,9 +140,10 @@ class Attention:
         if step.reach is None:
             length = SPLIT if self._exact else SPLIT * self._factor(group.splits(SPLIT), programs)
             return length, group.splits(length)
-        factor = 1 if self._exact else self._factor(step.reach, programs)
-        # A window, or pages given back, may begin in the middle of a split.
-        return SPLIT * factor, -(-step.reach // factor) + 1
+        reach = min(step.reach, group.window // SPLIT + 1)
+        factor = 1 if self._exact else self._factor(reach, programs)
+        begun = int(reach < step.reach)  # a window may begin in the middle of a split
+        return SPLIT * factor, -(-reach // factor) + begun
 
     def _factor(self, splits: int, programs: int) -> int:
         wanted = max(1, _WAVES * self._device.processors // programs)

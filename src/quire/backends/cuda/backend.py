@@ -15,13 +15,16 @@ import triton
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
+    Network,
     attention_block,
     attention_rows,
+    logits,
     mlp_block,
 )
 from quire.backends.cuda import steps
 from quire.backends.cuda.attending import Attention
 from quire.backends.cuda.device import find_device
+from quire.backends.cuda.graphs import StepGraph, shape_of
 from quire.backends.cuda.pool import CudaPool, require_formats
 from quire.backends.cuda.rows import (
     layer_norm_kernel,
@@ -31,7 +34,7 @@ from quire.backends.cuda.rows import (
 )
 from quire.backends.cuda.stored import power_of_two
 from quire.backends.selecting import score_bounds, score_signatures
-from quire.batch import ChosenPages, PagedBatch
+from quire.batch import ChosenPages, GroupBatch, PagedBatch
 from quire.errors import BackendError
 from quire.pages import PageFormat, PagePool, PageShape
 from quire.rotation import blocks
@@ -198,11 +201,8 @@ class CudaBackend:
         assert isinstance(pool, CudaPool)
         if not len(slots) == len(key) == len(value):
             raise BackendError(f"{len(slots)} slots for {len(key)} tokens")
-        inside = pool.slots
-        if len(slots) and (slots.min() < inside.start or slots.max() >= inside.stop):
-            raise BackendError(
-                f"tokens are to be stored outside of slots {inside.start} to {inside.stop - 1}"
-            )
+        if self._last is None or self._last.reach is None:
+            _require_slots(slots, pool)
         pool.store(self.device.integers(slots), key.contiguous(), value.contiguous())
 
     def attend(self, query: Tensor, pool: PagePool, batch: PagedBatch, group: int) -> Tensor:
@@ -211,7 +211,8 @@ class CudaBackend:
         step = self._step(batch)
         if len(query) != batch.num_tokens:
             raise BackendError(f"{len(query)} queries for {batch.num_tokens} tokens")
-        _require_readable(step.groups[group], pool)
+        if step.reach is None:
+            _require_readable(batch.groups[group], pool)
         return self._attention(query.contiguous(), pool, step, group)
 
     def attend_pages(self, query: Tensor, pool: PagePool, chosen: ChosenPages) -> Tensor:
@@ -219,7 +220,7 @@ class CudaBackend:
         assert isinstance(pool, CudaPool)
         heads = pool.shape.num_kv_heads
         step = steps.chosen_step(chosen, heads, self.device)
-        _require_readable(step.groups[0], pool)
+        _require_readable(step.batch.groups[0], pool)
         by_head = query.reshape(len(query) * heads, -1, query.shape[2])
         return self._attention.chosen(by_head, pool, step).reshape(len(query), -1)
 
@@ -286,6 +287,33 @@ class CudaBackend:
             x = self.mlp_block(self.attention_block(x, attention, batch, pool, group), mlp)
         return x
 
+    def logits(
+        self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
+    ) -> npt.NDArray[np.float32]:
+        """[T] -> [T, vocab]; a step that only decodes is replayed, see ``graphs.py``."""
+        shape = shape_of(batch)
+        if shape is None:
+            return logits(self, tokens, network, batch, pools)
+        ours = [pool for pool in pools if isinstance(pool, CudaPool)]
+        for group, pool in dict(zip(batch.group_of_layer, ours, strict=True)).items():
+            _require_slots(batch.groups[group].slots, pool)
+            _require_readable(batch.groups[group], pool)
+        known, key = ours[0].graphs, (network, shape, self.exact)
+        if key not in known:
+            known[key] = StepGraph(self, network, ours, shape, batch)
+        return self.to_host(known[key].run(tokens, batch))
+
+    def compute(
+        self, tokens: Tensor, network: Network, step: steps.Step, pools: Sequence[PagePool]
+    ) -> Tensor:
+        """Logits of a step that is on the device, tokens too; copies nothing there or back."""
+        self._take(step)
+        x = network.embed.index_select(0, tokens).float()
+        x = self.layers(x, network.blocks, step.batch, pools)
+        out = self.linear(self.rms_norm(x, network.norm, network.norm_eps), network.head)
+        self._last = self._angles = None  # the same arrays hold other numbers next time
+        return out
+
     def to_host(self, x: Tensor) -> npt.NDArray[np.float32]:
         """A copy in host memory; waits for what it depends on."""
         return self.device.to_host(x).numpy()
@@ -293,9 +321,13 @@ class CudaBackend:
     def _step(self, batch: PagedBatch) -> steps.Step:
         """The batch on the device, handed over once a step."""
         if self._last is None or self._last.batch is not batch:
-            self._last = steps.to_device(batch, self.device)
-            self.device.hold(self._last.held)
+            self._take(steps.to_device(batch, self.device))
+        assert self._last is not None
         return self._last
+
+    def _take(self, step: steps.Step) -> None:
+        self._last, self._angles = step, None
+        self.device.hold(step.held)
 
     def _cos_and_sin(self, positions: Array, inv_freq: Array) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [T, D/2] of a step's tokens: of float32 products, in float64."""
@@ -314,17 +346,26 @@ class CudaBackend:
         return self._frequencies[1]
 
 
-def _require_readable(group: steps.StepGroup, pool: CudaPool) -> None:
-    """Raise BackendError for ids that the pool does not have, or not of that kind."""
-    last = pool.num_pages + pool.open_pages - 1
-    if group.most > last:
-        raise BackendError(f"page {group.most} of a pool of {last + 1} is to be read")
-    if group.opened is None or not pool.shape.by_page:
-        return
-    if group.opened[0] < pool.num_pages or group.opened[1] > last:
+def _require_slots(slots: Array, pool: CudaPool) -> None:
+    """Raise BackendError for slots where the pool takes no tokens."""
+    inside = pool.slots
+    if len(slots) and (slots.min() < inside.start or slots.max() >= inside.stop):
         raise BackendError(
-            f"queries stand in pages {group.opened[0]} to {group.opened[1]}, but ids of open pages "
-            f"are {pool.num_pages} to {last}"
+            f"tokens are to be stored outside of slots {inside.start} to {inside.stop - 1}"
+        )
+
+
+def _require_readable(tables: GroupBatch, pool: CudaPool) -> None:
+    """Raise BackendError for ids that the pool does not have, or not of that kind."""
+    last, opened = pool.num_pages + pool.open_pages - 1, tables.open.indices
+    if tables.indices.max(initial=-1) > last:
+        raise BackendError(f"page {tables.indices.max()} of a pool of {last + 1} is to be read")
+    if not pool.shape.by_page or not len(opened):
+        return
+    if opened.min() < pool.num_pages or opened.max() > last:
+        raise BackendError(
+            f"queries stand in pages {opened.min()} to {opened.max()}, but ids of open pages are "
+            f"{pool.num_pages} to {last}"
         )
 
 

@@ -2,8 +2,8 @@
 
 Kinds are the names of page formats. Bfloat16 lies in memory as int16 bits, int8 and fp8 as uint8
 bytes, scales as int16 bits of bfloat16. A kernel multiplies bf16, int8 and fp8 numbers as bfloat16
-(all of them are exact there), fp16 and fp32 ones as they are. Int4 and int2 pages hold codes, 2 or 4
-a byte, and a minimum and a step for each group of :data:`quire.formats.GROUP`.
+(all of them are exact there), fp16 and fp32 ones as they are. Int4 and int2 pages hold codes, 2 or
+4 a byte, and a minimum and a step for each group of :data:`quire.formats.GROUP`.
 
 ``HARDWARE`` is False under Triton's interpreter, whose bfloat16 has no arithmetic and rounds
 towards zero: there, such operands are float32 numbers that have been rounded to bfloat16.

@@ -1,5 +1,6 @@
 """Where tensors live and kernels run: an NVIDIA GPU, or this process under Triton's interpreter."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -101,6 +102,23 @@ class Device:
         """int64 numbers, as a tensor."""
         copy = None if self._known is None else self._known.find(numbers)
         return self.to_device(np.asarray(numbers, dtype=np.int64)) if copy is None else copy
+
+    def mirrored(self, count: int) -> tuple[Any, Any]:
+        """int64 [count] of zeros twice, in pinned memory and on the device: see :meth:`renew`."""
+        here = torch.zeros(count, dtype=torch.int64, pin_memory=self.hardware)
+        return here, torch.zeros(count, dtype=torch.int64, device=self.kind)
+
+    def renew(self, there: Any, here: Any, count: int) -> None:
+        """Copy the first ``count`` numbers of ``here`` over those ``there``, behind what runs.
+
+        They may not be changed here before something behind that copy has come back.
+        """
+        there[:count].copy_(here[:count], non_blocking=True)
+
+    @functools.cached_property
+    def graph_memory(self) -> Any:
+        """The memory that captured steps share: only one of them runs at a time."""
+        return torch.cuda.graph_pool_handle()
 
     def to_host(self, tensor: Any) -> Any:
         """A copy in host memory, complete when this returns."""

@@ -81,21 +81,20 @@ class CudaPool:
 
     def seal(self, source: Array, target: Array) -> None:
         """See :class:`quire.pages.PagePool`. Ids below 0 are skipped."""
-        ids = self.device.integers(source), self.device.integers(target)
+        taken, put = self.device.integers(source), self.device.integers(target)
         if not self.shape.by_page:
             for rows in self.pages.rows():
-                self._copy(rows, rows, *ids, 0)
+                self._copy(rows, rows, taken, put, 0)
             return
         for opened, packed, seal in (
             (self.open.key, self.pages.key, self._seal_keys),
             (self.open.value, self.pages.value, self._seal_values),
         ):
             if packed.format.kind == "page":
-                seal(opened, packed, *ids)
+                seal(opened, packed, taken, put)
                 continue
             for read, written in zip(opened.arrays, packed.arrays, strict=True):
-                flat = (array.flatten(1) for array in (read, written))
-                self._copy(*flat, *ids, self.num_pages)
+                self._copy(read.flatten(1), written.flatten(1), taken, put, self.num_pages)
 
     def _seal_keys(self, opened: Side, packed: Side, source: Tensor, target: Tensor) -> None:
         size, heads = self.shape.page_size, self.shape.num_kv_heads

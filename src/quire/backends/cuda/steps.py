@@ -10,7 +10,15 @@ import torch
 from quire.backends.cuda.device import Device
 from quire.batch import ChosenPages, GroupBatch, PagedBatch
 
-__all__ = ["EVERY", "Held", "Step", "StepGroup", "chosen_step", "describe", "to_device"]
+__all__ = [
+    "EVERY",
+    "Held",
+    "Step",
+    "StepGroup",
+    "chosen_step",
+    "static_step",
+    "to_device",
+]
 
 IntArray = npt.NDArray[np.int64]
 EVERY = 1 << 30  # the window of a group without one
@@ -37,8 +45,6 @@ class StepGroup:
 
     at, first   int64 [n] on the host: of sequences with one new token, its place and the first
                 place that it sees
-    most        the greatest page id; -1 if there is none
-    opened      the least and the greatest id of the open pages that tokens go through
     """
 
     window: int
@@ -50,8 +56,6 @@ class StepGroup:
     open_first: torch.Tensor
     at: IntArray
     first: IntArray
-    most: int
-    opened: tuple[int, int] | None
     known: dict[int, int] = field(default_factory=dict)
 
     def splits(self, length: int) -> int:
@@ -104,36 +108,37 @@ def to_device(batch: PagedBatch, device: Device) -> Step:
     """All arrays of ``batch`` in one int64 tensor on the device, in slices."""
     arrays = arrays_of(batch)
     packed = device.integers(np.concatenate(arrays))
-    return describe(batch, zip(arrays, packed.split([len(a) for a in arrays]), strict=True))
-
-
-def describe(
-    batch: PagedBatch,
-    copies: Iterable[tuple[IntArray, torch.Tensor]],
-    reach: int | None = None,
-) -> Step:
-    """The step of a batch whose arrays have these copies on the device."""
-    held = Held(copies)
+    held = Held(zip(arrays, packed.split([len(a) for a in arrays]), strict=True))
     counts = np.diff(batch.query_indptr)
     alone = np.flatnonzero(counts == 1)
     at = batch.places[batch.query_indptr[alone]]
     groups = tuple(_group(group, held, at, alone) for group in batch.groups)
-    single, several = len(alone) > 0, bool((counts > 1).any())
-    return Step(batch, held, groups, single, several, reach)
+    return Step(batch, held, groups, len(alone) > 0, bool((counts > 1).any()))
+
+
+def static_step(
+    batch: PagedBatch, copies: Iterable[tuple[IntArray, torch.Tensor]], reach: int
+) -> Step:
+    """A step whose arrays, filled again and again, have these copies; one token of a sequence."""
+    none, held = np.empty(0, np.int64), Held(copies)
+    groups = tuple(_group(group, held, none, none) for group in batch.groups)
+    return Step(batch, held, groups, True, False, reach)
 
 
 def _group(group: GroupBatch, held: Held, at: IntArray, alone: IntArray) -> StepGroup:
     window = EVERY if group.window is None else group.window
     stored = group.first_page[alone] * group.page_size
-    opened = group.open.indices
+    opened = group.open
     return StepGroup(
-        window,
-        *(held[array] for array in (group.indptr, group.indices, group.first_page)),
-        *(held[array] for array in (group.open.indptr, opened, group.open.first)),
-        at,
-        np.maximum(stored, np.maximum(at - window + 1, 0)),
-        int(group.indices.max(initial=-1)),
-        (int(opened.min()), int(opened.max())) if len(opened) else None,
+        window=window,
+        indptr=held[group.indptr],
+        indices=held[group.indices],
+        first_page=held[group.first_page],
+        open_indptr=held[opened.indptr],
+        open_indices=held[opened.indices],
+        open_first=held[opened.first],
+        at=at,
+        first=np.maximum(stored, np.maximum(at - window + 1, 0)),
     )
 
 

@@ -97,6 +97,67 @@ def _packed_values(
 
 
 @triton.jit
+def _scores(
+    q, wide, rows, there, block, pages, head, key, key_scale, key_least,
+    G: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, PAGE: tl.constexpr,
+    KEY: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Products of queries with a block of keys, those of tokens ``rows``, [M, BLOCK_N]."""
+    dims = tl.arange(0, DKP)
+    if KEY == "int4" or KEY == "int2":
+        out = _packed_scores(
+            wide, block, pages, head, key, key_scale, key_least,
+            G, DK, DKP, PAGE, KEY, HARDWARE, BLOCK_N, GROUP,
+        )  # fmt: skip
+    else:
+        at = key + rows[None, :] * DK + dims[:, None]
+        raw = _load(at, there[None, :], dims[:, None] < DK, EDGE, DKP > DK)
+        out = tl.dot(q, operand(raw, KEY, HARDWARE), input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _values(
+    rows, there, value, value_scale, value_least,
+    DV: tl.constexpr, DVP: tl.constexpr, VALUE: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Values of tokens ``rows`` as operands [BLOCK_N, DVP]; 0 where no token is."""
+    dims = tl.arange(0, DVP)
+    if VALUE == "int4" or VALUE == "int2":
+        out = _packed_values(
+            rows, there, value, value_scale, value_least,
+            DV, DVP, VALUE, HARDWARE, BLOCK_N, EDGE, GROUP,
+        )  # fmt: skip
+    else:
+        at = value + rows[:, None] * DV + dims[None, :]
+        raw = _load(at, there[:, None], dims[None, :] < DV, EDGE, DVP > DV)
+        out = operand(raw, VALUE, HARDWARE)
+    return out
+
+
+@triton.jit
+def _mix(mixed, weights, values, seen, VALUE: tl.constexpr, HARDWARE: tl.constexpr,
+         EDGE: tl.constexpr):  # fmt: skip
+    """``mixed`` plus weights [M, N] times values [N, DVP], which may be infinite or NaN.
+
+    They may overflow a narrow format, and 0 * inf must not reach rows that do not see them.
+    """
+    weights = narrow(weights, VALUE, HARDWARE)
+    if EDGE and VALUE != "int8" and VALUE != "fp8":
+        wild = values.to(tl.float32) * 0.0 != 0.0
+        values = tl.where(wild, 0.0, values.to(tl.float32)).to(values.dtype)
+        mixed = tl.dot(weights, values, mixed, input_precision="ieee")
+        if tl.max(tl.max(wild.to(tl.int32), axis=1), axis=0) > 0:
+            hits = tl.dot(seen.to(tl.float16), wild.to(tl.float16))
+            mixed = tl.where(hits > 0.0, float("nan"), mixed)
+    else:
+        mixed = tl.dot(weights, values, mixed, input_precision="ieee")
+    return mixed
+
+
+@triton.jit
 def _walk(
     best, total, mixed, q, wide, since, until, first, end, low, high, pages, shift, head,
     key, key_scale, key_least, value, value_scale, value_least, unit,
@@ -111,59 +172,34 @@ def _walk(
     Without EDGE all rows see all keys of these blocks; with it, keys outside ``[first, end)`` are
     not read.
     """
-    dims_k, dims_v = tl.arange(0, DKP), tl.arange(0, DVP)
     for block in range(low, high, BLOCK_N):
         places = block + tl.arange(0, BLOCK_N)
         there = (places >= first) & (places < end)
         page = _load(pages + places // PAGE, there, there, EDGE, False) - shift
         rows = (page * G + head) * PAGE + places % PAGE  # int64 [BLOCK_N]
-        if EDGE:
-            rows = tl.where(there, rows, 0)
-        if KEY == "int4" or KEY == "int2":
-            scores = unit * _packed_scores(
-                wide, block, pages, head, key, key_scale, key_least,
-                G, DK, DKP, PAGE, KEY, HARDWARE, BLOCK_N, GROUP,
-            )  # fmt: skip
-        else:
-            raw = _load(
-                key + rows[None, :] * DK + dims_k[:, None],
-                there[None, :], dims_k[:, None] < DK, EDGE, DKP > DK,
-            )  # fmt: skip
-            scores = tl.dot(q, operand(raw, KEY, HARDWARE), input_precision="ieee") * unit
+        scores = unit * _scores(
+            q, wide, rows, there, block, pages, head, key, key_scale, key_least,
+            G, DK, DKP, PAGE, KEY, HARDWARE, BLOCK_N, GROUP, EDGE,
+        )  # fmt: skip
         if KEY == "int8" or KEY == "fp8":
             scores *= scales(_load(key_scale + rows, there, there, EDGE, False))[None, :]
+        seen = (places[None, :] >= since[:, None]) & (places[None, :] <= until[:, None])
+        seen = seen & there[None, :]
         if EDGE:
-            seen = (places[None, :] >= since[:, None]) & (places[None, :] <= until[:, None])
-            seen = seen & there[None, :]
             scores = tl.where(seen, scores, float("-inf"))
         peak = tl.maximum(best, tl.max(scores, axis=1))
         shrink = tl.exp2(best - peak)
         weights = tl.exp2(scores - peak[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
-        if VALUE == "int4" or VALUE == "int2":
-            values = _packed_values(
-                rows, there, value, value_scale, value_least,
-                DV, DVP, VALUE, HARDWARE, BLOCK_N, EDGE, GROUP,
-            )  # fmt: skip
-        else:
-            raw = _load(
-                value + rows[:, None] * DV + dims_v[None, :],
-                there[:, None], dims_v[None, :] < DV, EDGE, DVP > DV,
-            )  # fmt: skip
-            values = operand(raw, VALUE, HARDWARE)
+        values = _values(
+            rows, there, value, value_scale, value_least,
+            DV, DVP, VALUE, HARDWARE, BLOCK_N, EDGE, GROUP,
+        )  # fmt: skip
         if VALUE == "int8" or VALUE == "fp8":
             weights *= scales(_load(value_scale + rows, there, there, EDGE, False))[None, :]
             if EDGE:  # a token's scale may be NaN
                 weights = tl.where(seen, weights, 0.0)
-        elif EDGE:  # values may overflow a narrow format, and 0 * inf must not reach other rows
-            wild = values.to(tl.float32) * 0.0 != 0.0
-            values = tl.where(wild, 0.0, values.to(tl.float32)).to(values.dtype)
-        weights = narrow(weights, VALUE, HARDWARE)
-        mixed = tl.dot(weights, values, mixed * shrink[:, None], input_precision="ieee")
-        if EDGE and VALUE != "int8" and VALUE != "fp8":
-            if tl.max(tl.max(wild.to(tl.int32), axis=1), axis=0) > 0:
-                hits = tl.dot(seen.to(tl.float16), wild.to(tl.float16))
-                mixed = tl.where(hits > 0.0, float("nan"), mixed)
+        mixed = _mix(mixed * shrink[:, None], weights, values, seen, VALUE, HARDWARE, EDGE)
         best = peak
     return best, total, mixed
 

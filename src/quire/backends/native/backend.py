@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.blocks import AttentionParams, MlpParams, Projection, attention_rows
+from quire.backends.blocks import (
+    AttentionParams,
+    MlpParams,
+    Network,
+    Projection,
+    attention_rows,
+    logits,
+)
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool, require_formats
 from quire.backends.selecting import split_query
@@ -289,6 +296,12 @@ class NativeBackend:
         slots = [group.slots for group in batch.groups]
         self._native.layers(x, self._stack[2], cos, sin, slots, tables, out)
         return out
+
+    def logits(
+        self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
+    ) -> npt.NDArray[np.float32]:
+        """[T] -> [T, vocab], all layers in one call."""
+        return logits(self, tokens, network, batch, pools)
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""
