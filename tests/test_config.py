@@ -178,9 +178,9 @@ def test_settings_are_frozen_and_by_keyword(config: type) -> None:
 # -- values ----------------------------------------------------------------------------------
 
 
-def test_defaults_are_sixteen_tokens_a_page_and_two_gibibytes() -> None:
+def test_defaults_are_sixteen_tokens_a_page_and_memory_that_the_backend_knows() -> None:
     config = CacheConfig()
-    assert (config.page_size, config.kv_format, config.kv_memory) == (16, "auto", 2 << 30)
+    assert (config.page_size, config.kv_format, config.kv_memory) == (16, "auto", "auto")
     assert config.num_pages is None
     assert EngineConfig().cache == config
     assert CacheConfig(kv_memory="1.5MiB").kv_memory == 1_572_864

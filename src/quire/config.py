@@ -215,7 +215,8 @@ class CacheConfig:
     kv_format   page format: ``"int8"``, of keys and values apart: ``"k=int8,v=fp8"``, of chosen
                 layers: ``"int4+int8@first,last"``, with keys turned first: ``"int4:rotated"`` (see
                 :mod:`quire.format_choice`); ``"auto"`` is the checkpoint's own dtype.
-    kv_memory   bytes for all pages of all layers, as an int or as text such as ``"2GiB"``.
+    kv_memory   bytes for all pages of all layers, as an int or as text such as ``"2GiB"``;
+                ``"auto"`` is 2 GiB, or what a GPU has free beside the weights but for a tenth.
     num_pages   pages of every layer group, instead of ``kv_memory``.
     prefix_cache   keep pages of finished requests while there is room, and share equal prefixes.
     host_cache  bytes of host memory for pages that the pool gives up; None has no such tier.
@@ -228,7 +229,7 @@ class CacheConfig:
 
     page_size: int | Literal["whole", "auto"] = "auto"
     kv_format: str = "auto"
-    kv_memory: int | str = "2GiB"
+    kv_memory: int | str = "auto"
     num_pages: int | None = None
     prefix_cache: bool = True
     host_cache: int | str | None = None
@@ -246,7 +247,8 @@ class CacheConfig:
         if not isinstance(self.kv_format, str):
             raise ConfigError(f"CacheConfig: kv_format must be text, not {self.kv_format!r}")
         self._check_page_size(parse_formats(self.kv_format).by_page)
-        object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
+        if self.kv_memory != "auto":
+            object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory))
         parse_eviction(self.evict)
         self._check_tiers()
 

@@ -32,6 +32,13 @@ class Backend(Protocol):
         Pages that outlive the process are only read where it is the same.
         """
 
+    @property
+    def pool_budget(self) -> int | None:
+        """Bytes that all pools may take where nobody says how many; None if it cannot say.
+
+        Asked for when the weights are loaded.
+        """
+
     def weight(self, array: HostArray) -> Array:
         """Take a tensor of the checkpoint (fp32, bf16 or fp16; may be a read-only memory map)."""
 

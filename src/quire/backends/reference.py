@@ -57,6 +57,11 @@ class ReferenceBackend:
         """NumPy and the processor, on which BLAS's choice of kernels depends."""
         return f"reference, numpy {np.__version__}, {this_machine().cpu_name}"
 
+    @property
+    def pool_budget(self) -> int | None:
+        """None: the machine's memory is others', too."""
+        return None
+
     def weight(self, array: Array) -> Array:
         """A float32 copy, made once."""
         return np.ascontiguousarray(array, dtype=np.float32)

@@ -67,7 +67,7 @@ _ENGINE = (
     click.option(
         "--kv-memory",
         metavar="BYTES",
-        help="Memory for all pages, such as 512MiB.  [default: 2GiB]",
+        help="Memory for all pages, such as 512MiB.  [default: 2GiB; on a GPU, what is free]",
     ),
     click.option(
         "--prefix-cache/--no-prefix-cache",

@@ -16,6 +16,8 @@ from quire.pages import page_format
 
 __all__ = ["exact_config", "layout_of", "make_cache", "open_tiers", "require_formats"]
 
+AUTO_MEMORY = 2 << 30  # bytes for pages, where a backend cannot say what is free
+
 
 def require_formats(settings: CacheConfig, backend: Backend) -> None:
     """Raise BackendError if ``backend`` does not store the formats that are named.
@@ -45,10 +47,8 @@ def make_cache(
         pages = (settings.num_pages,) * len(layout.groups)
         num_pages = with_open_pages(layout, pages, config.max_sequences, config.max_batch_tokens)
     else:
-        assert isinstance(settings.kv_memory, int)
-        num_pages = fit_pages(
-            layout, settings.kv_memory, config.max_sequences, config.max_batch_tokens
-        )
+        budget = _budget(settings, backend)
+        num_pages = fit_pages(layout, budget, config.max_sequences, config.max_batch_tokens)
     counts: list[list[int]] = [[] for _ in layout.groups]
     for area, count in zip(layout.areas, num_pages, strict=True):
         counts[area.group].append(count)
@@ -57,6 +57,14 @@ def make_cache(
         backend.pool(shape, *counts[of_layer[layer]]) for layer, shape in enumerate(layout.shapes)
     ]
     return KVCache(layout, num_pages, pools, identity if settings.prefix_cache else None)
+
+
+def _budget(settings: CacheConfig, backend: Backend) -> int:
+    """Bytes of all pools."""
+    if isinstance(settings.kv_memory, int):
+        return settings.kv_memory
+    free = backend.pool_budget
+    return AUTO_MEMORY if free is None else free
 
 
 def exact_config(

@@ -48,7 +48,8 @@ def prefill_tiles(shape: PageShape, share: int) -> Tiles:
     else:
         tiles = Tiles(64, 32, 8, 2) if wide else Tiles(64, 64, 4, 3)
     if shape.key_format.kind == "page":
-        tiles = replace(tiles, keys=GROUP)  # which share minima and steps
+        # Keys that share minima and steps; queries stay at hand in float32, to be scaled.
+        tiles = replace(tiles, keys=GROUP, rows=32 if wide else tiles.rows)
     return replace(tiles, rows=max(tiles.rows, power_of_two(share)))
 
 

@@ -25,6 +25,7 @@ from quire.backends.cuda import steps
 from quire.backends.cuda.attending import Attention
 from quire.backends.cuda.device import find_device
 from quire.backends.cuda.graphs import StepGraph, shape_of
+from quire.backends.cuda.memory import tells_of_memory
 from quire.backends.cuda.pool import CudaPool, require_formats
 from quire.backends.cuda.rows import (
     layer_norm_kernel,
@@ -48,6 +49,7 @@ _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _EXACT_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
 
 
+@tells_of_memory
 class CudaBackend:
     """See :class:`quire.backends.base.Backend` for what each op does, with shapes and sources.
 
@@ -79,6 +81,11 @@ class CudaBackend:
             f"triton {triton.__version__}, {_kernels_digest()}"
         )
 
+    @property
+    def pool_budget(self) -> int | None:
+        """What the card has free, but for a tenth of all it has."""
+        return self.device.pool_budget
+
     def weight(self, array: Array) -> Tensor:
         """A matrix in its dtype, a vector as float32, on the device."""
         if array.ndim == 1:
@@ -88,13 +95,7 @@ class CudaBackend:
         with warnings.catch_warnings():  # read-only memory is only read
             warnings.simplefilter("ignore", UserWarning)
             tensor = torch.from_numpy(bits)
-        try:
-            tensor = tensor.to(self.device.kind, copy=True)
-        except torch.OutOfMemoryError as error:
-            raise BackendError(
-                f"no memory on {self.device.name} for weights of {array.nbytes} bytes; "
-                "take a smaller model"
-            ) from error
+        tensor = tensor.to(self.device.kind, copy=True)
         return tensor.view(torch.bfloat16) if array.dtype.name == "bfloat16" else tensor
 
     def require_formats(self, key: PageFormat, value: PageFormat) -> None:

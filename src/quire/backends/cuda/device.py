@@ -73,6 +73,22 @@ class Device:
         free = self.free_bytes
         return "unknown" if free is None else f"{format_bytes(free)} ({free} bytes)"
 
+    def give_back(self) -> None:
+        """Give the memory that torch keeps for later tensors back to the card."""
+        if self.hardware:
+            torch.cuda.empty_cache()
+
+    @property
+    def pool_budget(self) -> int | None:
+        """Bytes that pools may take: what is free but for a tenth of the card, for a step's needs.
+
+        None where there is no card.
+        """
+        if not self.hardware:
+            return None
+        free, total = torch.cuda.mem_get_info()
+        return max(0, free - total // 10)
+
     @property
     def processors(self) -> int:
         """Streaming multiprocessors; programs beyond as many wait or share."""

@@ -77,7 +77,7 @@ class StepGraph:
         shape: StepShape,
         like: PagedBatch,
     ) -> None:
-        self._backend, self._network, self._pools, self._shape = backend, network, pools, shape
+        self._backend, self._network, self._pools, self.shape = backend, network, pools, shape
         self._buffers = _Buffers(backend.device, shape, like)
         self._graph: Any = None
         self._logits: Tensor = None

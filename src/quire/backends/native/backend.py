@@ -89,6 +89,11 @@ class NativeBackend:
         """The variant, and a digest of the compiled kernels: a rebuild computes other pages."""
         return f"native {self.variant} {_extension_digest()}"
 
+    @property
+    def pool_budget(self) -> int | None:
+        """None: the machine's memory is others', too."""
+        return None
+
     def weight(self, array: Array) -> Any:
         """A matrix stays where it is, in its dtype; a vector becomes float32."""
         if array.ndim == 1:
