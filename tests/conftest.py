@@ -7,7 +7,6 @@ import pytest
 
 from conformance import SUBJECTS
 from quire.backends import Backend
-from quire.backends.reference import ReferenceBackend
 from tiny import WRITERS
 
 
@@ -27,8 +26,8 @@ def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     subject, threads = request.param, cycle((1, 2, 3))
 
     def create(name: str, number: int | None = None) -> Backend:
-        if subject.name == "reference":
-            return ReferenceBackend()
+        if not subject.name.startswith("native-"):
+            return subject.make()
         from quire.backends.native import NativeBackend
 
         return NativeBackend(subject.name.removeprefix("native-"), next(threads))

@@ -11,7 +11,7 @@ from checkpoints import tiny_config, write_checkpoint
 from quire.analysis.families import read_shape
 from quire.analysis.memory import kv_token_bytes
 from quire.engine import engine as engine_module
-from quire.engine.sizing import plan_engine
+from quire.engine.sizing import Room, plan_engine
 from quire.errors import ConfigError
 from quire.layout import fit_pages
 from quire.machine import Machine, this_machine
@@ -27,7 +27,7 @@ def machine(available: int | None) -> Machine:
 
 def plan(available: int | None, **cache: object) -> "quire.engine.sizing.EnginePlan":
     config = quire.EngineConfig(cache=quire.CacheConfig(**cache), threads=2)
-    return plan_engine(QUILL, config, "bf16", machine(available))
+    return plan_engine(QUILL, config, "bf16", Room(2, available))
 
 
 def test_the_pool_has_two_gibibytes_where_there_is_room() -> None:
@@ -44,12 +44,19 @@ def test_the_pool_has_what_is_left_where_that_is_less() -> None:
     assert 0.95 * 400 * MIB - made.memory.total < 16 * 2048  # not even a page is wasted
 
 
+def test_a_memory_of_the_backends_own_is_used_whole() -> None:
+    config = quire.EngineConfig(threads=2)
+    made = plan_engine(QUILL, config, "bf16", Room(2, 8 << 30, is_own=True))
+    assert 0.95 * (8 << 30) - made.memory.total < 16 * 2048
+    assert made.memory.kv > 7 << 30
+
+
 def test_weights_are_those_of_the_checkpoint() -> None:
     assert plan(None).memory.weight_bytes == 2 * 4_000_000
     config = quire.EngineConfig(backend="reference", threads=2)
-    made = plan_engine(QUILL, config, "bf16", machine(None))
+    made = plan_engine(QUILL, config, "bf16", Room(2, None))
     assert made.memory.weight_bytes == 4 * 4_000_000  # a float32 copy
-    twin = plan_engine(QUILL, config, "bf16", machine(None), loaded=True)
+    twin = plan_engine(QUILL, config, "bf16", Room(2, None), loaded=True)
     assert twin.memory.weight_bytes == 0
 
 

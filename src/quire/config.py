@@ -216,7 +216,8 @@ class CacheConfig:
                 layers: ``"int4+int8@first,last"``, with keys turned first: ``"int4:rotated"`` (see
                 :mod:`quire.format_choice`); ``"auto"`` is the checkpoint's own dtype.
     kv_memory   bytes for all pages of all layers, as an int or as text such as ``"2GiB"``;
-                ``"auto"`` is 2 GiB, or what the machine has left beside the model if that is less.
+                ``"auto"`` is 2 GiB, or what the machine has left beside the model if that is less;
+                on a GPU all that is left but for a tenth of it.
     num_pages   pages of every layer group, instead of ``kv_memory``.
     prefix_cache   keep pages of finished requests while there is room, and share equal prefixes.
     host_cache  bytes of host memory for pages that the pool gives up; None has no such tier.

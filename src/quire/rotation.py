@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["rotate"]
+__all__ = ["blocks", "rotate"]
 
 Array = npt.NDArray[Any]
 
@@ -28,7 +28,7 @@ def rotate(x: Array) -> Array:
     """
     out = np.array(x, np.float32, order="C")
     with np.errstate(over="ignore", invalid="ignore"):
-        for block in _blocks(x.shape[-1]):
+        for block in blocks(x.shape[-1]):
             part = out[..., block]
             size, apart = block.stop - block.start, 1
             while apart < size:
@@ -40,7 +40,7 @@ def rotate(x: Array) -> Array:
     return out
 
 
-def _blocks(dim: int) -> Iterator[slice]:
+def blocks(dim: int) -> Iterator[slice]:
     """The largest powers of two that add up to ``dim``, the largest first."""
     start = 0
     while start < dim:

@@ -1,5 +1,6 @@
 """What every backend must do. A new backend, or variant of one, is a row of :data:`SUBJECTS`."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Subject:
     exact       True if it claims the exactness law bit for bit
     narrow      True if it multiplies bf16 and quantised numbers with operands rounded to bf16, or
                 as coarsely
+    half        True if it multiplies fp16 numbers with operands rounded to fp16
     """
 
     name: str
@@ -32,22 +34,43 @@ class Subject:
     arithmetic: type[np.floating[Any]] = np.float32
     exact: bool = True
     narrow: bool = False
+    half: bool = False
 
     def operand(self, format: str) -> Any:
         """The dtype that numbers are rounded to before they meet stored ones of a format."""
+        if self.half and format == "fp16":
+            return np.float16
         wide = format in ("fp32", "fp16")
         return ml_dtypes.bfloat16 if self.narrow and not wide else self.arithmetic
 
 
 def _subjects() -> list[Subject]:
-    subjects = [Subject("reference", ReferenceBackend)]
+    return [Subject("reference", ReferenceBackend), *_native_subjects(), *_cuda_subjects()]
+
+
+def _native_subjects() -> list[Subject]:
     try:
         from quire.backends.native import NativeBackend
     except ImportError:  # built without a compiler
-        return subjects
-    return subjects + [
+        return []
+    return [
         Subject(f"native-{variant}", partial(NativeBackend, variant, threads=2), narrow=True)
         for variant in NativeBackend.variants()
+    ]
+
+
+def _cuda_subjects() -> list[Subject]:
+    """On a GPU, or interpreted in a process that asks for it (tests/cuda starts such ones)."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from quire.backends.cuda import CudaBackend, why_there_is_none
+
+    if why_there_is_none() is not None:
+        return []
+    make, kind = partial(CudaBackend, exact=True), {"narrow": True, "half": True}
+    return [
+        Subject("cuda", CudaBackend, exact=False, **kind),
+        Subject("cuda-exact", make, **kind),
     ]
 
 

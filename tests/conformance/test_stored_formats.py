@@ -18,6 +18,7 @@ BY_PAGE = {"int4", "int2"}
 STORES = {
     "reference": PLAIN | BY_TOKEN | BY_PAGE,
     "native": PLAIN | BY_TOKEN | BY_PAGE,
+    "cuda": PLAIN | BY_TOKEN | BY_PAGE,
 }
 
 PAIRS = tuple(product(PAGE_FORMATS, PAGE_FORMATS))

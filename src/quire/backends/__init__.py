@@ -1,13 +1,15 @@
 """Backends by name, and why one is not available here."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from quire.backends.base import Backend
-from quire.backends.blocks import AttentionParams, MlpParams, Projection, keep, turned
+from quire.backends.blocks import AttentionParams, MlpParams, Network, Projection, keep, turned
 from quire.backends.reference import ReferenceBackend
 from quire.errors import BackendError, did_you_mean
 
@@ -16,6 +18,7 @@ __all__ = [
     "Backend",
     "BackendStatus",
     "MlpParams",
+    "Network",
     "Projection",
     "backend_status",
     "create_backend",
@@ -35,12 +38,8 @@ class BackendStatus:
 
 
 def backend_status() -> tuple[BackendStatus, ...]:
-    """Every backend that Quire knows, the preferred first."""
-    return (
-        _native_status(),
-        BackendStatus("cuda", False, "not part of this version of Quire"),
-        BackendStatus("reference", True, "NumPy, float32, exact; slow by design"),
-    )
+    """Every backend that Quire knows, the preferred first. Imports torch where it is installed."""
+    return tuple(status() for status in _STATUS.values())
 
 
 def _native_status() -> BackendStatus:
@@ -54,29 +53,51 @@ def _native_status() -> BackendStatus:
     )
 
 
+def _cuda_status(name: str) -> BackendStatus:
+    try:
+        from quire.backends.cuda import device_name, why_there_is_none
+    except ImportError as error:
+        return BackendStatus(name, False, f"the extra quire[cuda] is not there ({error})")
+    reason = why_there_is_none()
+    if reason is not None:
+        return BackendStatus(name, False, reason)
+    kind = ", batch-invariant" if name == "cuda-exact" else ""
+    return BackendStatus(name, True, f"PyTorch and Triton{kind}, {device_name()}")
+
+
+def _reference_status() -> BackendStatus:
+    return BackendStatus("reference", True, "NumPy, float32, exact; slow by design")
+
+
+_STATUS: dict[str, Callable[[], BackendStatus]] = {
+    "native": _native_status,
+    "cuda": partial(_cuda_status, "cuda"),
+    "cuda-exact": partial(_cuda_status, "cuda-exact"),
+    "reference": _reference_status,
+}
+
+
 def create_backend(name: str = "auto", threads: int | None = None) -> Backend:
-    """The backend called ``name``; ``"auto"`` is the first one available.
+    """The backend called ``name``; ``"auto"`` is the native one, or else the reference.
 
     ``threads`` None is what the machine allows. Warns when ``"auto"`` has to do without the native
     backend. Raises BackendError, with the names there are, for one that is unknown or off, and for
     threads that it cannot take.
     """
-    known = {status.name: status for status in backend_status()}
-    available = [status.name for status in known.values() if status.available]
-    chosen = available[0] if name == "auto" else name
-    if chosen not in known:
+    chosen = name
+    if name == "auto":
+        chosen = "native" if _native_status().available else "reference"
+    if chosen not in _STATUS:
         raise BackendError(
-            f"unknown backend {name!r}{did_you_mean(name, ['auto', *known])} "
-            f"(available: auto, {', '.join(available)})"
+            f"unknown backend {name!r}{did_you_mean(name, ['auto', *_STATUS])} "
+            f"(available: {_available()})"
         )
-    if not known[chosen].available:
-        raise BackendError(
-            f"backend {name!r} is off: {known[chosen].detail} (available: auto, "
-            f"{', '.join(available)})"
-        )
+    status = _STATUS[chosen]()
+    if not status.available:
+        raise BackendError(f"backend {name!r} is off: {status.detail} (available: {_available()})")
     if name == "auto" and chosen == "reference":
         warnings.warn(
-            f"the native backend is off: {known['native'].detail}; using the reference backend, "
+            f"the native backend is off: {_native_status().detail}; using the reference backend, "
             "which is many times as slow. Install Quire with a C++ compiler at hand.",
             stacklevel=2,
         )
@@ -86,10 +107,18 @@ def create_backend(name: str = "auto", threads: int | None = None) -> Backend:
         return NativeBackend(threads=threads)
     if threads is not None:
         raise BackendError(
-            f"the reference backend takes its threads from BLAS, not threads={threads}; set "
-            "OPENBLAS_NUM_THREADS instead"
+            f"threads={threads} is for the native backend; the {chosen} backend takes its threads "
+            f"from {'BLAS: set OPENBLAS_NUM_THREADS' if chosen == 'reference' else 'the GPU'}"
         )
+    if chosen in ("cuda", "cuda-exact"):
+        from quire.backends.cuda import CudaBackend
+
+        return CudaBackend(exact=chosen == "cuda-exact")
     return ReferenceBackend()
+
+
+def _available() -> str:
+    return ", ".join(["auto", *(status.name for status in backend_status() if status.available)])
 
 
 def read_memory(backend: Backend, buffer: npt.NDArray[np.uint8]) -> bool:

@@ -32,6 +32,13 @@ class Backend(Protocol):
         Pages that outlive the process are only read where it is the same.
         """
 
+    @property
+    def own_memory(self) -> int | None:
+        """Bytes that all pools may take where nobody says how many; None if it cannot say.
+
+        Asked for when the weights are loaded.
+        """
+
     def weight(self, array: HostArray) -> Array:
         """Take a tensor of the checkpoint (fp32, bf16 or fp16; may be a read-only memory map)."""
 
@@ -166,6 +173,11 @@ class Backend(Protocol):
 
         ``blocks``: each layer's attention and MLP half, as :meth:`block` gave them.
         """
+
+    def logits(
+        self, tokens: Sequence[int], network: Any, batch: PagedBatch, pools: Sequence[PagePool]
+    ) -> npt.NDArray[np.float32]:
+        """All of a step whose every row is wanted: see :func:`blocks.logits` and ``Network``."""
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """Rows ``indices`` of x [T, n] -> [len(indices), n]."""

@@ -18,10 +18,12 @@ from quire.pages import PagePool
 __all__ = [
     "AttentionParams",
     "MlpParams",
+    "Network",
     "Projection",
     "attention_block",
     "attention_rows",
     "keep",
+    "logits",
     "mlp_block",
     "turned",
 ]
@@ -73,6 +75,21 @@ class MlpParams:
     up: Projection
     down: Projection
     activation: str
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A decoder as a whole: embedding, layers, norm and head.
+
+    embed, head   [vocab, hidden]
+    blocks        each layer's attention and MLP half, as the backend's ``block`` gave them
+    """
+
+    embed: Array
+    blocks: Sequence[tuple[Any, Any]]
+    norm: Array
+    norm_eps: float
+    head: Array
 
 
 def _linear(backend: Backend, x: Array, projection: Projection) -> Array:
@@ -178,3 +195,16 @@ def mlp_block(backend: Backend, x: Array, params: MlpParams) -> Array:
     gate = backend.activate(_linear(backend, normed, params.gate), params.activation)
     inner = backend.multiply(gate, _linear(backend, normed, params.up))
     return backend.add(x, _linear(backend, inner, params.down))
+
+
+def logits(
+    backend: Backend,
+    tokens: Sequence[int],
+    network: Network,
+    batch: PagedBatch,
+    pools: Sequence[PagePool],
+) -> npt.NDArray[np.float32]:
+    """Tokens [T] of a step -> what follows each of them, float32 [T, vocab] on the host."""
+    x = backend.layers(backend.embed(network.embed, tokens), network.blocks, batch, pools)
+    normed = backend.rms_norm(x, network.norm, network.norm_eps)
+    return backend.to_host(backend.linear(normed, network.head))

@@ -17,8 +17,10 @@ import numpy.typing as npt
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
+    Network,
     attention_block,
     attention_rows,
+    logits,
     mlp_block,
 )
 from quire.backends.reference_pool import ReferencePool
@@ -54,6 +56,11 @@ class ReferenceBackend:
     def identity(self) -> str:
         """NumPy and the processor, on which BLAS's choice of kernels depends."""
         return f"reference, numpy {np.__version__}, {this_machine().cpu_name}"
+
+    @property
+    def own_memory(self) -> int | None:
+        """None: it is the machine's."""
+        return None
 
     def weight(self, array: Array) -> Array:
         """A float32 copy, made once."""
@@ -205,6 +212,12 @@ class ReferenceBackend:
         for (attention, mlp), pool, group in zip(blocks, pools, batch.group_of_layer, strict=False):
             x = self.mlp_block(self.attention_block(x, attention, batch, pool, group), mlp)
         return x
+
+    def logits(
+        self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
+    ) -> npt.NDArray[np.float32]:
+        """[T] -> [T, vocab], op by op."""
+        return logits(self, tokens, network, batch, pools)
 
     def to_host(self, x: Array) -> npt.NDArray[np.float32]:
         """The array itself."""

@@ -68,7 +68,8 @@ _ENGINE = (
     click.option(
         "--kv-memory",
         metavar="BYTES",
-        help="Memory for all pages, such as 512MiB.  [default: 2GiB, or what is left if less]",
+        help="Memory for all pages, such as 512MiB.  [default: 2GiB, or what is left if less; on a "
+        "GPU, what is left]",
     ),
     click.option(
         "--prefix-cache/--no-prefix-cache",

@@ -48,7 +48,7 @@ from quire.engine.sampler import choose, is_plain, likeliest, logprobs_of, unifo
 from quire.engine.scheduler import Limits, StepPlan, places, plan_step
 from quire.engine.sessions import Session, load_session, no_pages, pages_of
 from quire.engine.shadow import OpenedShadow, Shadow
-from quire.engine.sizing import EnginePlan, plan_engine
+from quire.engine.sizing import EnginePlan, Room, plan_engine
 from quire.engine.status import EngineStatus, lossy_layers
 from quire.engine.storage import (
     exact_config,
@@ -135,8 +135,8 @@ class Engine:
         return other
 
     def _plan_memory(self, config: EngineConfig, dtype: str, *, loaded: bool = False) -> EnginePlan:
-        machine = this_machine()
-        plan = plan_engine(self.directory, config, dtype, machine, loaded=loaded)
+        room = Room.of(self.backend, this_machine())
+        plan = plan_engine(self.directory, config, dtype, room, loaded=loaded)
         logger.info("plan: %s", plan)
         return plan
 

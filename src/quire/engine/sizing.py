@@ -10,15 +10,42 @@ from pathlib import Path
 from quire.analysis.families import read_shape
 from quire.analysis.memory import Load, MemoryPlan, kv_layout, weight_bytes, workspace
 from quire.analysis.shape import ModelShape
+from quire.backends import Backend
 from quire.config import EngineConfig, format_bytes
 from quire.errors import ConfigError
 from quire.layout import CacheLayout, fit_pages, with_open_pages
 from quire.machine import Machine
 
-__all__ = ["EnginePlan", "plan_engine"]
+__all__ = ["EnginePlan", "Room", "plan_engine"]
 
 MOST_AUTO = 2 << 30  # bytes of pages, unless it is said how many
 SPARE = 0.05  # of what is available, for other programs
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory that an engine finds.
+
+    available   bytes that could be had now; None where that is unknown
+    is_own      True if it is a card's, which nobody else needs
+    """
+
+    threads: int
+    available: int | None
+    is_own: bool = False
+
+    @classmethod
+    def of(cls, backend: Backend, machine: Machine) -> "Room":
+        """What ``backend`` computes in."""
+        own = backend.own_memory
+        if own is None:
+            return cls(machine.threads, machine.available_bytes)
+        return cls(machine.threads, own, is_own=True)
+
+    @property
+    def free(self) -> int | None:
+        """What may be used of it."""
+        return None if self.available is None else int(self.available * (1 - SPARE))
 
 
 @dataclass(frozen=True)
@@ -45,43 +72,49 @@ class EnginePlan:
 
 
 def plan_engine(
-    directory: Path, config: EngineConfig, dtype: str, machine: Machine, *, loaded: bool = False
+    directory: Path,
+    config: EngineConfig,
+    dtype: str,
+    room: Room,
+    *,
+    loaded: bool = False,
 ) -> EnginePlan:
-    """What an engine of these settings takes, on ``machine``.
+    """What an engine of these settings takes in ``room``.
 
     dtype    of the checkpoint's numbers, which its config.json need not say
     loaded   True if its weights are there already, for another engine
 
     ``kv_memory`` of ``"auto"`` becomes 2 GiB, or what is left of the available memory if that is
-    less. Raises ConfigError, with these numbers, for what does not fit.
+    less; all that is left of a memory that is the backend's own. Raises ConfigError, with these
+    numbers, for what does not fit.
     """
     shape = replace(read_shape(directory), dtype=dtype)
     settings = config.cache
     layout = kv_layout(shape, settings.kv_format, settings.page_size)
-    threads = machine.threads if config.threads is None else config.threads
+    threads = room.threads if config.threads is None else config.threads
     load = Load(shape.max_position, config.max_sequences, config.max_batch_tokens, threads=threads)
     memory = MemoryPlan(
         {} if loaded else weight_bytes(shape, "fp32" if config.backend == "reference" else None),
         0,
         workspace(shape, layout, load),
     )
-    free = None if machine.available_bytes is None else int(machine.available_bytes * (1 - SPARE))
-    _require_fit(memory, free, machine)
-    pages = _pages(config, layout, None if free is None else free - memory.total)
+    free = room.free
+    _require_fit(memory, room)
+    pages = _pages(config, layout, room, None if free is None else free - memory.total)
     kept = sum(count * size for count, size in zip(pages, layout.area_bytes, strict=True))
     memory = replace(memory, kv=kept)
-    _require_fit(memory, free, machine)
+    _require_fit(memory, room)
     tokens = _tokens(shape, layout, pages)
-    return EnginePlan(memory, pages, tokens, machine.available_bytes, layout.format_text)
+    return EnginePlan(memory, pages, tokens, room.available, layout.format_text)
 
 
-def _require_fit(memory: MemoryPlan, free: int | None, machine: Machine) -> None:
-    """Raise ConfigError, with the plan's numbers, for more than ``free`` bytes."""
-    if free is not None and memory.total > free:
+def _require_fit(memory: MemoryPlan, room: Room) -> None:
+    """Raise ConfigError, with the plan's numbers, for more than there is."""
+    if room.free is not None and memory.total > room.free:
         raise ConfigError(
-            f"the model does not fit: {memory}, and {format_bytes(free)} can be had "
-            f"({format_bytes(machine.available_bytes or 0)} are available, of which "
-            f"{SPARE:.0%} are left to others); {_advice(memory, free)}"
+            f"the model does not fit: {memory}, and {format_bytes(room.free)} can be had "
+            f"({format_bytes(room.available or 0)} are available, of which {SPARE:.0%} are left "
+            f"to others); {_advice(memory, room.free)}"
         )
 
 
@@ -92,7 +125,9 @@ def _advice(memory: MemoryPlan, free: int) -> str:
     return f"lower kv_memory to at most {left} bytes, choose a smaller kv_format, or free memory"
 
 
-def _pages(config: EngineConfig, layout: CacheLayout, left: int | None) -> tuple[int, ...]:
+def _pages(
+    config: EngineConfig, layout: CacheLayout, room: Room, left: int | None
+) -> tuple[int, ...]:
     """Pages of each area: as many as are asked for, or fit."""
     settings, most = config.cache, config.max_batch_tokens
     if settings.num_pages is not None:
@@ -100,7 +135,9 @@ def _pages(config: EngineConfig, layout: CacheLayout, left: int | None) -> tuple
         return with_open_pages(layout, pages, config.max_sequences, most)
     budget = settings.kv_memory
     if isinstance(budget, str):
-        budget = MOST_AUTO if left is None else max(1, min(MOST_AUTO, left))
+        budget = (
+            MOST_AUTO if left is None else max(1, left if room.is_own else min(MOST_AUTO, left))
+        )
     return fit_pages(layout, budget, config.max_sequences, most)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends import AttentionParams, Backend, MlpParams, Projection
+from quire.backends import AttentionParams, Backend, MlpParams, Network, Projection
 from quire.backends.blocks import attention_block
 from quire.backends.rope import inverse_frequencies
 from quire.batch import PagedBatch
@@ -34,6 +34,13 @@ class Decoder:
             (backend.block(self._attention[layer]), backend.block(self._mlp_params(layer)))
             for layer in layers
         ]
+        self._network = Network(
+            embed=params["embed"],
+            blocks=self._blocks,
+            norm=params["norm"],
+            norm_eps=config.norm_eps,
+            head=params.get("head", params["embed"]),
+        )
 
     def forward(
         self,
@@ -46,13 +53,10 @@ class Decoder:
 
         ``rows`` ascend.
         """
-        backend, params = self.backend, self.params
-        x = backend.embed(params["embed"], tokens)
         if len(rows) == len(tokens) and isinstance(pools, tuple):
-            x = backend.layers(x, self._blocks, batch, pools)
-        else:
-            x = self._layer_by_layer(x, batch, pools, rows)
-        return self._logits(x)
+            return self.backend.logits(tokens, self._network, batch, pools)
+        x = self.backend.embed(self.params["embed"], tokens)
+        return self._logits(self._layer_by_layer(x, batch, pools, rows))
 
     def forward_with(
         self,
@@ -73,9 +77,9 @@ class Decoder:
         return self._logits(backend.rows(x, rows))
 
     def _logits(self, x: Any) -> npt.NDArray[np.float32]:
-        backend, params = self.backend, self.params
-        x = backend.rms_norm(x, params["norm"], self.config.norm_eps)
-        return backend.to_host(backend.linear(x, params.get("head", params["embed"])))
+        backend, network = self.backend, self._network
+        x = backend.rms_norm(x, network.norm, network.norm_eps)
+        return backend.to_host(backend.linear(x, network.head))
 
     def _layer_by_layer(
         self, x: Any, batch: PagedBatch, pools: Sequence[PagePool], rows: Sequence[int]

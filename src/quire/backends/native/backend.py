@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.blocks import AttentionParams, MlpParams, Projection, attention_rows
+from quire.backends.blocks import (
+    AttentionParams,
+    MlpParams,
+    Network,
+    Projection,
+    attention_rows,
+    logits,
+)
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool, require_formats
 from quire.backends.selecting import split_query
@@ -81,6 +88,11 @@ class NativeBackend:
     def identity(self) -> str:
         """The variant, and a digest of the compiled kernels: a rebuild computes other pages."""
         return f"native {self.variant} {_extension_digest()}"
+
+    @property
+    def own_memory(self) -> int | None:
+        """None: it is the machine's."""
+        return None
 
     def weight(self, array: Array) -> Any:
         """A matrix stays where it is, in its dtype; a vector becomes float32."""
@@ -289,6 +301,12 @@ class NativeBackend:
         slots = [group.slots for group in batch.groups]
         self._native.layers(x, self._stack[2], cos, sin, slots, tables, out)
         return out
+
+    def logits(
+        self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
+    ) -> npt.NDArray[np.float32]:
+        """[T] -> [T, vocab], all layers in one call."""
+        return logits(self, tokens, network, batch, pools)
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""

@@ -1,0 +1,194 @@
+"""Which attention kernel is launched for what, with which tiles."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from quire.backends.cuda.attention import decode_kernel, merge_kernel, prefill_kernel
+from quire.backends.cuda.device import Device
+from quire.backends.cuda.pool import CudaPool
+from quire.backends.cuda.steps import Step, StepGroup
+from quire.backends.cuda.stored import Side, power_of_two
+from quire.formats import GROUP
+from quire.pages import PageShape
+
+__all__ = ["SPLIT", "Attention", "decode_tiles", "prefill_tiles"]
+
+Tensor = Any
+
+SPLIT = 256  # places; a multiple of every block of keys
+_WAVES = 4  # programs a processor that decode is split into, if the context is long enough
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of queries and keys that a program multiplies at a time; warps; blocks in flight."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def decode_tiles(shape: PageShape, share: int) -> Tiles:
+    """For the ``share`` heads of one token: few rows."""
+    return replace(prefill_tiles(shape, share), rows=max(16, power_of_two(share)))
+
+
+def prefill_tiles(shape: PageShape, share: int) -> Tiles:
+    """For several tokens' heads: as many rows as registers and shared memory of most cards hold.
+
+    tests/cuda_compile.py checks that against what the compiler takes.
+    """
+    wide = max(shape.key_dim, shape.value_dim) > 128
+    if "fp32" in (shape.key_format.name, shape.value_format.name):
+        tiles = Tiles(16, 32, 8, 1) if wide else Tiles(32, 32, 8, 1)
+    else:
+        tiles = Tiles(64, 32, 8, 2) if wide else Tiles(64, 64, 4, 3)
+    if shape.key_format.kind == "page":
+        # Keys that share minima and steps; queries stay at hand in float32, to be scaled.
+        tiles = replace(tiles, keys=GROUP, rows=32 if wide else tiles.rows)
+    return replace(tiles, rows=max(tiles.rows, power_of_two(share)))
+
+
+class Attention:
+    """Attention over a pool's pages; ``exact`` as CudaBackend has it.
+
+    Sequences with one new token go through the decode kernels, the others of the same batch
+    through the prefill kernel. Not exact: a decode program has few rows, a prefill program many,
+    and splits are as long as keeps all processors busy. Exact: both have the same tiles and splits.
+    """
+
+    def __init__(self, device: Device, exact: bool) -> None:
+        self._device, self._exact = device, exact
+
+    def __call__(self, query: Tensor, pool: CudaPool, step: Step, group: int) -> Tensor:
+        """query [T, H, D] -> [T, H * value_dim]."""
+        tokens, heads, _ = query.shape
+        out = self._device.empty((tokens, heads * pool.shape.value_dim))
+        if step.several:
+            self._prefill(out, query, pool, step, step.groups[group])
+        if step.single:
+            self._decode(out, query, pool, step, step.groups[group])
+        return out
+
+    def chosen(self, query: Tensor, pool: CudaPool, step: Step) -> Tensor:
+        """query [S * G, heads that share a KV head, D] -> [S * G, heads * value_dim].
+
+        Row s * G + g is a sequence of its own, which reads pages of KV head g.
+        """
+        out = self._device.empty((len(query), query.shape[1] * pool.shape.value_dim))
+        self._decode(out, query, pool, step, step.groups[0], kv_heads=1)
+        return out
+
+    def _prefill(
+        self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup
+    ) -> None:
+        kv_heads, share = pool.shape.num_kv_heads, query.shape[1] // pool.shape.num_kv_heads
+        tiles = prefill_tiles(pool.shape, share)
+        sequences = step.batch.num_sequences
+        count = len(query) // (tiles.rows // share) + sequences
+        self._device.launch(
+            prefill_kernel, (count, kv_heads),
+            out, query, step.places, step.query_indptr, group.indptr, group.indices,
+            group.first_page, sequences, group.window, *_open_tables(group), pool.num_pages,
+            *_stored(pool), _unit(pool), **self._sizes(pool, share), G=kv_heads,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, SPLIT=SPLIT if self._exact else 0,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+    def _decode(
+        self,
+        out: Tensor,
+        query: Tensor,
+        pool: CudaPool,
+        step: Step,
+        group: StepGroup,
+        kv_heads: int | None = None,
+    ) -> None:
+        shape = pool.shape
+        kv_heads = shape.num_kv_heads if kv_heads is None else kv_heads
+        share, sequences = query.shape[1] // kv_heads, step.batch.num_sequences
+        tiles = (prefill_tiles if self._exact else decode_tiles)(shape, share)
+        split, splits = self._splits(step, group, sequences * kv_heads)
+        parts = (sequences, kv_heads, splits, share)
+        mixed = self._device.empty((*parts, shape.value_dim))
+        best, total = self._device.empty(parts), self._device.empty(parts)
+        self._device.launch(
+            decode_kernel, (sequences, kv_heads, splits),
+            mixed, best, total, query, step.places, step.query_indptr, group.indptr,
+            group.indices, group.first_page, group.window, *_open_tables(group), pool.num_pages,
+            *_stored(pool), _unit(pool), split, **self._sizes(pool, share), G=kv_heads,
+            HEADS=shape.num_kv_heads, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        self._device.launch(
+            merge_kernel, (sequences, kv_heads),
+            out, mixed, best, total, step.places, step.query_indptr, group.first_page,
+            group.window, splits, split, G=kv_heads, SHARE=share, DV=shape.value_dim,
+            DVP=_padded(shape.value_dim), PAGE=shape.page_size, ROWS=power_of_two(share),
+            num_warps=2,
+        )  # fmt: skip
+
+    def _splits(self, step: Step, group: StepGroup, programs: int) -> tuple[int, int]:
+        """Places of a split, and how many there are at most.
+
+        Places are SPLIT where bits must not depend on the batch, else a multiple of it, so that
+        there are no more programs than keep all processors busy.
+        """
+        if step.reach is None:
+            length = SPLIT if self._exact else SPLIT * self._factor(group.splits(SPLIT), programs)
+            return length, group.splits(length)
+        reach = min(step.reach, group.window // SPLIT + 1)
+        factor = 1 if self._exact else self._factor(reach, programs)
+        begun = int(reach < step.reach)  # a window may begin in the middle of a split
+        return SPLIT * factor, -(-reach // factor) + begun
+
+    def _factor(self, splits: int, programs: int) -> int:
+        wanted = max(1, _WAVES * self._device.processors // programs)
+        return max(1, -(-splits // wanted))
+
+    def _sizes(self, pool: CudaPool, share: int) -> dict[str, Any]:
+        """What kernels are compiled for."""
+        shape = pool.shape
+        return {
+            "SHARE": share,
+            "DK": shape.key_dim,
+            "DV": shape.value_dim,
+            "DKP": _padded(shape.key_dim),
+            "DVP": _padded(shape.value_dim, GROUP if shape.value_format.kind == "page" else 16),
+            "PAGE": shape.page_size,
+            "GROUP": GROUP,
+            "KEY": shape.key_format.name,
+            "VALUE": shape.value_format.name,
+            "PACKED": shape.by_page,
+            "OPEN_KEY": shape.open_shape.key_format.name,
+            "OPEN_VALUE": shape.open_shape.value_format.name,
+            "HARDWARE": self._device.hardware,
+        }
+
+
+def _padded(dim: int, least: int = 16) -> int:
+    """The power of two, of 16 or more as products need it, that holds ``dim`` numbers."""
+    return max(least, power_of_two(dim))
+
+
+def _unit(pool: CudaPool) -> float:
+    return math.log2(math.e) / math.sqrt(pool.shape.key_dim)
+
+
+def _stored(pool: CudaPool) -> tuple[torch.Tensor, ...]:
+    """Arrays of the packed pages, or of all, and of the open ones."""
+
+    def of(side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+        return side.numbers, side.scale
+
+    key, value = pool.pages.key, pool.pages.value
+    packed = *of(key), key.least, *of(value), value.least
+    return *packed, *of(pool.open.key), *of(pool.open.value)
+
+
+def _open_tables(group: StepGroup) -> tuple[torch.Tensor, ...]:
+    return group.open_indptr, group.open_indices, group.open_first

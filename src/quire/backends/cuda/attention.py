@@ -1,0 +1,244 @@
+"""Attention over pages, in Triton: decode in two kernels, prefill of ragged batches in one.
+
+A tile of ``BLOCK_M`` rows holds the query heads of one KV head, for one token or several, so that a
+page is read once for all of them; how its blocks of keys are walked is in ``walking.py``. Decode is
+split along the context (flash-decoding: Dao et al., 2023) at multiples of ``SPLIT`` places; the
+parts are merged in order of place.
+
+What a row adds up, and in which order, follows from the places that it sees: a block, or split,
+that only its neighbours see adds exact zeros. With the same tile sizes and the same ``SPLIT`` a
+token therefore gets the same bits from both kernels, in any company (``exact=True``).
+
+Names in the kernels: those of ``walking.py``; SHARE query heads of each KV head. Where PACKED,
+``key`` and ``value`` are packed pages and ``open_key`` and ``open_value`` the open ones, whose ids
+begin at ``num_pages``; those that queries of sequence s stand in, from page number
+``open_first[s]`` on, are ``open_indices[open_indptr[s]:]``. Else those arguments are not read.
+"""
+
+import triton
+import triton.language as tl
+
+from quire.backends.cuda.codec import narrow
+from quire.backends.cuda.walking import walk_pages, walk_three_parts
+
+__all__ = ["decode_kernel", "merge_kernel", "prefill_kernel"]
+
+
+@triton.jit
+def _span(
+    q, wide, at, at_min, at_max, low, high, window, sequence, head,
+    indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+    key, key_scale, key_least, value, value_scale, value_least,
+    open_key, open_key_scale, open_value, open_value_scale, unit,
+    G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
+    PAGE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr,
+    OPEN_KEY: tl.constexpr, OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """What rows at ``at_min`` to ``at_max`` see of places ``[low, high)``: best, total, mixed."""
+    gone = tl.load(first_page + sequence)
+    pages = indices + tl.load(indptr + sequence) - gone
+    stored = (gone * PAGE).to(tl.int32)
+    if PACKED:
+        own = open_indices + tl.load(open_indptr + sequence) - tl.load(open_first + sequence)
+        best, total, mixed = walk_three_parts(
+            q, wide, at, at_min, at_max, stored, low, high, window, pages, own, num_pages, head,
+            key, key_scale, key_least, value, value_scale, value_least,
+            open_key, open_key_scale, open_value, open_value_scale, unit,
+            G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, OPEN_KEY, OPEN_VALUE, HARDWARE,
+            BLOCK_M, BLOCK_N, GROUP,
+        )  # fmt: skip
+    else:
+        best, total, mixed = walk_pages(
+            q, wide, at, at_min, at_max, stored, low, high, window, pages, head,
+            key, key_scale, key_least, value, value_scale, value_least, unit,
+            G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, HARDWARE, BLOCK_M, BLOCK_N, GROUP,
+        )  # fmt: skip
+    return best, total, mixed
+
+
+@triton.jit
+def _merge(best, total, mixed, part_best, part_total, part_mixed):
+    """One more split. Each sum is written as a fused multiply-add: one rounding, in any kernel."""
+    peak = tl.maximum(best, part_best)
+    old, new = tl.exp2(best - peak), tl.exp2(part_best - peak)
+    total = tl.fma(part_total, new, total * old)
+    mixed = tl.fma(part_mixed, tl.broadcast_to(new[:, None], mixed.shape), mixed * old[:, None])
+    return peak, total, mixed
+
+
+@triton.jit
+def _queries(
+    query, token, head, rows, there,
+    G: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
+    KEY: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Rows of query [T, G * SHARE, DK] -> operands [M, DKP], and as they are; 0 elsewhere."""
+    dims = tl.arange(0, DKP)
+    at = (token * (G * SHARE) + head * SHARE + rows % SHARE).to(tl.int64) * DK
+    mask = there[:, None] & (dims[None, :] < DK)
+    x = tl.load(query + at[:, None] + dims[None, :], mask=mask, other=0.0)
+    return narrow(x, KEY, HARDWARE), x
+
+
+@triton.jit
+def _sequence_of(tile, query_indptr, num_sequences, TOKENS: tl.constexpr):
+    """The sequence that ``tile`` belongs to.
+
+    Those of sequence s begin with number ``query_indptr[s] // TOKENS + s``, so that each has
+    enough and nothing must be counted.
+    """
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        begin = tl.load(query_indptr + middle) // TOKENS + middle
+        low = tl.where(begin <= tile, middle, low)
+        high = tl.where(begin <= tile, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_sequences", "window", "num_pages"])
+def prefill_kernel(
+    out, query, places, query_indptr, indptr, indices, first_page, num_sequences, window,
+    open_indptr, open_indices, open_first, num_pages,
+    key, key_scale, key_least, value, value_scale, value_least,
+    open_key, open_key_scale, open_value, open_value_scale, unit,
+    G: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    DKP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr, OPEN_KEY: tl.constexpr,
+    OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Attention of all sequences with two new tokens or more; grid (tiles, G).
+
+    out [T, G * SHARE, DV], query [T, G * SHARE, DK], places [T]; page tables as in GroupBatch.
+    SPLIT 0 walks the whole context in one go; else splits are merged as decode merges them.
+    Tiles are started from the last, which sees the longest context.
+    """
+    TOKENS: tl.constexpr = BLOCK_M // SHARE
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    sequence = _sequence_of(tile, query_indptr, num_sequences, TOKENS)
+    start = tl.load(query_indptr + sequence)
+    stop = tl.load(query_indptr + sequence + 1)
+    first_token = start + (tile - start // TOKENS - sequence) * TOKENS
+    if (first_token < stop) & (stop - start > 1):
+        last_token = tl.minimum(first_token + TOKENS, stop) - 1
+        rows = tl.arange(0, BLOCK_M)
+        token = first_token + rows // SHARE
+        there = token <= last_token
+        token = tl.minimum(token, last_token)
+        at = tl.load(places + token).to(tl.int32)
+        at_min = tl.load(places + first_token).to(tl.int32)
+        at_max = tl.load(places + last_token).to(tl.int32)
+        stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
+        q, wide = _queries(query, token, head, rows, there, G, SHARE, DK, DKP, KEY, HARDWARE)
+        if SPLIT == 0:
+            high = (at_max // BLOCK_N + 1) * BLOCK_N
+            best, total, mixed = _span(
+                q, wide, at, at_min, at_max, 0, high, window, sequence, head,
+                indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+                key, key_scale, key_least, value, value_scale, value_least,
+                open_key, open_key_scale, open_value, open_value_scale, unit,
+                G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
+                BLOCK_M, BLOCK_N, GROUP,
+            )  # fmt: skip
+        else:
+            best = tl.full((BLOCK_M,), -3.0e38, tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            mixed = tl.zeros((BLOCK_M, DVP), tl.float32)
+            first = tl.maximum(stored, tl.maximum(at_min - window + 1, 0))
+            for split in range(first // SPLIT, at_max // SPLIT + 1):
+                part_best, part_total, part_mixed = _span(
+                    q, wide, at, at_min, at_max, split * SPLIT, (split + 1) * SPLIT, window,
+                    sequence, head,
+                    indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+                    key, key_scale, key_least, value, value_scale, value_least,
+                    open_key, open_key_scale, open_value, open_value_scale, unit,
+                    G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
+                    BLOCK_M, BLOCK_N, GROUP,
+                )  # fmt: skip
+                best, total, mixed = _merge(best, total, mixed, part_best, part_total, part_mixed)
+        dims = tl.arange(0, DVP)
+        to = (token * (G * SHARE) + head * SHARE + rows % SHARE).to(tl.int64) * DV
+        mask = there[:, None] & (dims[None, :] < DV)
+        result = tl.div_rn(mixed, tl.broadcast_to(total[:, None], mixed.shape))
+        tl.store(out + to[:, None] + dims[None, :], result, mask=mask)
+
+
+@triton.jit(do_not_specialize=["window", "num_pages"])
+def decode_kernel(
+    part_mixed, part_best, part_total, query, places, query_indptr, indptr, indices, first_page,
+    window, open_indptr, open_indices, open_first, num_pages,
+    key, key_scale, key_least, value, value_scale, value_least,
+    open_key, open_key_scale, open_value, open_value_scale, unit, SPLIT,
+    G: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    DKP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr, OPEN_KEY: tl.constexpr,
+    OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One split of each sequence with one new token; grid (S, G, splits).
+
+    part_mixed [S, G, splits, SHARE, DV], part_best and part_total [S, G, splits, SHARE]. A program
+    whose split lies beyond the context, or was given back, writes nothing. HEADS are the KV heads
+    of a page; G is 1 where each of them has a table of its own, as if it were a sequence.
+    """
+    sequence, head, nth = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(query_indptr + sequence)
+    alone = tl.load(query_indptr + sequence + 1) - start == 1
+    place = tl.load(places + start, mask=alone, other=0).to(tl.int32)
+    stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
+    split = tl.maximum(stored, tl.maximum(place - window + 1, 0)) // SPLIT + nth
+    if alone & (split * SPLIT <= place):
+        rows = tl.arange(0, BLOCK_M)
+        there = rows < SHARE
+        at = tl.full((BLOCK_M,), 0, tl.int32) + place
+        q, wide = _queries(query, start, head, rows, there, G, SHARE, DK, DKP, KEY, HARDWARE)
+        best, total, mixed = _span(
+            q, wide, at, place, place, split * SPLIT, (split + 1) * SPLIT, window, sequence,
+            (sequence * G + head) % HEADS,
+            indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+            key, key_scale, key_least, value, value_scale, value_least,
+            open_key, open_key_scale, open_value, open_value_scale, unit,
+            HEADS, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
+            BLOCK_M, BLOCK_N, GROUP,
+        )  # fmt: skip
+        dims = tl.arange(0, DVP)
+        part = ((sequence * G + head).to(tl.int64) * tl.num_programs(2) + nth) * SHARE + rows
+        tl.store(part_best + part, best, mask=there)
+        tl.store(part_total + part, total, mask=there)
+        mask = there[:, None] & (dims[None, :] < DV)
+        tl.store(part_mixed + part[:, None] * DV + dims[None, :], mixed, mask=mask)
+
+
+@triton.jit(do_not_specialize=["window", "splits"])
+def merge_kernel(
+    out, part_mixed, part_best, part_total, places, query_indptr, first_page, window, splits, SPLIT,
+    G: tl.constexpr, SHARE: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The splits of :func:`decode_kernel`, merged in order of place; grid (S, G)."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(query_indptr + sequence)
+    if tl.load(query_indptr + sequence + 1) - start == 1:
+        place = tl.load(places + start).to(tl.int32)
+        stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
+        first = tl.maximum(stored, tl.maximum(place - window + 1, 0))
+        rows, dims = tl.arange(0, ROWS), tl.arange(0, DVP)
+        there = rows < SHARE
+        mask = there[:, None] & (dims[None, :] < DV)
+        best = tl.full((ROWS,), -3.0e38, tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        mixed = tl.zeros((ROWS, DVP), tl.float32)
+        for nth in range(0, place // SPLIT - first // SPLIT + 1):
+            part = ((sequence * G + head).to(tl.int64) * splits + nth) * SHARE + rows
+            part_m = tl.load(part_best + part, mask=there, other=-3.0e38)
+            part_l = tl.load(part_total + part, mask=there, other=0.0)
+            part_x = tl.load(part_mixed + part[:, None] * DV + dims[None, :], mask=mask, other=0.0)
+            best, total, mixed = _merge(best, total, mixed, part_m, part_l, part_x)
+        to = (start * (G * SHARE) + head * SHARE + rows).to(tl.int64) * DV
+        total = tl.where(there, total, 1.0)
+        result = tl.div_rn(mixed, tl.broadcast_to(total[:, None], mixed.shape))
+        tl.store(out + to[:, None] + dims[None, :], result, mask=mask)

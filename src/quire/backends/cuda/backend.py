@@ -1,0 +1,378 @@
+"""CudaBackend: the Backend protocol over PyTorch and the Triton kernels."""
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+
+from quire.backends.blocks import (
+    AttentionParams,
+    MlpParams,
+    Network,
+    attention_block,
+    attention_rows,
+    logits,
+    mlp_block,
+)
+from quire.backends.cuda import steps
+from quire.backends.cuda.attending import Attention
+from quire.backends.cuda.device import find_device
+from quire.backends.cuda.graphs import StepGraph, shape_of
+from quire.backends.cuda.memory import tells_of_memory
+from quire.backends.cuda.pool import CudaPool, require_formats
+from quire.backends.cuda.rows import (
+    layer_norm_kernel,
+    linear_kernel,
+    rms_norm_kernel,
+    rope_kernel,
+)
+from quire.backends.cuda.stored import power_of_two
+from quire.backends.selecting import score_bounds, score_signatures
+from quire.batch import ChosenPages, GroupBatch, PagedBatch
+from quire.errors import BackendError
+from quire.pages import PageFormat, PagePool, PageShape
+from quire.rotation import blocks
+
+__all__ = ["CudaBackend"]
+
+Array = npt.NDArray[Any]
+Tensor = Any
+
+_KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_EXACT_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+
+
+@tells_of_memory
+class CudaBackend:
+    """See :class:`quire.backends.base.Backend` for what each op does, with shapes and sources.
+
+    exact   True: a token's bits do not depend on what is computed beside it (batch-invariant):
+            linear layers and attention sum in one order for any batch. False: the fastest
+            products that PyTorch finds for a shape, and splits as long as the batch allows.
+
+    Activations are float32 tensors. A linear layer rounds them to its weights' dtype, multiplies
+    on tensor cores, and adds up in float32; weights in fp32 are multiplied in fp32, without TF32.
+    Runs on CPU tensors where Triton interprets (TRITON_INTERPRET=1), which is for tests. Raises
+    BackendError where there is neither that nor a GPU.
+    """
+
+    name = "cuda"
+
+    def __init__(self, exact: bool = False) -> None:
+        self.exact, self.device = exact, find_device()
+        self._attention = Attention(self.device, exact)
+        self._last: steps.Step | None = None
+        self._angles: tuple[Array, Array, Tensor, Tensor] | None = None
+        self._frequencies: tuple[Array, Tensor] | None = None
+
+    @property
+    def identity(self) -> str:
+        """Card, versions and a digest of the kernels decide bits; so does what ``exact`` says."""
+        kind = "exact" if self.exact else "fast"
+        return (
+            f"cuda {kind}, {self.device.name}, torch {torch.__version__}, "
+            f"triton {triton.__version__}, {_kernels_digest()}"
+        )
+
+    @property
+    def own_memory(self) -> int | None:
+        """What the card has free, but for a tenth of all it has."""
+        return self.device.own_memory
+
+    def weight(self, array: Array) -> Tensor:
+        """A matrix in its dtype, a vector as float32, on the device."""
+        if array.ndim == 1:
+            array = np.asarray(array, dtype=np.float32)
+        array = np.ascontiguousarray(array)
+        bits = array.view(np.int16) if array.dtype.name == "bfloat16" else array
+        with warnings.catch_warnings():  # read-only memory is only read
+            warnings.simplefilter("ignore", UserWarning)
+            tensor = torch.from_numpy(bits)
+        tensor = tensor.to(self.device.kind, copy=True)
+        return tensor.view(torch.bfloat16) if array.dtype.name == "bfloat16" else tensor
+
+    def require_formats(self, key: PageFormat, value: PageFormat) -> None:
+        """All formats, keys and values apart."""
+        require_formats(key, value)
+
+    def pool(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> CudaPool:
+        """Zeroed pages in the device's memory."""
+        return CudaPool(self.device, shape, num_pages, open_pages)
+
+    def embed(self, table: Tensor, ids: Sequence[int]) -> Tensor:
+        """[vocab, hidden], [T] -> [T, hidden]."""
+        return table.index_select(0, self.device.integers(ids)).float()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[T, in], [out, in], [out] -> [T, out]."""
+        if self.exact:
+            return self._exact_linear(x, weight, bias)
+        narrow = x.to(weight.dtype)
+        if weight.dtype == torch.float32:
+            return torch.nn.functional.linear(narrow, weight, bias)
+        if self.device.hardware:
+            out = torch.mm(narrow, weight.t(), out_dtype=torch.float32)
+        else:
+            out = torch.nn.functional.linear(narrow.float(), weight.float())
+        return out if bias is None else out + bias
+
+    def _exact_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        (rows, inner), columns, tiles = x.shape, len(weight), _EXACT_TILES
+        out = self.device.empty((rows, columns))
+        kind = _KINDS[weight.dtype]
+        grid = -(-columns // tiles["BLOCK_N"]), -(-rows // tiles["BLOCK_M"])
+        self.device.launch(
+            linear_kernel, grid,
+            out, x.contiguous(), weight.view(torch.int16) if kind == "bf16" else weight,
+            out if bias is None else bias, rows, columns, inner,
+            KIND=kind, BIAS=bias is not None, HARDWARE=self.device.hardware, **tiles,
+        )  # fmt: skip
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[..., n], [n] -> [..., n]."""
+        x, n = x.contiguous(), x.shape[-1]
+        out = torch.empty_like(x)
+        grid = (x.numel() // n,)
+        self.device.launch(rms_norm_kernel, grid, out, x, weight, eps, n, BLOCK=power_of_two(n))
+        return out
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """[..., n], [n], [n] -> [..., n]."""
+        x, n = x.contiguous(), x.shape[-1]
+        out = torch.empty_like(x)
+        args = out, x, weight, bias, eps, n
+        self.device.launch(layer_norm_kernel, (x.numel() // n,), *args, BLOCK=power_of_two(n))
+        return out
+
+    def rope(self, x: Tensor, positions: Array, inv_freq: Array) -> Tensor:
+        """[T, heads, D], int64 [T], float32 [D/2] -> [T, heads, D]."""
+        cos, sin = self._cos_and_sin(positions, inv_freq)
+        tokens, heads, dim = x.shape
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        block = power_of_two(dim // 2)
+        self.device.launch(
+            rope_kernel, (tokens * heads,), out, x, cos, sin, heads, HALF=dim // 2, BLOCK=block
+        )
+        return out
+
+    def hadamard(self, x: Tensor) -> Tensor:
+        """[T, heads, D] -> [T, heads, D]."""
+        out = torch.empty_like(x)
+        for block in blocks(x.shape[-1]):
+            part, size, apart = x[..., block], block.stop - block.start, 1
+            while apart < size:
+                pairs = part.reshape(*part.shape[:-1], size // (2 * apart), 2, apart)
+                low, high = pairs.unbind(-2)
+                part = torch.stack((low + high, low - high), -2).reshape(part.shape)
+                apart *= 2
+            out[..., block] = part * float(np.float32(1 / np.sqrt(size)))
+        return out
+
+    def activate(self, x: Tensor, kind: str) -> Tensor:
+        """Any shape -> the same."""
+        if kind == "relu":
+            return torch.relu(x)
+        if kind == "silu":
+            return torch.nn.functional.silu(x)
+        return torch.nn.functional.gelu(x, approximate="none" if kind == "gelu" else "tanh")
+
+    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
+        """Equal shapes -> the same."""
+        return x * y
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Equal shapes -> the same."""
+        return x + y
+
+    def heads(self, x: Tensor, num_heads: int) -> Tensor:
+        """[T, num_heads * D] -> [T, num_heads, D]."""
+        return x.reshape(len(x), num_heads, x.shape[1] // num_heads)
+
+    def append(self, pool: PagePool, slots: Array, key: Tensor, value: Tensor) -> None:
+        """Slots int64 [T], key and value [T, G, D], into the pool in its format."""
+        assert isinstance(pool, CudaPool)
+        if not len(slots) == len(key) == len(value):
+            raise BackendError(f"{len(slots)} slots for {len(key)} tokens")
+        if self._last is None or self._last.reach is None:
+            _require_slots(slots, pool)
+        pool.store(self.device.integers(slots), key.contiguous(), value.contiguous())
+
+    def attend(self, query: Tensor, pool: PagePool, batch: PagedBatch, group: int) -> Tensor:
+        """[T, H, D] -> [T, H * D]."""
+        assert isinstance(pool, CudaPool)
+        step = self._step(batch)
+        if len(query) != batch.num_tokens:
+            raise BackendError(f"{len(query)} queries for {batch.num_tokens} tokens")
+        if step.reach is None:
+            _require_readable(batch.groups[group], pool)
+        return self._attention(query.contiguous(), pool, step, group)
+
+    def attend_pages(self, query: Tensor, pool: PagePool, chosen: ChosenPages) -> Tensor:
+        """[S, H, D] -> [S, H * D]."""
+        assert isinstance(pool, CudaPool)
+        heads = pool.shape.num_kv_heads
+        step = steps.chosen_step(chosen, heads, self.device)
+        _require_readable(step.batch.groups[0], pool)
+        by_head = query.reshape(len(query) * heads, -1, query.shape[2])
+        return self._attention.chosen(by_head, pool, step).reshape(len(query), -1)
+
+    def score_bounds(self, query: Tensor, bounds: Array, pages: Array) -> Array:
+        """[H, D], [P, G, 2, D], [n] -> [G, n]; on the host, where bounds lie."""
+        return score_bounds(self.to_host(query), bounds, pages)
+
+    def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
+        """[H, W], [P, G, page_size, W], [n] -> [G, n]; on the host, where signatures lie."""
+        return score_signatures(query, signs, pages)
+
+    def join_rows(self, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+        """Of rows [R] and x [R, n] each -> [T, n]."""
+        count = sum(len(rows) for rows, _ in parts)
+        out = self.device.empty((count, parts[0][1].shape[1]))
+        for rows, x in parts:
+            out.index_copy_(0, self.device.integers(rows), x)
+        return out
+
+    def rows(self, x: Tensor, indices: Sequence[int]) -> Tensor:
+        """[T, n], [R] -> [R, n]."""
+        if len(indices) == len(x) and list(indices) == list(range(len(x))):
+            return x  # a step that only decodes
+        return x.index_select(0, self.device.integers(indices))
+
+    def block(self, params: AttentionParams | MlpParams) -> Any:
+        """The parameters as they are."""
+        return params
+
+    def attention_block(
+        self, x: Tensor, block: Any, batch: PagedBatch, pool: PagePool, group: int
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], op by op."""
+        self._step(batch)  # before its positions and slots are asked for one by one
+        return attention_block(self, x, block, batch, pool, group=group)
+
+    def attention_rows(
+        self,
+        x: Tensor,
+        block: Any,
+        batch: PagedBatch,
+        pool: PagePool,
+        *,
+        group: int,
+        rows: Sequence[int],
+    ) -> Tensor:
+        """[T, hidden] -> [R, hidden], op by op."""
+        self._step(batch)
+        return attention_rows(self, x, block, batch, pool, group=group, rows=rows)
+
+    def mlp_block(self, x: Tensor, block: Any) -> Tensor:
+        """[T, hidden] -> [T, hidden], op by op."""
+        return mlp_block(self, x, block)
+
+    def layers(
+        self,
+        x: Tensor,
+        blocks: Sequence[tuple[Any, Any]],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], half by half."""
+        for (attention, mlp), pool, group in zip(blocks, pools, batch.group_of_layer, strict=False):
+            x = self.mlp_block(self.attention_block(x, attention, batch, pool, group), mlp)
+        return x
+
+    def logits(
+        self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
+    ) -> npt.NDArray[np.float32]:
+        """[T] -> [T, vocab]; a step that only decodes is replayed, see ``graphs.py``."""
+        shape = shape_of(batch)
+        if shape is None:
+            return logits(self, tokens, network, batch, pools)
+        ours = [pool for pool in pools if isinstance(pool, CudaPool)]
+        for group, pool in dict(zip(batch.group_of_layer, ours, strict=True)).items():
+            _require_slots(batch.groups[group].slots, pool)
+            _require_readable(batch.groups[group], pool)
+        known, key = ours[0].graphs, (network, shape, self.exact)
+        if key not in known:
+            known[key] = StepGraph(self, network, ours, shape, batch)
+        return self.to_host(known[key].run(tokens, batch))
+
+    def compute(
+        self, tokens: Tensor, network: Network, step: steps.Step, pools: Sequence[PagePool]
+    ) -> Tensor:
+        """Logits of a step that is on the device, tokens too; copies nothing there or back."""
+        self._take(step)
+        x = network.embed.index_select(0, tokens).float()
+        x = self.layers(x, network.blocks, step.batch, pools)
+        out = self.linear(self.rms_norm(x, network.norm, network.norm_eps), network.head)
+        self._last = self._angles = None  # the same arrays hold other numbers next time
+        return out
+
+    def to_host(self, x: Tensor) -> npt.NDArray[np.float32]:
+        """A copy in host memory; waits for what it depends on."""
+        return self.device.to_host(x).numpy()
+
+    def _step(self, batch: PagedBatch) -> steps.Step:
+        """The batch on the device, handed over once a step."""
+        if self._last is None or self._last.batch is not batch:
+            self._take(steps.to_device(batch, self.device))
+        assert self._last is not None
+        return self._last
+
+    def _take(self, step: steps.Step) -> None:
+        self._last, self._angles = step, None
+        self.device.hold(step.held)
+
+    def _cos_and_sin(self, positions: Array, inv_freq: Array) -> tuple[Tensor, Tensor]:
+        """cos and sin float32 [T, D/2] of a step's tokens: of float32 products, in float64."""
+        last = self._angles
+        if last is None or last[0] is not positions or last[1] is not inv_freq:
+            at = self.device.integers(positions).float()
+            angles = (at[:, None] * self._on_device(inv_freq)[None, :]).double()
+            last = positions, inv_freq, torch.cos(angles).float(), torch.sin(angles).float()
+            self._angles = last
+        return last[2], last[3]
+
+    def _on_device(self, inv_freq: Array) -> Tensor:
+        """Frequencies, which stay the same array from step to step."""
+        if self._frequencies is None or self._frequencies[0] is not inv_freq:
+            self._frequencies = inv_freq, self.device.to_device(inv_freq)
+        return self._frequencies[1]
+
+
+def _require_slots(slots: Array, pool: CudaPool) -> None:
+    """Raise BackendError for slots where the pool takes no tokens."""
+    inside = pool.slots
+    if len(slots) and (slots.min() < inside.start or slots.max() >= inside.stop):
+        raise BackendError(
+            f"tokens are to be stored outside of slots {inside.start} to {inside.stop - 1}"
+        )
+
+
+def _require_readable(tables: GroupBatch, pool: CudaPool) -> None:
+    """Raise BackendError for ids that the pool does not have, or not of that kind."""
+    last, opened = pool.num_pages + pool.open_pages - 1, tables.open.indices
+    if tables.indices.max(initial=-1) > last:
+        raise BackendError(f"page {tables.indices.max()} of a pool of {last + 1} is to be read")
+    if not pool.shape.by_page or not len(opened):
+        return
+    if opened.min() < pool.num_pages or opened.max() > last:
+        raise BackendError(
+            f"queries stand in pages {opened.min()} to {opened.max()}, but ids of open pages are "
+            f"{pool.num_pages} to {last}"
+        )
+
+
+@functools.cache
+def _kernels_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,212 @@
+"""Numbers between memory and arithmetic, in Triton: what ``formats.py`` defines, bit for bit.
+
+Kinds are the names of page formats. Bfloat16 lies in memory as int16 bits, int8 and fp8 as uint8
+bytes, scales as int16 bits of bfloat16. A kernel multiplies bf16, int8 and fp8 numbers as bfloat16
+(all of them are exact there), fp16 and fp32 ones as they are. Int4 and int2 pages hold codes, 2 or
+4 a byte, and a minimum and a step for each group of :data:`quire.formats.GROUP`.
+
+``HARDWARE`` is False under Triton's interpreter, whose bfloat16 has no arithmetic and rounds
+towards zero: there, such operands are float32 numbers that have been rounded to bfloat16.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "bits_of_line",
+    "codes_on_line",
+    "encode_plain",
+    "encode_token",
+    "narrow",
+    "number_of",
+    "operand",
+    "scales",
+    "small_operand",
+    "unpacked",
+]
+
+
+@triton.jit
+def _bf16_bits(x):
+    """Float32 rounded to nearest bfloat16, ties to even: its bits in the lower half of int32."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(x == x, rounded, (bits >> 16) | 0x40) & 0xFFFF
+
+
+@triton.jit
+def _from_bits(bits):
+    """The float32 whose upper half is int32 ``bits``."""
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scales(raw):
+    """Scales as they lie in memory, int16 -> float32."""
+    return _from_bits(raw.to(tl.int32))
+
+
+@triton.jit
+def unpacked(raw, KIND: tl.constexpr):
+    """Bytes [m, n] -> the codes in them, int32 [m, n * 8 / bits], the lowest bits first."""
+    wide = raw.to(tl.int32)
+    if KIND == "int4":
+        out = tl.interleave(wide & 15, wide >> 4)
+    else:
+        even = tl.interleave(wide & 3, (wide >> 4) & 3)
+        out = tl.interleave(even, tl.interleave((wide >> 2) & 3, wide >> 6))
+    return out
+
+
+@triton.jit
+def number_of(codes):
+    """Codes as float32 numbers: put into the bits of 2**23, which is then taken away."""
+    return (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def small_operand(codes, HARDWARE: tl.constexpr):
+    """Codes as what is multiplied with bfloat16 numbers; see :func:`operand`."""
+    if HARDWARE:
+        held = (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        out = held - tl.full((1, 1), 0x4300, tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        out = number_of(codes)
+    return out
+
+
+@triton.jit
+def narrow(x, KIND: tl.constexpr, HARDWARE: tl.constexpr):
+    """Float32 -> an operand that can be multiplied with stored numbers of ``KIND``."""
+    if KIND == "fp32":
+        out = x
+    elif KIND == "fp16":
+        out = x.to(tl.float16)
+    elif HARDWARE:
+        out = x.to(tl.bfloat16)
+    else:
+        out = _from_bits(_bf16_bits(x))
+    return out
+
+
+@triton.jit
+def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr):
+    """Stored numbers, without their scales -> what they are multiplied as.
+
+    Integer conversion runs at a quarter of the rate at which a GPU reads bytes, so int8 and fp8
+    are put together from bits: with 0x4300, which is 128 as bfloat16 with room for seven bits,
+    and by shifting a byte's exponent into that of a bfloat16, which is then off by 2**120.
+    """
+    if KIND == "bf16":
+        if HARDWARE:
+            out = raw.to(tl.bfloat16, bitcast=True)
+        else:
+            out = _from_bits(raw.to(tl.int32))
+    elif KIND == "int8":
+        if HARDWARE:
+            wide = raw.to(tl.int16)
+            low = ((wide & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
+            sign = ((wide & 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
+            out = low - sign
+        else:
+            out = raw.to(tl.int8, bitcast=True).to(tl.float32)
+    elif KIND == "fp8":
+        if HARDWARE:
+            wide = raw.to(tl.int16)
+            shifted = ((wide & 0x80) << 8) | ((wide & 0x7F) << 4)
+            huge = tl.full((1, 1), 0x7B80, tl.int16).to(tl.bfloat16, bitcast=True)  # 2**120
+            out = shifted.to(tl.bfloat16, bitcast=True) * huge
+        else:
+            wide = raw.to(tl.int32)
+            shifted = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
+            out = shifted.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+    else:
+        out = raw
+    return out
+
+
+@triton.jit
+def encode_plain(x, KIND: tl.constexpr, HARDWARE: tl.constexpr):
+    """Float32 -> what lies in memory for a number that is stored on its own."""
+    if KIND == "bf16":
+        if HARDWARE:
+            out = x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+        else:
+            out = _bf16_bits(x).to(tl.int16)
+    elif KIND == "fp16":
+        out = x.to(tl.float16)
+    else:
+        out = x
+    return out
+
+
+@triton.jit
+def _to_int8(steps):
+    """Rounded to nearest, ties to even, by what float32 keeps of 1.5 * 2**23 and a small number."""
+    inside = tl.minimum(tl.maximum(steps, -127.0), 127.0)
+    return ((inside + 12582912.0) - 12582912.0).to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
+def _to_fp8(steps):
+    """Rounded to nearest e4m3, ties to even; at most 448 from zero."""
+    bits = steps.to(tl.int32, bitcast=True)
+    size = tl.minimum(tl.abs(steps), 448.0)
+    whole = size.to(tl.int32, bitcast=True)
+    normal = ((whole + 0x7FFFF + ((whole >> 20) & 1)) >> 20) - 960  # exponents are 120 apart
+    small = ((size * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)  # steps of 2**-9 below 2**-6
+    code = tl.where(size < 0.015625, small, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def encode_token(x, KIND: tl.constexpr):
+    """Float32 ``[rows, dim]``, dim padded with zeros -> bytes, and bits of each row's scale.
+
+    The same operations in the same order as ``formats.py``; divisions are IEEE's.
+    """
+    top: tl.constexpr = 127.0 if KIND == "int8" else 448.0
+    largest: tl.constexpr = 0x7C01 if KIND == "int8" else 0x7B12  # 0x1.02p121, 0x1.24p119
+    size = tl.abs(x)
+    wild = tl.max(tl.where(size < float("inf"), 0, 1), axis=1)
+    peak = tl.where(wild == 0, tl.max(size, axis=1), 0.0)
+    bits = (tl.div_rn(peak, top).to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    bits = tl.minimum(bits, largest)
+    usable = (bits > 0) & (wild == 0)
+    scale = tl.broadcast_to(tl.where(usable, _from_bits(bits), 1.0)[:, None], x.shape)
+    steps = tl.where(usable[:, None], tl.div_rn(x, scale), 0.0)
+    if KIND == "int8":
+        payload = _to_int8(steps)
+    else:
+        payload = _to_fp8(steps)
+    return payload, tl.where(wild == 0, bits, 0x7FC0).to(tl.int16)
+
+
+@triton.jit
+def bits_of_line(low, high, wild, LEVELS: tl.constexpr):
+    """Bits, int32, of minimum and step of groups that lie between float32 ``low`` and ``high``.
+
+    ``wild`` marks those with an infinity or a NaN in them. See ``formats.py``: the same operations
+    in the same order.
+    """
+    low = tl.where(wild | (low == 0.0), 0.0, low)  # -0 becomes 0
+    high = tl.where(wild, 0.0, high)
+    bits = low.to(tl.int32, bitcast=True)
+    upper = (tl.where(bits < 0, bits + 0xFFFF, bits) >> 16) & 0xFFFF
+    upper = tl.where(upper == 0xFF80, 0xFF7F, upper)
+    least = _from_bits(upper)
+    span = tl.maximum(0.5 * high - 0.5 * least, 0.0)
+    step = (tl.div_rn(span, 0.5 * LEVELS).to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    top = 2.0 * (0.5 * least + 0.5 * _from_bits(step) * LEVELS)
+    step -= tl.where(tl.abs(top) < float("inf"), 0, 1)
+    return upper, tl.where(wild, 0x7FC0, step)
+
+
+@triton.jit
+def codes_on_line(x, minimum, step, LEVELS: tl.constexpr):
+    """Float32 numbers -> int32 codes; bits of minimum and step broadcast to the shape of x."""
+    usable = (step > 0) & (step < 0x7F80)
+    each = tl.where(usable, _from_bits(step), 1.0)
+    steps = tl.div_rn(0.5 * x - 0.5 * _from_bits(minimum), 0.5 * each)
+    inside = tl.minimum(tl.maximum(tl.where(usable, steps, 0.0), 0.0), LEVELS)
+    return ((inside + 12582912.0) - 12582912.0).to(tl.int32)

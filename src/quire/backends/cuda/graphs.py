@@ -1,0 +1,177 @@
+"""A step that only decodes, in static buffers: captured once as a CUDA graph, then replayed.
+
+Launching the kernels of a step one by one takes the host longer than a GPU computes a small one. A
+graph is launched as a whole, but reads and writes the addresses, and has the grids, that it was
+captured with. So sequences are padded to a bucket, lists of pages and splits of the context to a
+power of two, and every step of such a shape replays one graph. What a padding row stores lies at
+slot -1, which is skipped, and nobody reads what it computes. On CPU tensors the same step runs
+without a graph.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quire.backends.blocks import Network
+from quire.backends.cuda.attending import SPLIT
+from quire.backends.cuda.device import Device
+from quire.backends.cuda.pool import CudaPool
+from quire.backends.cuda.steps import Step, static_step
+from quire.backends.cuda.stored import power_of_two
+from quire.batch import NO_OPEN_PAGES, GroupBatch, OpenPages, PagedBatch
+
+__all__ = ["MOST", "StepGraph", "StepShape", "shape_of"]
+
+IntArray = npt.NDArray[np.int64]
+Tensor = Any
+
+MOST = 64  # sequences of the largest bucket
+_PAGES = 64  # page ids of the smallest
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a graph is captured for: numbers of sequences, splits of SPLIT places and page ids."""
+
+    sequences: int
+    reach: int
+    pages: int
+
+
+def shape_of(batch: PagedBatch) -> StepShape | None:
+    """The bucket of a step; None unless it has one new token of each of 1 to MOST sequences."""
+    count = batch.num_sequences
+    if (
+        not 0 < count <= MOST
+        or batch.num_tokens != count
+        or (np.diff(batch.query_indptr) != 1).any()
+    ):
+        return None
+    pages = sum(len(group.indices) for group in batch.groups)
+    reach = int(batch.places.max()) // SPLIT + 1
+    return StepShape(power_of_two(count), power_of_two(reach), power_of_two(max(_PAGES, pages)))
+
+
+class Computes(Protocol):
+    """What a graph needs of the backend."""
+
+    device: Device
+
+    def compute(self, tokens: Tensor, network: Network, step: Step, pools: Sequence[Any]) -> Tensor:
+        """Logits float32 [T, vocab] of a step whose arrays and tokens are on the device."""
+
+
+class StepGraph:
+    """Decode steps of one shape, over one engine's pools. ``like`` is the first of them."""
+
+    def __init__(
+        self,
+        backend: Computes,
+        network: Network,
+        pools: Sequence[CudaPool],
+        shape: StepShape,
+        like: PagedBatch,
+    ) -> None:
+        self._backend, self._network, self._pools, self.shape = backend, network, pools, shape
+        self._buffers = _Buffers(backend.device, shape, like)
+        self._graph: Any = None
+        self._logits: Tensor = None
+
+    def run(self, tokens: Sequence[int], batch: PagedBatch) -> Tensor:
+        """Logits float32 [T, vocab] of ``batch``, on the device until the next run."""
+        self._buffers.fill(tokens, batch)
+        if not self._backend.device.hardware:
+            self._logits = self._compute()
+        else:
+            if self._graph is None:
+                self._graph = self._capture()
+            self._graph.replay()
+        return self._logits[: len(tokens)]
+
+    def _compute(self) -> Tensor:
+        held = self._buffers
+        return self._backend.compute(held.tokens, self._network, held.step, self._pools)
+
+    def _capture(self) -> Any:
+        """Runs the step once, so that kernels are compiled and libraries ready, then captures it.
+
+        The replay stores the same numbers in the same places again.
+        """
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            self._compute()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._backend.device.graph_memory):
+            self._logits = self._compute()
+        return graph
+
+
+class _Buffers:
+    """A step's integers at fixed addresses: one array on the host, pinned, and its copy.
+
+    ``tokens`` are the device's; ``step`` is a batch whose arrays are parts of the host's.
+    """
+
+    def __init__(self, device: Device, shape: StepShape, like: PagedBatch) -> None:
+        n = shape.sequences
+        lengths = [n, n, n, n + 1]  # tokens, positions, places, query_indptr
+        for group in like.groups:
+            lengths += [n, n + 1, n]
+            lengths += [n + 1, n, n, n, n] if group.open.are_used else []
+        self._device = device
+        self._fixed = sum(lengths)
+        self._host, self._there = device.mirrored(self._fixed + shape.pages)
+        here, ends = self._host.numpy(), list(accumulate([0, *lengths, shape.pages]))
+        copies = [(here[a:b], self._there[a:b]) for a, b in pairwise(ends)]
+        (_, self.tokens), parts = copies[0], iter([array for array, _ in copies])
+        self._new = next(parts)
+        self._indices = copies[-1][0]
+        self.batch = self._static(parts, like)
+        none = NO_OPEN_PAGES.indptr, self._there[:0]
+        self.step = static_step(self.batch, [*copies, none], shape.reach)
+
+    def _static(self, parts: Any, like: PagedBatch) -> PagedBatch:
+        positions, places, query_indptr = next(parts), next(parts), next(parts)
+        groups = []
+        for group in like.groups:
+            slots, indptr, first_page = next(parts), next(parts), next(parts)
+            opened = NO_OPEN_PAGES
+            if group.open.are_used:
+                opened = OpenPages(*(next(parts) for _ in range(5)))
+            tables = group.page_size, group.window, slots, indptr, self._indices, first_page
+            groups.append(GroupBatch(*tables, first_page, opened))
+        return PagedBatch(positions, query_indptr, tuple(groups), like.group_of_layer, places)
+
+    def fill(self, tokens: Sequence[int], batch: PagedBatch) -> None:
+        """Put a step into the buffers, those of the device too: in one copy of what is used."""
+        into, used = self.batch, 0
+        _put(self._new, tokens, 0)
+        _put(into.positions, batch.positions, 0)
+        _put(into.places, batch.places, 0)
+        _put(into.query_indptr, batch.query_indptr, len(tokens))
+        for to, group in zip(into.groups, batch.groups, strict=True):
+            _put(to.slots, group.slots, -1)
+            _put(to.indptr, group.indptr + used, used + len(group.indices))
+            _put(to.first_page, group.first_page, 0)
+            self._indices[used : used + len(group.indices)] = group.indices
+            used += len(group.indices)
+            if to.open.are_used:
+                opened = group.open
+                _put(to.open.indptr, opened.indptr, len(opened.indices))
+                _put(to.open.indices, opened.indices, 0)
+                _put(to.open.first, opened.first, 0)
+                _put(to.open.seal_from, opened.seal_from, -1)
+                _put(to.open.seal_to, opened.seal_to, -1)
+        self._device.renew(self._there, self._host, self._fixed + used)
+
+
+def _put(into: IntArray, numbers: Any, rest: int) -> None:
+    into[: len(numbers)] = numbers
+    into[len(numbers) :] = rest

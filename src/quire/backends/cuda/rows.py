@@ -1,0 +1,80 @@
+"""Dense work whose sums Quire orders itself, in Triton: norms, rotary embedding, exact products."""
+
+import triton
+import triton.language as tl
+
+from quire.backends.cuda.codec import narrow, operand
+
+__all__ = ["layer_norm_kernel", "linear_kernel", "rms_norm_kernel", "rope_kernel"]
+
+
+@triton.jit
+def rms_norm_kernel(out, x, weight, eps, n: tl.constexpr, BLOCK: tl.constexpr):
+    """x [rows, n] / sqrt(mean(x²) + eps) * weight; one program a row."""
+    row = tl.program_id(0).to(tl.int64) * n
+    dims = tl.arange(0, BLOCK)
+    numbers = tl.load(x + row + dims, mask=dims < n, other=0.0)
+    mean = tl.div_rn(tl.sum(numbers * numbers, axis=0), n * 1.0)
+    scaled = tl.div_rn(numbers, tl.sqrt_rn(mean + eps))
+    scaled *= tl.load(weight + dims, mask=dims < n, other=0.0)
+    tl.store(out + row + dims, scaled, mask=dims < n)
+
+
+@triton.jit
+def layer_norm_kernel(out, x, weight, bias, eps, n: tl.constexpr, BLOCK: tl.constexpr):
+    """(x - mean) / sqrt(var + eps) * weight + bias of x [rows, n]; one program a row."""
+    row = tl.program_id(0).to(tl.int64) * n
+    dims = tl.arange(0, BLOCK)
+    numbers = tl.load(x + row + dims, mask=dims < n, other=0.0)
+    mean = tl.div_rn(tl.sum(numbers, axis=0), n * 1.0)
+    centred = tl.where(dims < n, numbers - mean, 0.0)
+    variance = tl.div_rn(tl.sum(centred * centred, axis=0), n * 1.0)
+    scaled = tl.div_rn(centred, tl.sqrt_rn(variance + eps))
+    scaled *= tl.load(weight + dims, mask=dims < n, other=0.0)
+    scaled += tl.load(bias + dims, mask=dims < n, other=0.0)
+    tl.store(out + row + dims, scaled, mask=dims < n)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def rope_kernel(out, x, cos, sin, heads, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Pairs (i, i + HALF) of x [T, heads, 2 * HALF], turned by cos, sin [T, HALF].
+
+    Grid (T * heads).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, BLOCK)
+    inside = dims < HALF
+    low = tl.load(x + row * (2 * HALF) + dims, mask=inside)
+    high = tl.load(x + row * (2 * HALF) + HALF + dims, mask=inside)
+    turn = tl.load(cos + row // heads * HALF + dims, mask=inside)
+    side = tl.load(sin + row // heads * HALF + dims, mask=inside)
+    tl.store(out + row * (2 * HALF) + dims, low * turn - high * side, mask=inside)
+    tl.store(out + row * (2 * HALF) + HALF + dims, high * turn + low * side, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_kernel(
+    out, x, weight, bias, rows, columns, inner,
+    KIND: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x float32 [rows, inner] times weight [columns, inner] transposed, plus bias [columns].
+
+    Every number is summed over ``inner`` from the front in blocks of BLOCK_K, by one program, in
+    tiles of one size: its bits do not depend on ``rows``. Grid (tiles of columns, of rows).
+    """
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, inner, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        mask = (m[:, None] < rows) & (k[None, :] < inner)
+        a = tl.load(x + m[:, None].to(tl.int64) * inner + k[None, :], mask=mask, other=0.0)
+        mask = (k[:, None] < inner) & (n[None, :] < columns)
+        raw = tl.load(weight + n[None, :].to(tl.int64) * inner + k[:, None], mask=mask, other=0)
+        a, b = narrow(a, KIND, HARDWARE), operand(raw, KIND, HARDWARE)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias + n, mask=n < columns, other=0.0)[None, :]
+    to = m[:, None].to(tl.int64) * columns + n[None, :]
+    tl.store(out + to, total, mask=(m[:, None] < rows) & (n[None, :] < columns))

@@ -1,0 +1,162 @@
+"""A step's batch on the device: one transfer, sliced there, kept for all layers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quire.backends.cuda.device import Device
+from quire.batch import ChosenPages, GroupBatch, PagedBatch
+
+__all__ = [
+    "EVERY",
+    "Held",
+    "Step",
+    "StepGroup",
+    "chosen_step",
+    "static_step",
+    "to_device",
+]
+
+IntArray = npt.NDArray[np.int64]
+EVERY = 1 << 30  # the window of a group without one
+
+
+class Held:
+    """Arrays of the host, and their copies on the device; see :meth:`find`."""
+
+    def __init__(self, pairs: Iterable[tuple[IntArray, torch.Tensor]]) -> None:
+        self._pairs = {id(array): (array, tensor) for array, tensor in pairs}
+
+    def find(self, array: object) -> torch.Tensor | None:
+        """The copy of this very array, or None; equal ones are not looked for."""
+        pair = self._pairs.get(id(array))
+        return None if pair is None else pair[1]
+
+    def __getitem__(self, array: IntArray) -> torch.Tensor:
+        return self._pairs[id(array)][1]
+
+
+@dataclass(frozen=True)
+class StepGroup:
+    """A GroupBatch on the device; see there.
+
+    at, first   int64 [n] on the host: of sequences with one new token, its place and the first
+                place that it sees
+    """
+
+    window: int
+    indptr: torch.Tensor
+    indices: torch.Tensor
+    first_page: torch.Tensor
+    open_indptr: torch.Tensor
+    open_indices: torch.Tensor
+    open_first: torch.Tensor
+    at: IntArray
+    first: IntArray
+    known: dict[int, int] = field(default_factory=dict)
+
+    def splits(self, length: int) -> int:
+        """The most splits of ``length`` places that one of these sequences has."""
+        if length not in self.known:
+            counts = self.at // length - self.first // length + 1
+            self.known[length] = int(counts.max(initial=0))
+        return self.known[length]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A PagedBatch on the device; see there.
+
+    reach     None, or how many splits of :data:`attending.SPLIT` places any sequence may have:
+              launches do not depend on the lengths there are
+    single    True if some sequence has one new token
+    several   True if some sequence has more
+    """
+
+    batch: PagedBatch
+    held: Held
+    groups: tuple[StepGroup, ...]
+    single: bool
+    several: bool
+    reach: int | None = None
+
+    @property
+    def places(self) -> torch.Tensor:
+        """int64 [T]."""
+        return self.held[self.batch.places]
+
+    @property
+    def query_indptr(self) -> torch.Tensor:
+        """int64 [S + 1]."""
+        return self.held[self.batch.query_indptr]
+
+
+def arrays_of(batch: PagedBatch) -> list[IntArray]:
+    """All that a step's kernels read of it, each once."""
+    arrays = [batch.positions, batch.places, batch.query_indptr]
+    for group in batch.groups:
+        opened = group.open
+        arrays += [group.slots, group.indptr, group.indices, group.first_page]
+        arrays += [opened.indptr, opened.indices, opened.first, opened.seal_from, opened.seal_to]
+    return list({id(array): array for array in arrays}.values())
+
+
+def to_device(batch: PagedBatch, device: Device) -> Step:
+    """All arrays of ``batch`` in one int64 tensor on the device, in slices."""
+    arrays = arrays_of(batch)
+    packed = device.integers(np.concatenate(arrays))
+    held = Held(zip(arrays, packed.split([len(a) for a in arrays]), strict=True))
+    counts = np.diff(batch.query_indptr)
+    alone = np.flatnonzero(counts == 1)
+    at = batch.places[batch.query_indptr[alone]]
+    groups = tuple(_group(group, held, at, alone) for group in batch.groups)
+    return Step(batch, held, groups, len(alone) > 0, bool((counts > 1).any()))
+
+
+def static_step(
+    batch: PagedBatch, copies: Iterable[tuple[IntArray, torch.Tensor]], reach: int
+) -> Step:
+    """A step whose arrays, filled again and again, have these copies; one token of a sequence."""
+    none, held = np.empty(0, np.int64), Held(copies)
+    groups = tuple(_group(group, held, none, none) for group in batch.groups)
+    return Step(batch, held, groups, True, False, reach)
+
+
+def _group(group: GroupBatch, held: Held, at: IntArray, alone: IntArray) -> StepGroup:
+    window = EVERY if group.window is None else group.window
+    stored = group.first_page[alone] * group.page_size
+    opened = group.open
+    return StepGroup(
+        window=window,
+        indptr=held[group.indptr],
+        indices=held[group.indices],
+        first_page=held[group.first_page],
+        open_indptr=held[opened.indptr],
+        open_indices=held[opened.indices],
+        open_first=held[opened.first],
+        at=at,
+        first=np.maximum(stored, np.maximum(at - window + 1, 0)),
+    )
+
+
+def chosen_step(chosen: ChosenPages, heads: int, device: Device) -> Step:
+    """Each of ``heads`` KV heads of a token as a sequence whose pages are those chosen for it.
+
+    The last of them is the page that its query stands in.
+    """
+    pages = np.diff(chosen.indptr)
+    places = (pages - 1) * chosen.page_size + np.repeat(chosen.last_page_len, heads) - 1
+    none, rows = np.zeros(len(pages), np.int64), np.arange(len(pages) + 1)
+    group = GroupBatch(
+        chosen.page_size, None, none, chosen.indptr, chosen.indices, chosen.last_page_len, none
+    )
+    batch = PagedBatch(places, rows, (group,), (0,))
+    step = to_device(batch, device)
+    (only,) = step.groups
+    own = replace(
+        only, open_indptr=only.indptr, open_indices=only.indices, open_first=only.first_page
+    )
+    return replace(step, groups=(own,))
