@@ -86,24 +86,23 @@ class Report:
 def _process(command: list[str], seconds: float, errors: Any, dry: bool) -> Iterator[Any]:
     """The worker, with all that it starts, stopped after ``seconds`` or when this is over."""
     env = {**os.environ, "TRITON_INTERPRET": "1"} if dry else dict(os.environ)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, start_new_session=True
-    )
+    ) as process:
 
-    def stop() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        def stop() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
-    timer = threading.Timer(seconds, stop)
-    timer.start()
-    try:
-        yield process
-        process.wait()
-    finally:
-        timer.cancel()
-        if process.poll() is None:
-            stop()
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        try:
+            yield process
             process.wait()
+        finally:
+            timer.cancel()
+            if process.poll() is None:
+                stop()
 
 
 def run_part(part: str, mode: str, work: Path, seconds: float, report: Report) -> None:

@@ -30,11 +30,11 @@ def decode(setting: Setting) -> None:
     backend = create_backend("cuda")
     cases = setting.choose(CONTEXTS, ((8, 8192), (64, 32768)), ((2, 64),))
     heads = setting.choose(LARGE, LARGE, SMALL)
-    most, tokens = max(s for s, _ in cases), max(s * c for s, c in cases)
+    most = max(s for s, _ in cases), max(s * c for s, c in cases)
     pools: dict[str, FullPool] = {}
     for name in FORMATS:
         try:
-            pools[name] = FullPool(backend, setting.kind, name, heads, tokens, most)
+            pools[name] = FullPool(backend, setting.kind, name, heads, most)
         except BackendError as error:
             setting.emit(Row(setting.part, name, note=f"not stored: {error}"))
             continue
@@ -42,8 +42,8 @@ def decode(setting: Setting) -> None:
         setting.attempt(f"{name} beside float64", check)
     copy, moved = copying(setting)
     for sequences, context in cases:
-        measure = partial(_decode_case, setting, backend, pools, sequences, context)
-        setting.attempt(f"{sequences} x {context}", partial(measure, copy, moved))
+        measure = partial(_decode_case, setting, backend, pools, (copy, moved))
+        setting.attempt(f"{sequences} x {context}", partial(measure, (sequences, context)))
 
 
 def _query(setting: Setting, tokens: int, heads: Heads) -> Any:
@@ -51,9 +51,13 @@ def _query(setting: Setting, tokens: int, heads: Heads) -> Any:
 
 
 def _decode_case(
-    setting: Setting, backend: Any, pools: dict[str, FullPool], sequences: int, context: int,
-    copy: Call, copied: float,
-) -> None:  # fmt: skip
+    setting: Setting,
+    backend: Any,
+    pools: dict[str, FullPool],
+    ceiling: tuple[Call, float],
+    case: tuple[int, int],
+) -> None:
+    (copy, copied), (sequences, context) = ceiling, case
     repeats = setting.choose(11, 5, 2)
     calls: dict[str, Call] = {"copy": copy}
     for name, full in pools.items():
@@ -119,7 +123,7 @@ def prefill(setting: Setting) -> None:
     heads = setting.choose(LARGE, LARGE, SMALL)
     tokens, repeats = setting.choose(8192, 8192, 64), setting.choose(15, 7, 2)
     backend = create_backend("cuda")
-    full = FullPool(backend, setting.kind, "bf16", heads, tokens, 1)
+    full = FullPool(backend, setting.kind, "bf16", heads, (1, tokens))
     batch, query = full.batch(1, tokens, tokens), _query(setting, tokens, heads)
     ours = partial(backend.attend, query, full.pool, batch, 0)
     few = min(16, tokens)

@@ -1,12 +1,12 @@
 """Parts ``ceilings`` and ``linear`` of ``bench/gpu.py``: what the card gives, and our products."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
-from gpu_rows import Row, summary
+from gpu_rows import summary
 from gpu_timing import Call, Setting, paired
 
 from quire.backends import create_backend
@@ -35,11 +35,12 @@ def ceilings(setting: Setting) -> None:
     copy, moved = copying(setting)
     multiply, operations = multiplying(setting)
     taken = setting.watch.rounds({"copy": copy, "multiply": multiply}, repeats)
-    for name, work, unit in (("copy", moved / 1e9, "GB/s"), ("multiply", operations / 1e12, "TF/s")):
+    for name, case, work, unit in (
+        ("copy", "copy on the device, read + written", moved / 1e9, "GB/s"),
+        ("multiply", "bf16 product", operations / 1e12, "TF/s"),
+    ):
         seconds, spread = summary(taken[name])
-        about = {"copy": "copy on the device, read + written", "multiply": "bf16 product"}[name]
-        row = Row(setting.part, about, work / seconds, unit, spread, repeats, seconds=seconds)
-        setting.emit(row)
+        setting.row(case, work / seconds, unit, spread, repeats, seconds=seconds)
 
 
 def linear(setting: Setting) -> None:
@@ -51,32 +52,27 @@ def linear(setting: Setting) -> None:
     ceiling = {"copy": copying(setting), "multiply": multiplying(setting)}
     for rows in setting.choose((1, 8, 64, 512, 4096), (1, 64, 4096), (2,)):
         case = f"{rows} x {inner} -> {out}, bf16"
-        setting.attempt(case, _linear_case(setting, backend, weight, rows, case, ceiling))
+        x = torch.randn(rows, inner, device=setting.kind)
+        ours = partial(backend.linear, x, weight)
+        moved = 2.0 * out * inner + 4.0 * rows * (out + inner)
+        work = 2.0 * rows * out * inner, moved
+        setting.attempt(case, partial(_linear_case, setting, case, ours, work, ceiling))
 
 
 def _linear_case(
-    setting: Setting, backend: Any, weight: Any, rows: int, case: str, ceiling: Any
-) -> Callable[[], None]:
-    (out, inner), repeats = weight.shape, setting.choose(15, 7, 2)
-
-    def run() -> None:
-        x = torch.randn(rows, inner, device=setting.kind)
-        calls = {"ours": lambda: backend.linear(x, weight)}
-        calls |= {name: call for name, (call, _) in ceiling.items()}
-        taken = setting.watch.rounds(calls, repeats)
-        seconds, spread = summary(taken["ours"])
-        flops, moved = 2.0 * rows * out * inner, 2.0 * out * inner + 4.0 * rows * (out + inner)
-        shares = {
-            name: work / ceiling[name][1] * paired(taken["ours"], taken[name])
-            for name, work in (("copy", moved), ("multiply", flops))
-        }
-        bound = max(shares, key=lambda name: shares[name])  # the nearer ceiling
-        setting.emit(
-            Row(
-                setting.part, case, flops / seconds / 1e12, "TF/s", spread, repeats,
-                ratio=shares[bound], of=f"{bound} ceiling",
-                seconds=seconds, flops=flops, bytes=moved,
-            )  # fmt: skip
-        )
-
-    return run
+    setting: Setting, case: str, ours: Call, work: tuple[float, float], ceiling: Any
+) -> None:
+    """``work``: operations and bytes; ``ceiling``: name to call and its operations, or bytes."""
+    (flops, moved), repeats = work, setting.choose(15, 7, 2)
+    calls = {"ours": ours, **{name: call for name, (call, _) in ceiling.items()}}
+    taken = setting.watch.rounds(calls, repeats)
+    seconds, spread = summary(taken["ours"])
+    shares = {
+        name: done / ceiling[name][1] * paired(taken["ours"], taken[name])
+        for name, done in (("copy", moved), ("multiply", flops))
+    }
+    bound = max(shares, key=lambda name: shares[name])  # the nearer ceiling
+    setting.row(
+        case, flops / seconds / 1e12, "TF/s", spread, repeats, ratio=shares[bound],
+        of=f"{bound} ceiling", seconds=seconds, flops=flops, bytes=moved,
+    )  # fmt: skip

@@ -31,15 +31,16 @@ class Heads:
 
 
 class FullPool:
-    """Pages of ``tokens`` tokens in all, filled with random keys and values, on a device.
+    """Pages of format ``name``, filled with random keys and values, on the torch device ``kind``.
 
-    ``sequences`` is the most that will read it at a time, which decides how many open pages there
-    are. Raises BackendError for a format that the backend does not store.
+    ``most``: sequences that read it at a time, which decide how many open pages there are, and
+    tokens of all of them. Raises BackendError for a format that the backend does not store.
     """
 
     def __init__(
-        self, backend: Backend, kind: str, name: str, heads: Heads, tokens: int, sequences: int
+        self, backend: Backend, kind: str, name: str, heads: Heads, most: tuple[int, int]
     ) -> None:
+        sequences, tokens = most
         pair: tuple[PageFormat, PageFormat] = parse_formats(name).of_layers(1, "bf16")[0]
         backend.require_formats(*pair)
         packed = "page" in (pair[0].kind, pair[1].kind)
@@ -57,9 +58,7 @@ class FullPool:
         for start in range(first * size, end, _AT_ONCE):
             slots = np.arange(start, min(start + _AT_ONCE, end), dtype=np.int64)
             shape = len(slots), self.heads.kv, self.heads.dim
-            key, value = (
-                torch.randn(shape, generator=random, device=self.kind) for _ in range(2)
-            )
+            key, value = (torch.randn(shape, generator=random, device=self.kind) for _ in range(2))
             self.backend.append(self.pool, slots, key, value)
         for start in range(0, self.pages if self.opened else 0, _AT_ONCE):
             target = np.arange(start, min(start + _AT_ONCE, self.pages), dtype=np.int64)

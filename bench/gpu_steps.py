@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from gpu_checkpoints import LLAMA_1B, TINY, checkpoint
-from gpu_rows import Row, summary
+from gpu_rows import summary
 from gpu_timing import Setting
 from torch.profiler import ProfilerActivity, profile
 
@@ -116,23 +116,19 @@ def _step_case(setting: Setting, decoding: Decoding, sequences: int, case: str) 
     requests = decoding.start(sequences)
     try:
         seconds, spread = summary(decoding.measure())
-        setting.emit(
-            Row(
-                setting.part, f"step, {case}", seconds * 1e3, "ms", spread, decoding.windows,
-                "wall", note=f"{sequences / seconds:.4g} tokens/s", seconds=seconds,
-            )  # fmt: skip
-        )
+        setting.row(
+            f"step, {case}", seconds * 1e3, "ms", spread, decoding.windows,
+            "wall", note=f"{sequences / seconds:.4g} tokens/s", seconds=seconds,
+        )  # fmt: skip
         kernels, copies = _profiled(decoding)
     finally:
         decoding.end(requests)
     outside = seconds - kernels
     note = f"kernels {kernels * 1e3:.3g} ms, copies {copies * 1e3:.3g} ms"
-    setting.emit(
-        Row(
-            setting.part, f"outside kernels, {case}", outside * 1e3, "ms", spread,
-            decoding.windows, "wall", outside / seconds, "the step", at_most=0.1, note=note,
-        )  # fmt: skip
-    )
+    setting.row(
+        f"outside kernels, {case}", outside * 1e3, "ms", spread,
+        decoding.windows, "wall", outside / seconds, "the step", at_most=0.1, note=note,
+    )  # fmt: skip
 
 
 def exact(setting: Setting) -> None:
@@ -147,12 +143,10 @@ def exact(setting: Setting) -> None:
         fast = times.get("cuda", {}).get(case)
         ratio = None if fast is None else seconds / summary(fast)[0]
         note = "" if fast is None else f"cuda: {summary(fast)[0] * 1e3:.4g} ms"
-        setting.emit(
-            Row(
-                setting.part, f"{case}, cuda-exact", seconds * 1e3, "ms", spread, len(ours),
-                "wall", ratio, "cuda's time", note=note, seconds=seconds,
-            )  # fmt: skip
-        )
+        setting.row(
+            f"{case}, cuda-exact", seconds * 1e3, "ms", spread, len(ours),
+            "wall", ratio, "cuda's time", note=note, seconds=seconds,
+        )  # fmt: skip
 
 
 def _exact_times(

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from gpu_baseline import PageLoop
 from gpu_checkpoints import STREAMED, TINY, LlamaShape, checkpoint
-from gpu_rows import Row, summary
+from gpu_rows import summary
 from gpu_timing import Setting
 
 import quire
@@ -35,10 +35,10 @@ class Contest:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.shape: LlamaShape = setting.choose(STREAMED, STREAMED, TINY)
-        self.page = setting.choose(256, 256, 32)
-        self.prompts = setting.choose((4096, 8192, 16_384), (4096,), (64,))
-        self.contexts = setting.choose((512, 1024, 2048, 4096), (512, 4096), (32, 64))
-        self.new = setting.choose(256, 256, 4)
+        self.page = setting.choose(256, 256, 16)
+        self.prompts = setting.choose((4096, 8192, 16_384), (4096,), (40,))
+        self.contexts = setting.choose((512, 1024, 2048, 4096), (512, 4096), (16, 32))
+        self.new = setting.choose(256, 256, 2)
         self.times: dict[tuple[str, str, int], list[float]] = {}
         self.peaks: dict[tuple[str, int], int] = {}
         self._draw = random.Random(0)
@@ -112,12 +112,10 @@ def _agree(contest: Contest) -> None:
         ours = torch.from_numpy(engine.logits(tokens)).double()
     errors = [float((x - law).norm() / law.norm()) for x in (ours, plain, theirs)]
     note = "relative errors: ours {:.1e}, the loop {:.1e}, with TF32 {:.1e}".format(*errors)
-    contest.setting.emit(
-        Row(
-            contest.setting.part, f"logits of {len(tokens)} tokens, fp32",
-            ratio=errors[0] / errors[1], of="error of the loop, no TF32", at_most=2.0, note=note,
-        )  # fmt: skip
-    )
+    contest.setting.row(
+        f"logits of {len(tokens)} tokens, fp32",
+        ratio=errors[0] / errors[1], of="error of the loop, no TF32", at_most=2.0, note=note,
+    )  # fmt: skip
     _free()
 
 
@@ -215,7 +213,7 @@ def _loop_run(contest: Contest, loop: PageLoop, prompt: int, new: int) -> float:
 
 def _rows(contest: Contest, name: str) -> None:
     """Ours beside the loop, where both were measured."""
-    times, emit = contest.times, contest.setting.emit
+    times, row = contest.times, contest.setting.row
     work = [("prefill", at, at, 50.0) for at in contest.prompts]
     work += [("decode", at, contest.new, 5.0) for at in contest.contexts]
     for what, at, tokens, asked in work:
@@ -225,29 +223,24 @@ def _rows(contest: Contest, name: str) -> None:
         seconds, spread = summary(ours)
         ratio = None if loop is None else statistics.median(loop) / seconds
         note = "" if loop is None else f"the loop: {tokens / statistics.median(loop):.4g} tokens/s"
-        emit(
-            Row(
-                contest.setting.part, f"{what}{' after' * (what == 'decode')} {at}, {name}", tokens / seconds, "tokens/s",
-                spread, len(ours), "wall", ratio, "the loop", asked, note=note, seconds=seconds,
-            )  # fmt: skip
-        )
+        case = f"{what}{' after' * (what == 'decode')} {at}, {name}"
+        row(
+            case, tokens / seconds, "tokens/s",
+            spread, len(ours), "wall", ratio, "the loop", asked, note=note, seconds=seconds,
+        )  # fmt: skip
     first, last = (times.get(("decode", name, contest.contexts[at])) for at in (0, -1))
     if first is not None and last is not None:
         ratio = statistics.median(first) / statistics.median(last)
         case = f"speed of decode after {contest.contexts[-1]}, {name}"
-        emit(
-            Row(
-                contest.setting.part, case, 100 * ratio, "%", repeats=len(last), clock="wall",
-                ratio=ratio, of=f"decode after {contest.contexts[0]}", at_least=0.9,
-            )  # fmt: skip
-        )
+        row(
+            case, 100 * ratio, "%", repeats=len(last), clock="wall",
+            ratio=ratio, of=f"decode after {contest.contexts[0]}", at_least=0.9,
+        )  # fmt: skip
     for prompt in contest.prompts:
         if (name, prompt) in contest.peaks and ("loop", prompt) in contest.peaks:
             ours_peak, theirs = contest.peaks[name, prompt], contest.peaks["loop", prompt]
-            emit(
-                Row(
-                    contest.setting.part, f"peak memory, prefill {prompt}, {name}",
-                    ours_peak / 2**20, "MiB", ratio=ours_peak / theirs, of="the loop",
-                    at_most=1.0, note=f"the loop: {theirs / 2**20:.4g} MiB",
-                )  # fmt: skip
-            )
+            row(
+                f"peak memory, prefill {prompt}, {name}",
+                ours_peak / 2**20, "MiB", ratio=ours_peak / theirs, of="the loop",
+                at_most=1.0, note=f"the loop: {theirs / 2**20:.4g} MiB",
+            )  # fmt: skip

@@ -114,10 +114,14 @@ class Setting:
         """What belongs to the mode."""
         return {"full": full, "quick": quick, "dry": dry}[self.mode]
 
+    def row(self, case: str, *values: Any, **named: Any) -> None:
+        """Emit a row of this part; see :class:`gpu_rows.Row` for the rest."""
+        self.emit(Row(self.part, case, *values, **named))
+
     def attempt(self, case: str, call: Callable[[], T]) -> T | None:
         """The result; or None, and a row that says what was raised or that time is up."""
         if time.monotonic() > self.end:
-            self.emit(Row(self.part, case, note="skipped: no time left"))
+            self.row(case, note="skipped: no time left")
             return None
         try:
             return call()
