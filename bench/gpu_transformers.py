@@ -33,7 +33,7 @@ class Contest:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.shape = setting.choose(LLAMA_1B, LLAMA_1B, TINY)
-        self.counts = setting.choose((8, 64, 1), (8,), (2,))
+        self.counts = setting.choose((8, 64, 1), (8,), (2, 1))
         self.prompt, self.new = setting.choose((512, 128), (512, 128), (12, 3))
         self.repeats = setting.choose(3, 2, 1)
         self.directory: Path = checkpoint(setting.work, self.shape, "bfloat16", setting.kind)
@@ -146,21 +146,25 @@ def _continuous(model: Any, contest: Contest, count: int) -> None:
 
         config = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
         small = {"continuous_batching_config": config}
-    model.generate_batch(
-        first, generation_config=settings, progress_bar=False, persistent_manager=True, **small
-    )
-    with model.continuous_batching_context_manager(generation_config=settings) as manager:
+    try:
+        model.generate_batch(
+            first, generation_config=settings, progress_bar=False, persistent_manager=True, **small
+        )
+        with model.continuous_batching_context_manager(generation_config=settings) as manager:
+            attention = model.config._attn_implementation
+            generate = partial(_managed, manager, contest.new)
+            contest.run(f"continuous batching, {attention}", count, generate)
+    finally:  # its cache is as large as the memory that was free
+        model.destroy_cached_continuous_batching_manager()
 
-        def generate(prompts: Prompts) -> list[list[int]]:
-            names = manager.add_requests(inputs=prompts, max_new_tokens=contest.new)
-            done: dict[str, list[int]] = {}
-            while len(done) < len(names):
-                result = manager.get_result(timeout=1)
-                if result is None and not manager.is_running():
-                    raise RuntimeError("the manager's thread has ended")
-                if result is not None and result.is_finished():
-                    done[result.request_id] = list(result.generated_tokens)
-            return [done[name] for name in names]
 
-        attention = model.config._attn_implementation
-        contest.run(f"continuous batching, {attention}", count, generate)
+def _managed(manager: Any, new: int, prompts: Prompts) -> list[list[int]]:
+    names = manager.add_requests(inputs=prompts, max_new_tokens=new)
+    done: dict[str, list[int]] = {}
+    while len(done) < len(names):
+        result = manager.get_result(timeout=1)
+        if result is None and not manager.is_running():
+            raise RuntimeError("the manager's thread has ended")
+        if result is not None and result.is_finished():
+            done[result.request_id] = list(result.generated_tokens)
+    return [done[name] for name in names]
