@@ -43,9 +43,9 @@ PARTS = {
     "decode": 120,
     "prefill": 60,
     "streaming": 110,
-    "step": 70,
+    "step": 80,
     "linear": 45,
-    "exact": 70,
+    "exact": 80,
     "transformers": 240,
 }
 _GRACE = 0.85  # of a part's seconds, after which it begins no new case

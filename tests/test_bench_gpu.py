@@ -55,6 +55,9 @@ def test_a_report_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 @needs_triton
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="the extra hf is not installed"
+)
 def test_every_part_runs_dry(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     command = [sys.executable, BENCH / "gpu.py", "--dry", "--json", file]
@@ -116,6 +119,33 @@ def test_a_part_that_breaks_or_hangs_leaves_its_rows_and_the_others(
     assert rows[1].note.startswith("failed: ")
     assert said in rows[1].note
     assert about["parts"]["step"]["late"] == 3
+
+
+@needs_triton
+def test_a_sample_that_holds_the_hosts_time_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from gpu_timing import Stopwatch
+
+    passed = iter([True, True, False])  # had the device come to the call before it was queued?
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def query(self) -> bool:
+            return next(passed)
+
+        def elapsed_time(self, end: object) -> float:
+            return 7.0  # milliseconds
+
+        record = synchronize = lambda self: None
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch, calls = Stopwatch("cpu"), list[int]()
+    watch.kind = "cuda"
+    assert watch.sample(lambda: calls.append(watch._flushes)) == 0.007
+    assert calls == [4, 4, 8, 16]  # the first is not timed
+    assert (watch.late, list(passed)) == (0, [])
 
 
 # -- arithmetic ----------------------------------------------------------------------------------
