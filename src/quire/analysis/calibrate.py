@@ -8,6 +8,7 @@ pages of the model's own heads and format, and two tiny models that the engine r
 import itertools
 import json
 import math
+import shutil
 import statistics
 import tempfile
 import time
@@ -180,13 +181,17 @@ class Measured:
 def calibrate(shape: ModelShape, layout: CacheLayout, backend: Backend) -> Profile:
     """Time ``backend`` on this machine with the dtype, heads and page formats of a model.
 
+    That tokens become text takes time, too, by quill's tokenizer, which stands for all; not where
+    a directory was planned that has none.
     Takes some seconds and up to 0.6 GB. Of several kinds of layers the one that most layers have
     stands for all.
     """
     [(layer, _)] = shape.layer_kinds.most_common(1)
     index = shape.layers.index(layer)
     probe = _Attending(backend, layer, layout, index)
-    decoding, prefilling = _overheads(backend)
+    source = Path(shape.source)
+    text = not source.is_file() or (source.parent / "tokenizer.json").is_file()
+    decoding, prefilling = _overheads(backend, text)
     linear, cached = _linear_times(backend, shape.dtype)
     return Profile(
         name=f"this machine: {this_machine().cpu_name}, {backend.name} backend",
@@ -367,13 +372,13 @@ class _Attending:
 # -- what steps take outside operations ------------------------------------------------------------
 
 
-def _overheads(backend: Backend) -> tuple[Overhead, Overhead]:
+def _overheads(backend: Backend, text: bool) -> tuple[Overhead, Overhead]:
     """Of steps that decode, and of those that prefill: two tiny models, one and many sequences."""
     few, many, layers = 1, 16, (2, 10)
     decode, prefill = {}, {}
     for count in layers:
         with tempfile.TemporaryDirectory() as directory:
-            _write_tiny(Path(directory), count)
+            _write_tiny(Path(directory), count, text)
             for sequences in (few, many):
                 decode[count, sequences] = _decode_step(directory, backend, sequences)
             prefill[count] = _prefill_step(directory, backend)
@@ -386,8 +391,11 @@ def _overheads(backend: Backend) -> tuple[Overhead, Overhead]:
     return Overhead(fixed, per_sequence, per_layer), Overhead(begin, per_sequence, layer)
 
 
-def _write_tiny(directory: Path, layers: int) -> None:
+def _write_tiny(directory: Path, layers: int, text: bool) -> None:
     """A checkpoint with nothing to compute."""
+    if text:
+        for path in resolve_model(None).glob("tokenizer*.json"):
+            shutil.copy(path, directory)
     hidden, vocab = 32, 64
     config = {
         "architectures": ["LlamaForCausalLM"],
