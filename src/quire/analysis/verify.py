@@ -317,7 +317,8 @@ def _trace(asked: Asked) -> dict[str, Any]:
     copied, transient = numpy_bytes(), 0
     prompts = _prompts(asked, engine)
     _steps(engine, asked, prompts[:1])  # tables grow
-    engine.submit(prompts[0], SamplingParams(max_new_tokens=1))
+    for prompt in prompts[:2]:  # so that the first step is as large as can be
+        engine.submit(prompt, SamplingParams(max_new_tokens=1))
     while engine.has_work:
         tracemalloc.reset_peak()
         now, _ = tracemalloc.get_traced_memory()
