@@ -83,6 +83,40 @@ def test_a_directory_is_planned_by_its_config_alone(tmp_path: Path) -> None:
     assert any("names no dtype" in note for note in found["notes"])
 
 
+def test_kv_by_layer_and_waste_by_length_are_told() -> None:
+    found = answer("gemma-3-1b", "--hardware", "h100", "--context", "1000")
+    layers = found["kv_bytes_per_token_by_layer"]
+    assert layers == [2 * 256 * 2] * 26
+    assert sum(layers) == found["kv_bytes_per_token"]
+    lengths = range(1, 1001)
+    empty = 1 - sum(lengths) / (1000 * 32768)
+    assert found["waste"]["contiguous"] == pytest.approx(empty)
+    pages = sum(-(-length // 16) * 16 for length in lengths)
+    assert found["waste"]["paged"] == pytest.approx(1 - sum(lengths) / pages)
+
+
+def test_config_of_a_hub_model_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    directory = write_checkpoint(tmp_path / "m", tiny_config("qwen2"), dtype="bf16")
+    asked = []
+
+    def download(name: str, file: str, *, local_files_only: bool) -> str:
+        asked.append((name, file, local_files_only))
+        if local_files_only:
+            raise OSError("not cached")
+        if name != "someone/model":
+            raise OSError("no route to the hub")
+        return str(directory / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = answer("someone/model", "--hardware", "h100", "--context", "64")
+    assert found["model"] == "someone/model"
+    assert asked == [("someone/model", "config.json", local) for local in (True, False)]
+    with pytest.raises(QuireError, match=r"'nobody/model': .*OSError: no route to the hub"):
+        run("nobody/model", "--hardware", "h100")
+
+
 def test_tables_say_what_people_ask() -> None:
     said = run("mistral-7b", "--hardware", "rtx-4090", "--context", "32768")
     for text in (

@@ -13,6 +13,7 @@ from quire.analysis.catalogue import MODELS, known_model
 from quire.analysis.families import read_shape
 from quire.analysis.hardware import Hardware
 from quire.analysis.memory import (
+    Fragmentation,
     Load,
     MemoryPlan,
     Share,
@@ -40,7 +41,7 @@ from quire.analysis.roofline import (
 from quire.analysis.shape import ModelShape
 from quire.analysis.steps import Deployment, deploy, weight_bytes
 from quire.analysis.strategies import PrefillPeak, Strategy, prefill_peaks, strategies
-from quire.errors import ConfigError, did_you_mean
+from quire.errors import CheckpointError, ConfigError, UnsupportedArchitecture, did_you_mean
 from quire.format_choice import parse_formats
 
 __all__ = [
@@ -63,10 +64,10 @@ BATCHES = (1, 8, 64)
 def plan_shape(model: str | None) -> ModelShape:
     """The shape of a directory with a config.json, of a name of the catalogue, or of quill.
 
-    A name of the hub that is not in the catalogue is looked up in the local hub cache. Raises
-    ConfigError, with the nearest names, for what is none of these.
+    Of a name of the hub that is not in the catalogue config.json is fetched, if it is not in the
+    local cache. Raises ConfigError, with the nearest names, for what is none of these.
     """
-    from quire.models.source import QUILL, resolve_model
+    from quire.models.source import QUILL, hub_config, is_hub_name, resolve_model
 
     if model is None or model == QUILL:
         return replace(read_shape(resolve_model(None)), name=QUILL)
@@ -75,26 +76,19 @@ def plan_shape(model: str | None) -> ModelShape:
     try:
         return known_model(model)
     except ConfigError:
-        directory = _cached(model)
-    if directory is not None:
-        return replace(read_shape(directory), name=model)
+        why = "it is neither a directory with a config.json nor in the catalogue"
+    if is_hub_name(model):
+        try:
+            return replace(read_shape(hub_config(model).parent), name=model)
+        except UnsupportedArchitecture:
+            raise
+        except CheckpointError as error:
+            why = f"it is no directory and not in the catalogue, and {error}"
     names = [*MODELS, *(hub for hub, _ in MODELS.values())]
     raise ConfigError(
-        f"no model {model!r}: it is neither a directory with a config.json, nor in the hub's "
-        f"cache, nor in the catalogue{did_you_mean(model, names)} (there are: {', '.join(MODELS)})"
+        f"no model {model!r}: {why}{did_you_mean(model, names)} (in the catalogue are: "
+        f"{', '.join(MODELS)})"
     )
-
-
-def _cached(name: str) -> Path | None:
-    """The directory of a hub model in the local cache; only its config.json need be there."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 @dataclass(frozen=True)
@@ -190,6 +184,13 @@ class Plan:
         """Whether the load fits the budget of each device."""
         return self.device_bytes <= self.asked.budget
 
+    @property
+    def fragmentation(self) -> Fragmentation:
+        """Empty memory if requests are of any length up to the context, each as likely."""
+        lengths = range(1, self.asked.load.context + 1)
+        longest, size = self.asked.shape.max_position, self.deployment.layout.page_size
+        return fragmentation(lengths, longest, size)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON; bytes, seconds and tokens."""
         asked, shape, first = self.asked, self.asked.shape, self.rows[0]
@@ -212,6 +213,7 @@ class Plan:
             "kv_bytes_per_token": first.kv_bytes_per_token,
             "kv_bytes": self.memory.kv,
             "kv_bytes_per_request": first.kv_bytes,
+            "kv_bytes_per_token_by_layer": [page.bytes_per_token for page in layout.shapes],
             "kv_fixed_bytes": kv_fixed_bytes(layout),
             "kv_bytes_per_further_token": float(kv_growth(layout, asked.load.context)),
             "workspace_bytes": self.memory.workspace.total,
@@ -229,6 +231,11 @@ class Plan:
             "formats": [vars(row) for row in self.rows],
             "growth": [{"context": tokens, "kv_bytes": taken} for tokens, taken in self.growth],
             "strategies": [strategy.as_dict() for strategy in self.strategies],
+            "waste": {
+                "lengths": f"1 to {asked.load.context}, each as likely",
+                "contiguous": self.fragmentation.contiguous_waste,
+                "paged": self.fragmentation.paged_waste,
+            },
             "prefill_score_bytes": {str(peak.name): peak.score_bytes for peak in self.peaks},
             "split": None if self.split is None else self.split.as_dict(),
             "split_decode": None if self.split_decode is None else self.split_decode.as_dict(),
@@ -319,9 +326,8 @@ def timing_of(plan: Plan, timer: Timer) -> Timing:
     return Timing(step, a_token, cache / read if read else 0.0)
 
 
-def waste(lengths: Sequence[int], longest: int, page_size: int) -> str:
+def waste(found: Fragmentation, longest: int, page_size: int) -> str:
     """One line about empty memory, for a person."""
-    found = fragmentation(lengths, longest, page_size)
     return (
         f"{found.contiguous_waste:.0%} of a contiguous cache of {longest:,} tokens a sequence, "
         f"{found.paged_waste:.1%} of pages of {page_size}"

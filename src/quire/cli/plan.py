@@ -291,6 +291,7 @@ def _add_trace(
     path: Path, made: "Plan", timer: "Timer", found: dict[str, Any], parts: list[Callable[[], None]]
 ) -> None:
     from quire.analysis.hit_rates import hit_rates
+    from quire.analysis.memory import fragmentation
     from quire.analysis.plan import timing_of, waste
     from quire.analysis.replay import replay
     from quire.analysis.trace import read_trace
@@ -305,8 +306,16 @@ def _add_trace(
     done = replay(trace, layout, max(1, room), timing, limits=limits, longest=longest)
     rates = hit_rates(trace, layout, None, timing, limits=limits, longest=longest)
     lengths = [min(longest, each.input_length + each.output_length) for each in trace]
-    empty = waste(lengths, longest, layout.page_size)
-    found["trace"] = {**done.as_dict(), "hit_rates": rates.as_dict()}
+    found_empty = fragmentation(lengths, longest, layout.page_size)
+    empty = waste(found_empty, longest, layout.page_size)
+    found["trace"] = {
+        **done.as_dict(),
+        "hit_rates": rates.as_dict(),
+        "waste": {
+            "contiguous": found_empty.contiguous_waste,
+            "paged": found_empty.paged_waste,
+        },
+    }
     parts.append(lambda: _print_trace(path, done, rates, empty))
 
 
@@ -555,6 +564,7 @@ def _print_speed(made: "Plan") -> None:
 
 
 def _print_strategies(made: "Plan") -> None:
+    from quire.analysis.plan import waste
     from quire.config import format_bytes
 
     console, load = _console(), made.asked.load
@@ -565,6 +575,11 @@ def _print_strategies(made: "Plan") -> None:
         saves = f"{each.saving:.0%}" if each.saving else ""
         table.add_row(each.name, each.kv_format, format_bytes(each.kv_bytes), saves, each.gives)
     console.print(table)
+    size, longest = made.deployment.layout.page_size, made.asked.shape.max_position
+    console.print(
+        f"empty, if requests are of 1 to {load.context:,} tokens, each as likely: "
+        f"{waste(made.fragmentation, longest, size)}"
+    )
     console.print("`quire measure` says what bits and tokens cost on your own text")
     console.print("scores of a prefill, one layer: " + ", ".join(map(str, made.peaks)))
 

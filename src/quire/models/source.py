@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quire.errors import CheckpointError
 
-__all__ = ["QUILL", "resolve_model"]
+__all__ = ["QUILL", "hub_config", "is_hub_name", "resolve_model"]
 
 QUILL = "quill"
 
@@ -27,12 +27,35 @@ def resolve_model(name: str | Path | None) -> Path:
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not str(name).startswith("."):
+    if is_hub_name(str(name)):
         return _from_hub(str(name))
     raise CheckpointError(
         f"no model directory at {path}; give a directory, a hub name such as org/model, or none "
         f"for the built-in {QUILL}"
     )
+
+
+def hub_config(name: str) -> Path:
+    """The ``config.json`` of a hub model, and nothing else: from the local cache, or fetched.
+
+    Raises CheckpointError, with the reason, if the hub does not give it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    for local in (True, False):
+        try:
+            return Path(hf_hub_download(name, "config.json", local_files_only=local))
+        except Exception as error:  # the hub library has a family of errors for it
+            why = error
+    raise CheckpointError(
+        f"the hub did not give config.json of {name!r}: {type(why).__name__}: "
+        f"{str(why).splitlines()[0]}"
+    ) from why
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether ``name`` is of the form ``org/model``."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
 
 
 def _from_hub(name: str) -> Path:
