@@ -2,9 +2,10 @@
 
     python bench/plan.py --model quill --model path/to/160m --model path/to/1b [--rounds 5]
 
-Each round measures this machine, predicts, runs the model in processes of its own, and compares;
-rounds of all cases take turns, so that a restless machine is restless for all. Prints the median
-of each term's difference and its range, as a table of Markdown; --json FILE has every round.
+Each round measures this machine, runs the model in processes of its own, measures the machine
+again, and compares; rounds of all cases take turns, so that a restless machine is restless for all.
+Prints the median of each term's difference and its range, as a table of Markdown; --json FILE has
+every round.
 Models of the shapes that other benchmarks use are written by bench/peers.py into its --cache.
 """
 
@@ -17,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import quire
-from quire.analysis.calibrate import Measured, calibrate, measured_hardware
-from quire.analysis.memory import Load, kv_layout, weight_bytes
+from quire.analysis.calibrate import measure_machine
+from quire.analysis.memory import Load, kv_layout
 from quire.analysis.plan import Asked, make_plan, plan_shape
 from quire.analysis.verify import Row, verify
-from quire.backends import create_backend
 from quire.machine import this_machine
 
 FORMATS = ("bf16", "int8", "int4")
@@ -33,12 +33,11 @@ def compare(case: Case, context: int, requests: int) -> list[Row]:
     model, kv_format = case
     shape, threads = plan_shape(model), this_machine().threads
     load = Load(context, requests, threads=threads)
-    backend = create_backend("native", threads)
-    profile = calibrate(shape, kv_layout(shape, kv_format), backend)
-    hardware = measured_hardware(profile, backend)
-    timer = Measured(profile, sum(weight_bytes(shape).values()))
+    layout = kv_layout(shape, kv_format)
+    hardware, timer = measure_machine(shape, layout, threads)
     asked = Asked(shape, load, hardware, hardware.memory_bytes, formats=(kv_format,))
-    return verify(make_plan(asked, timer), model, timer)
+    made = make_plan(asked, timer)
+    return verify(made, model, timer, lambda: measure_machine(shape, layout, threads)[1])
 
 
 def differences(rounds: Sequence[Sequence[Row]]) -> dict[str, list[float]]:

@@ -53,7 +53,7 @@ def test_a_small_model_is_timed_as_caches_hold_it() -> None:
     from_memory = Measured(profile(), 128 << 20).seconds(op)
     assert Measured(profile(), 4 << 20).seconds(op) == pytest.approx(from_memory / 2)
     assert Measured(profile(), 1 << 20).seconds(op) == pytest.approx(from_memory / 2)
-    between = Measured(profile(), 2 << 23).seconds(op)
+    between = Measured(profile(), math.sqrt(4 * 128) * (1 << 20)).seconds(op)
     assert between == pytest.approx(from_memory / math.sqrt(2))
 
 

@@ -149,6 +149,8 @@ def test_pairs_are_counted_exactly(window: int | None, context: int, new: int) -
 @pytest.mark.parametrize("kv", ["auto", "int8", "int4", "k=int8,v=int2"])
 @pytest.mark.parametrize("raw", [LLAMA, MIXED, LATENT], ids=["llama", "windows", "latent"])
 def test_a_decode_step_reads_the_bytes_that_a_token_sees(raw: dict[str, Any], kv: str) -> None:
+    if raw is LATENT and "=" in kv:
+        return  # one vector has one format: refused, see test_plan_memory.py
     served = deploy(shape({**raw, "head_dim": 32} if raw is not LATENT else raw), kv_format=kv)
     for context in (0, 1, 31, 32, 33, 63, 64, 100, 158):
         read = cache_read_bytes(served, 3, context)

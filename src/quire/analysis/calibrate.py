@@ -23,10 +23,11 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from quire.analysis.hardware import Hardware
+from quire.analysis.memory import weight_bytes
 from quire.analysis.roofline import Limit
 from quire.analysis.shape import LayerShape, ModelShape
 from quire.analysis.steps import Op, Work
-from quire.backends import Backend, MlpParams, Projection
+from quire.backends import Backend, MlpParams, Projection, create_backend
 from quire.backends.native import NativeBackend
 from quire.cache import KVCache
 from quire.config import CacheConfig
@@ -36,7 +37,7 @@ from quire.layout import CacheLayout, lay_out
 from quire.machine import this_machine
 from quire.models import resolve_model
 
-__all__ = ["Measured", "Profile", "calibrate", "measured_hardware"]
+__all__ = ["Measured", "Profile", "calibrate", "measure_machine", "measured_hardware"]
 
 Array = npt.NDArray[Any]
 Table = Mapping[tuple[int, int], float]
@@ -209,6 +210,16 @@ def calibrate(shape: ModelShape, layout: CacheLayout, backend: Backend) -> Profi
         prefilling=prefilling,
         choosing=_median(lambda: likeliest(np.ones(1 << 15, np.float32), 0)) / (1 << 15),
     )
+
+
+def measure_machine(
+    shape: ModelShape, layout: CacheLayout, threads: int
+) -> tuple[Hardware, Measured]:
+    """This machine as hardware, and a timer for a model; BackendError without native kernels."""
+    backend = create_backend("native", threads)
+    profile = calibrate(shape, layout, backend)
+    timer = Measured(profile, sum(weight_bytes(shape).values()))
+    return measured_hardware(profile, backend), timer
 
 
 def measured_hardware(profile: Profile, backend: Backend) -> Hardware:

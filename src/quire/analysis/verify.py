@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -125,8 +126,11 @@ class Row:
         return asdict(self)
 
 
-def verify(plan: Plan, model: str | None, timer: Timer) -> list[Row]:
+def verify(plan: Plan, model: str | None, timer: Timer, again: Callable[[], Timer]) -> list[Row]:
     """Run what was planned and hold every term against it.
+
+    timer   of this machine before the run; ``again`` measures it behind the run. Predicted seconds
+            are the mean of both, since what a machine's memory gives changes by the minute.
 
     "unaccounted" is what the process came to hold beside what it held before the model and all
     that was predicted: tokenizer, libraries that loading needs, Python's own objects. Raises
@@ -144,21 +148,9 @@ def verify(plan: Plan, model: str | None, timer: Timer) -> list[Row]:
         chunk=load.chunk,
         threads=load.threads,
     )
-    found, new = measure(run), _new_tokens(run)
-    prompt = load.context - new
-    times = (
-        ("prefill", prefill_time(plan.deployment, timer, prompt, load.chunk), found.prefill_s),
-        (
-            "decode step, 1 request",
-            decode_time(plan.deployment, timer, 1, prompt + new // 2),
-            found.decode_s,
-        ),
-        (
-            f"decode step, {load.sequences} requests",
-            decode_time(plan.deployment, timer, load.sequences, load.context - STEADY // 2),
-            found.decode_all_s,
-        ),
-    )
+    found, times = measure(run), [_predicted(plan, run, each) for each in (timer, again())]
+    seconds = {name: statistics.mean(each[name] for each in times) for name in times[0]}
+    ran = (found.prefill_s, found.decode_s, found.decode_all_s)
     return [
         Row("weights", "bytes", plan.memory.weight_bytes, found.weights),
         Row("keys and values", "bytes", plan.memory.kv, found.kv),
@@ -166,8 +158,24 @@ def verify(plan: Plan, model: str | None, timer: Timer) -> list[Row]:
         Row("logits", "bytes", space.logits, found.logits),
         Row("process before", "bytes", None, found.base),
         *_totals(plan, found),
-        *(Row(name, "seconds", time.seconds, seconds) for name, time, seconds in times),
+        *(
+            Row(name, "seconds", predicted, measured)
+            for (name, predicted), measured in zip(seconds.items(), ran, strict=True)
+        ),
     ]
+
+
+def _predicted(plan: Plan, run: Asked, timer: Timer) -> dict[str, float]:
+    """Seconds of the steps that :class:`Measured` has, in its order."""
+    new, most = _new_tokens(run), run.context
+    prompt, deployment = most - new, plan.deployment
+    return {
+        "prefill": prefill_time(deployment, timer, prompt, run.chunk).seconds,
+        "decode step, 1 request": decode_time(deployment, timer, 1, prompt + new // 2).seconds,
+        f"decode step, {run.sequences} requests": decode_time(
+            deployment, timer, run.sequences, most - STEADY // 2
+        ).seconds,
+    }
 
 
 def _totals(plan: Plan, found: Measured) -> list[Row]:

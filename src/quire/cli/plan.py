@@ -230,14 +230,9 @@ def _hardware(
     if name != THIS:
         known = known_hardware(name)
         return known, Roof(known)
-    from quire.analysis.calibrate import Measured, calibrate, measured_hardware
-    from quire.analysis.memory import weight_bytes
-    from quire.backends import create_backend
+    from quire.analysis.calibrate import measure_machine
 
-    backend = create_backend("native", threads)
-    profile = calibrate(shape, layout, backend)
-    timer = Measured(profile, sum(weight_bytes(shape).values()))
-    return measured_hardware(profile, backend), timer
+    return measure_machine(shape, layout, threads)
 
 
 def _list_hardware() -> None:
@@ -336,8 +331,12 @@ def _add_verified(
     found: dict[str, Any],
     parts: list[Callable[[], None]],
 ) -> None:
+    from quire.analysis.calibrate import measure_machine
     from quire.analysis.verify import verify
 
-    rows = verify(made, model, timer)
+    asked, layout = made.asked, made.deployment.layout
+    rows = verify(
+        made, model, timer, lambda: measure_machine(asked.shape, layout, asked.load.threads)[1]
+    )
     found["verify"] = [row.as_dict() for row in rows]
     parts.append(lambda: print_verified(rows))
