@@ -198,7 +198,7 @@ def test_workspace_grows_with_the_chunk_and_logits_with_their_rows() -> None:
     shape = read_shape(resolve_model("quill"))
     layout = kv_layout(shape)
     small, large = (workspace(shape, layout, Load(2048, 1, chunk)) for chunk in (64, 512))
-    assert large.activations > 7 * small.activations
+    assert large.activations > 6 * small.activations
     assert large.logits == small.logits == 4 * 4096
     assert workspace(shape, layout, Load(2048, 1, 64, logits=10)).logits == 40 * 4096
 

@@ -46,7 +46,8 @@ FEW = 32  # rows up to which a linear layer does without panels; gate and up lie
 # Of each thread: copies of blocks that are no whole pages, 32 in prefill and 16 in decode, of 16
 # tokens of 512 numbers each; two panels of weights (kernels.hpp: MAX_HEAD, BLOCK, CHUNK).
 COPIES, COPY_BYTES, PANEL_BYTES = 48, 512 * 16 * FLOAT + 64, 2 * 4800
-_WIDE = {"fp16": 4, "fp8": 2, "int8": 2, "int4": 2, "int2": 2}  # bytes, once taken apart
+_WIDE = {"fp16": 4, "fp8": 2, "int8": 2}  # bytes of a number that prefill takes apart once
+BOOKS = 192 << 10  # tables, lists and objects of a step: measured, about the same for all models
 SPARE_WORDS = 16  # at the end of each row that a linear layer takes
 
 
@@ -227,7 +228,7 @@ class Workspace:
 def workspace(shape: ModelShape, layout: CacheLayout, load: Load) -> Workspace:
     """What a step of ``load`` needs beside weights and pages."""
     return Workspace(
-        activations=FLOAT * _activations(shape, load),
+        activations=BOOKS + FLOAT * _activations(shape, load),
         partials=FLOAT * _partials(shape, load),
         threads=load.threads * _thread_bytes(shape, layout),
         rotary=0 if shape.positions else FLOAT * _angles(shape, load.context),

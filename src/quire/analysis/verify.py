@@ -325,8 +325,9 @@ def _trace(asked: Asked) -> dict[str, Any]:
     copied, transient = numpy_bytes(), 0
     prompts = _prompts(asked, engine)
     _steps(engine, asked, prompts[:1])  # tables grow
-    for prompt in prompts[:2]:  # so that the first step is as large as can be
-        engine.submit(prompt, SamplingParams(max_new_tokens=1))
+    whole = [token for prompt in prompts for token in prompt]  # a chunk as large as can be
+    widest = whole[: min(asked.chunk, asked.context - 1)]
+    engine.submit(widest, SamplingParams(max_new_tokens=1))
     while engine.has_work:
         tracemalloc.reset_peak()
         now, _ = tracemalloc.get_traced_memory()
