@@ -13,7 +13,6 @@ from quire.analysis.steps import Work, deploy, step_ops
 def profile() -> Profile:
     """1 ns a number for one row, 8 for 16; a byte 2 ns for one sequence, an operation 3 ns."""
     return Profile(
-        name="made up",
         dtype="bf16",
         linear={(1, 100): 1e-9, (1, 10_000): 1e-9, (16, 100): 8e-9, (16, 10_000): 8e-9},
         cached={1: 5e-10, 16: 4e-9},

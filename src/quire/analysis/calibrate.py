@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,17 @@ class Overhead:
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds by measurement.
+    """Seconds by measurement, of one model's heads and page format; weights of ``dtype``.
 
     linear    (rows, numbers of the matrix) -> seconds a number, from memory
     cached    rows -> seconds a number of small matrices, from the processor's caches
-    decode    (sequences, bytes that each reads in a layer) -> seconds a byte, by format
-    prefill   (tokens before, new) -> seconds an operation, by format
+    decode    (sequences, bytes that each reads in a layer) -> seconds a byte
+    prefill   (new tokens, context with them) -> seconds an operation
     decoding, prefilling   what a step takes outside its operations, with and without layers in one
               call
     choosing  seconds that choosing a token takes, for each number of the vocabulary
     """
 
-    name: str
     dtype: str
     linear: Table
     cached: Mapping[int, float]
@@ -92,7 +91,6 @@ class Profile:
     decoding: Overhead
     prefilling: Overhead
     choosing: float
-    notes: tuple[str, ...] = field(default=())
 
 
 # -- between what was measured ---------------------------------------------------------------------
@@ -180,7 +178,7 @@ class Measured:
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def calibrate(shape: ModelShape, layout: CacheLayout, backend: Backend) -> Profile:
+def calibrate(shape: ModelShape, layout: CacheLayout, backend: NativeBackend) -> Profile:
     """Time ``backend`` on this machine with the dtype, heads and page formats of a model.
 
     That tokens become text takes time, too, by quill's tokenizer, which stands for all; not where
@@ -196,7 +194,6 @@ def calibrate(shape: ModelShape, layout: CacheLayout, backend: Backend) -> Profi
     decoding, prefilling = _overheads(backend, text)
     linear, cached = _linear_times(backend, shape.dtype)
     return Profile(
-        name=f"this machine: {this_machine().cpu_name}, {backend.name} backend",
         dtype=shape.dtype,
         linear=linear,
         cached=cached,
@@ -217,20 +214,20 @@ def measure_machine(
 ) -> tuple[Hardware, Measured]:
     """This machine as hardware, and a timer for a model; BackendError without native kernels."""
     backend = create_backend("native", threads)
+    assert isinstance(backend, NativeBackend)
     profile = calibrate(shape, layout, backend)
     timer = Measured(profile, sum(weight_bytes(shape).values()))
     return measured_hardware(profile, backend), timer
 
 
-def measured_hardware(profile: Profile, backend: Backend) -> Hardware:
+def measured_hardware(profile: Profile, backend: NativeBackend) -> Hardware:
     """This machine as hardware: its memory, what it reads, and what linear layers reach.
 
     Bandwidth is of reading 256 MiB on all threads, by the native kernels; the rate of operations is
     the best that linear layers reached in ``profile``, not what the processor could do.
     """
-    machine, native = this_machine(), NativeBackend(threads=_threads(backend))
-    buffer = np.ones(1 << 28, np.uint8)
-    seconds = _median(lambda: native.probe_read(buffer))
+    machine, buffer = this_machine(), np.ones(1 << 28, np.uint8)
+    seconds = _median(lambda: backend.probe_read(buffer))
     best = max(2 * rows / each for (rows, _), each in profile.linear.items())
     return Hardware(
         name="this machine",
@@ -239,16 +236,12 @@ def measured_hardware(profile: Profile, backend: Backend) -> Hardware:
         bandwidth=buffer.nbytes / seconds,
         flops={"fp32": best, profile.dtype: best},
         link_bandwidth=None,
-        source=f"measured now: {machine.cpu_name}, {_threads(backend)} threads",
+        source=f"measured now: {machine.cpu_name}, {backend.threads} threads",
         notes=(
             "memory is what is available now",
             f"operations a second are what linear layers of {profile.dtype} reach",
         ),
     )
-
-
-def _threads(backend: Backend) -> int:
-    return backend.threads if isinstance(backend, NativeBackend) else this_machine().threads
 
 
 def _median(call: Callable[[], Any]) -> float:
@@ -384,7 +377,7 @@ class _Attending:
 # -- what steps take outside operations ------------------------------------------------------------
 
 
-def _overheads(backend: Backend, text: bool) -> tuple[Overhead, Overhead]:
+def _overheads(backend: NativeBackend, text: bool) -> tuple[Overhead, Overhead]:
     """Of steps that decode, and of those that prefill: two tiny models, one and many sequences."""
     few, many, layers = 1, 16, (2, 10)
     decode, prefill = {}, {}
@@ -438,12 +431,12 @@ def _write_tiny(directory: Path, layers: int, text: bool) -> None:
     save_file(tensors, directory / "model.safetensors")
 
 
-def _tiny_engine(directory: str, backend: Backend, chunk: int) -> Engine:
+def _tiny_engine(directory: str, backend: NativeBackend, chunk: int) -> Engine:
     cache = CacheConfig(num_pages=1024, prefix_cache=False)
     return Engine(
         resolve_model(directory),
         backend=backend.name,
-        threads=_threads(backend) if backend.name == "native" else None,
+        threads=backend.threads,
         cache=cache,
         max_batch_tokens=chunk,
     )
@@ -460,14 +453,14 @@ def _steps(engine: Engine) -> list[float]:
     return found
 
 
-def _decode_step(directory: str, backend: Backend, sequences: int) -> float:
+def _decode_step(directory: str, backend: NativeBackend, sequences: int) -> float:
     engine = _tiny_engine(directory, backend, CHUNK)
     for _ in range(sequences):
         engine.submit([1, 2, 3], SamplingParams(max_new_tokens=200, ignore_eos=True))
     return statistics.median(_steps(engine)[2:])
 
 
-def _prefill_step(directory: str, backend: Backend) -> float:
+def _prefill_step(directory: str, backend: NativeBackend) -> float:
     engine = _tiny_engine(directory, backend, 2)
     engine.submit([1] * 400, SamplingParams(max_new_tokens=1))
     return statistics.median(_steps(engine)[1:-1])

@@ -16,7 +16,7 @@ __all__ = ["MODELS", "known_model"]
 
 def _decoder(  # one line a model below
     kind: str,
-    shape: tuple[int, int, int, int, int],
+    shape: tuple[int, ...],
     vocab: int,
     longest: int,
     dtype: str = "bfloat16",
@@ -44,20 +44,20 @@ _MXFP4: dict[str, Any] = {"quantization_config": {"quant_method": "mxfp4"}}
 
 
 def _llama2(*shape: int) -> dict[str, Any]:
-    return _decoder("llama", shape, 32000, 4096, "float16")  # type: ignore[arg-type]
+    return _decoder("llama", shape, 32000, 4096, "float16")
 
 
 def _llama3(*shape: int, longest: int = 131072, **more: Any) -> dict[str, Any]:
-    return _decoder("llama", shape, 128256, longest, **more)  # type: ignore[arg-type]
+    return _decoder("llama", shape, 128256, longest, **more)
 
 
 def _qwen25(*shape: int, vocab: int = 152064, **more: Any) -> dict[str, Any]:
-    return _decoder("qwen2", shape, vocab, 32768, **more)  # type: ignore[arg-type]
+    return _decoder("qwen2", shape, vocab, 32768, **more)
 
 
 def _qwen3(*shape: int, kind: str = "qwen3", **more: Any) -> dict[str, Any]:
     more = {"head_dim": 128, **more}
-    return _decoder(kind, shape, 151936, 40960, **more)  # type: ignore[arg-type]
+    return _decoder(kind, shape, 151936, 40960, **more)
 
 
 def _qwen3_moe(*shape: int, inner: int) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _gemma3(*shape: int, window: int, head_dim: int = 256, **more: Any) -> dict[
         "sliding_window_pattern": 6,
         "head_dim": head_dim,
     }
-    return _decoder("gemma3_text", shape, vocab, longest, **slides, **_TIED)  # type: ignore[arg-type]
+    return _decoder("gemma3_text", shape, vocab, longest, **slides, **_TIED)
 
 
 def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:

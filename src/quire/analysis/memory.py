@@ -17,6 +17,7 @@ from quire.formats import GROUP
 from quire.layout import CacheLayout, lay_out, with_open_pages
 
 __all__ = [
+    "SPARE",
     "Fragmentation",
     "Load",
     "MemoryPlan",
@@ -48,6 +49,7 @@ FEW = 32  # rows up to which a linear layer does without panels; gate and up lie
 COPIES, COPY_BYTES, PANEL_BYTES = 48, 512 * 16 * FLOAT + 64, 2 * 4800
 _WIDE = {"fp16": 4, "fp8": 2, "int8": 2}  # bytes of a number that prefill takes apart once
 BOOKS = 192 << 10  # tables, lists and objects of a step: measured, about the same for all models
+SPARE = 0.05  # of a memory, for what is not planned: drivers, other programs, fragments
 SPARE_WORDS = 16  # at the end of each row that a linear layer takes
 
 

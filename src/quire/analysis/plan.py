@@ -13,6 +13,7 @@ from quire.analysis.catalogue import MODELS, known_model
 from quire.analysis.families import read_shape
 from quire.analysis.hardware import Hardware
 from quire.analysis.memory import (
+    SPARE,
     Fragmentation,
     Load,
     MemoryPlan,
@@ -57,7 +58,6 @@ __all__ = [
     "waste",
 ]
 
-SPARE = 0.05  # of a memory, for what is not planned: drivers, other programs, fragments
 BATCHES = (1, 8, 64)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quire.analysis.families import read_shape
-from quire.analysis.memory import Load, MemoryPlan, kv_layout, weight_bytes, workspace
+from quire.analysis.memory import SPARE, Load, MemoryPlan, kv_layout, weight_bytes, workspace
 from quire.analysis.shape import ModelShape
 from quire.backends import Backend
 from quire.config import EngineConfig, format_bytes
@@ -19,7 +19,6 @@ from quire.machine import Machine
 __all__ = ["EnginePlan", "Room", "plan_engine"]
 
 MOST_AUTO = 2 << 30  # bytes of pages, unless it is said how many
-SPARE = 0.05  # of what is available, for other programs
 
 
 @dataclass(frozen=True)

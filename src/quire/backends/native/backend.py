@@ -35,9 +35,6 @@ ANGLE_ROWS = 1024  # positions whose angles are computed at a time
 _ACTIVATIONS = {"silu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
 
 
-_NOTHING_OPEN = _native.OpenTables(*[np.empty(0, np.int64)] * 5)
-
-
 @functools.cache
 def _extension_digest() -> str:
     return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()[:16]
@@ -65,6 +62,7 @@ class NativeBackend:
                 f"{', '.join(variants)})"
             )
         self._native = _native.Native(variant or variants[0], threads)
+        self._nothing_open = _native.OpenTables(*[np.empty(0, np.int64)] * 5)
         self._last: tuple[PagedBatch, list[_native.Tables], int] | None = None
         self._angles: tuple[Array, Array, Array] | None = None
         self._stack: tuple[Any, Any, _native.Layers] | None = None
@@ -194,7 +192,7 @@ class NativeBackend:
         last = np.repeat(chosen.last_page_len, heads)
         places = (counts - 1) * chosen.page_size + last - 1
         ids = chosen.indices * heads + owner
-        opened = _NOTHING_OPEN
+        opened = self._nothing_open
         if pool.open_pages:  # the page that each query stands in is the last
             ends, none = chosen.indptr[1:] - 1, np.empty(0, np.int64)
             opened = _native.OpenTables(np.arange(len(ends) + 1), ids[ends], counts - 1, none, none)
@@ -340,12 +338,19 @@ class NativeBackend:
                     group.first_page,
                     group.page_size,
                     group.window or 0,
-                    _open_tables(group.open),
+                    self._open_tables(group.open),
                 )
                 for group in batch.groups
             ]
             self._last = batch, tables, _last_of(batch.positions)
         return self._last[1:]
+
+    def _open_tables(self, pages: OpenPages) -> _native.OpenTables:
+        if not pages.are_used:
+            return self._nothing_open
+        return _native.OpenTables(
+            pages.indptr, pages.indices, pages.first, pages.seal_from, pages.seal_to
+        )
 
     def _table(self, inv_freq: Array, last: int) -> tuple[Array, Array]:
         """cos and sin float32 [beyond position ``last``, D/2]; grows by a quarter more."""
@@ -367,14 +372,6 @@ class NativeBackend:
             np.sin(angles, out=sin[part], casting="same_kind")
         self._angles = inv_freq, cos, sin
         return cos, sin
-
-
-def _open_tables(pages: OpenPages) -> _native.OpenTables:
-    if not pages.are_used:
-        return _NOTHING_OPEN
-    return _native.OpenTables(
-        pages.indptr, pages.indices, pages.first, pages.seal_from, pages.seal_to
-    )
 
 
 def _last_of(positions: Array) -> int:
