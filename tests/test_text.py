@@ -1,7 +1,7 @@
 """Tokenizers, chat templates, and text that comes piece by piece."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,40 @@ def test_pieces_of_any_words_join_to_their_decoding(data: st.DataObject) -> None
     words = codec(word_piece())
     ids = data.draw(st.lists(st.integers(0, words.vocab_size - 1), max_size=20))
     assert "".join(pieces(words, ids)) == words.decode(ids)
+
+
+@given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_no_run_of_tokens_without_text_makes_the_next_one_slower(
+    data: st.DataObject, kind: str
+) -> None:
+    """Bytes that are never a character, and special tokens, hundreds of them, between words.
+
+    Words end with a letter: bytes that follow bytes may change how those before them decode.
+    """
+    words = codec(KINDS[kind]())
+    empty = [token for token in range(words.vocab_size) if words.decode([token]) in ("", "\ufffd")]
+    ids: list[int] = []
+    for _ in range(4):
+        text = data.draw(st.sampled_from(CORPUS)) + " th"
+        ids += words.encode(text, add_special_tokens=False)
+        some = data.draw(st.lists(st.sampled_from(empty), min_size=1, max_size=3))
+        ids += some * data.draw(st.integers(1, 100))
+    watched = Watched(words)
+    assert "".join(pieces(watched, ids)) == words.decode(ids)
+    assert watched.longest < 80
+
+
+class Watched(TextCodec):
+    """Remembers how many tokens were decoded at once, at most."""
+
+    def __init__(self, words: TextCodec) -> None:
+        vars(self).update(vars(words))
+        self.longest = 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self.longest = max(self.longest, len(ids))
+        return super().decode(ids)
 
 
 def test_a_character_of_several_tokens_comes_with_its_last_one() -> None:

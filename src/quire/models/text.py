@@ -18,6 +18,8 @@ from quire.errors import CheckpointError, RequestError
 __all__ = ["StreamDecoder", "TextCodec", "load_text_codec"]
 
 _UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are not yet a character
+_LONGEST, _KEPT = 32, 4  # tokens that are decoded again and again; of them, those behind which
+# a character may still be unfinished: it has four bytes at most
 
 
 class TextCodec:
@@ -134,10 +136,28 @@ class StreamDecoder:
         self._tail.append(token_id)
         now, before = self._codec.decode(self._tail), self._before
         if now.endswith(_UNFINISHED) or len(now) <= len(before):
-            return ""
+            return self._shorten(now) if len(self._tail) >= _LONGEST else ""
         self._tail = self._tail[self._settled :]
         self._settled, self._before = len(self._tail), self._codec.decode(self._tail)
         return now[len(before) :]
+
+    def _shorten(self, now: str) -> str:
+        """What is certain of a long tail, which decodes to ``now``: bytes that will never be text,
+        or tokens that have none. Else each of them would make the next one slower.
+        """
+        sure, rest = self._tail[:-_KEPT], self._tail[-_KEPT:]
+        if self._settled > len(sure):
+            return ""
+        if now == self._before:  # what had text stays: a space may depend on it
+            text, context = now, self._tail[: self._settled]
+        else:
+            text, context = self._codec.decode(sure), sure[-_KEPT:]
+        before = self._codec.decode(context)
+        if text + self._codec.decode([*context, *rest])[len(before) :] != now:
+            return ""
+        piece = text[len(self._before) :]
+        self._tail, self._settled, self._before = [*context, *rest], len(context), before
+        return piece
 
     def flush(self) -> str:
         """What is left at the end; an unfinished character becomes U+FFFD."""
