@@ -52,7 +52,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CHUNK = 512
 DECODES = ((1, 256), (1, 1024), (1, 4096), (8, 256), (8, 1024), (8, 4096))  # sequences, contexts
 PREFILLS = (0, 1536, 7680)  # tokens before a chunk
-COLD_BYTES = 4 << 20  # read between steps of tiny models
+COLD_BYTES = 64 << 20  # of weights, at most, are read between steps of tiny models
+FEW_ROWS = 8  # up to which a linear layer is as fast as weights come
 POOL_BYTES = 384 << 20  # at most, of pages that probes attend to
 REPEATS, SECONDS = 3, 0.12  # of each probe, at least
 
@@ -188,11 +189,11 @@ def calibrate(shape: ModelShape, layout: CacheLayout, backend: NativeBackend) ->
     """
     [(layer, _)] = shape.layer_kinds.most_common(1)
     index = shape.layers.index(layer)
-    probe = _Attending(backend, layer, layout, index)
-    source = Path(shape.source)
-    text = not source.is_file() or (source.parent / "tokenizer.json").is_file()
-    decoding, prefilling = _overheads(backend, text)
-    linear, cached = _linear_times(backend, shape.dtype)
+    probe, directory = _Attending(backend, layer, layout, index), _directory(shape)
+    text = directory is None or (directory / "tokenizer.json").is_file()
+    cold = min(COLD_BYTES, round(sum(weight_bytes(shape).values())))
+    decoding, prefilling = _overheads(backend, text, cold)
+    linear, cached = _linear_times(backend, shape.dtype, _largest_file(directory))
     return Profile(
         dtype=shape.dtype,
         linear=linear,
@@ -207,6 +208,18 @@ def calibrate(shape: ModelShape, layout: CacheLayout, backend: NativeBackend) ->
         prefilling=prefilling,
         choosing=_median(lambda: likeliest(np.ones(1 << 15, np.float32), 0)) / (1 << 15),
     )
+
+
+def _directory(shape: ModelShape) -> Path | None:
+    """Of the planned checkpoint; None if only its shape is known."""
+    source = Path(shape.source)
+    return source.parent if source.is_file() else None
+
+
+def _largest_file(directory: Path | None) -> Path | None:
+    """Of the weights in a directory; None if there are none."""
+    found = [] if directory is None else list(directory.glob("*.safetensors"))
+    return max(found, key=lambda path: path.stat().st_size, default=None)
 
 
 def measure_machine(
@@ -254,18 +267,38 @@ def _median(call: Callable[[], Any]) -> float:
     return statistics.median(seconds)
 
 
-def _linear_times(backend: Backend, dtype: str) -> tuple[Table, Mapping[int, float]]:
+def _linear_times(
+    backend: NativeBackend, dtype: str, model: Path | None
+) -> tuple[Table, Mapping[int, float]]:
     """From memory, by rows and size, and from caches, by rows.
 
-    Weights are mapped from a file, as those of a checkpoint are.
+    Weights are mapped from a file, as those of a checkpoint are. Few rows take as much longer as
+    the file of ``model`` is read more slowly than this new one, whose pages may lie otherwise.
     """
     with tempfile.TemporaryFile() as file:
         weights = _Weights(backend, file, DTYPES[dtype])
+        slower = 1.0 if model is None else _slower(backend, model, weights.mapped.view(np.uint8))
         linear = {}
         for hidden, inner, layers in MLPS:
             for rows, seconds in weights.times(hidden, inner, layers):
-                linear[rows, hidden * inner] = seconds
+                linear[rows, hidden * inner] = seconds * (slower if rows <= FEW_ROWS else 1)
         return linear, dict(weights.times(*CACHED))
+
+
+def _slower(backend: NativeBackend, path: Path, new: Array) -> float:
+    """How many times as long a file takes to be read as ``new`` bytes; 1 if caches may hold it."""
+    mapped = np.memmap(path, np.uint8, "r")
+    size = min(len(mapped), len(new)) >> 20 << 20
+    if size < MAPPED_BYTES:
+        return 1.0
+    seconds: tuple[list[float], list[float]] = [], []
+    for _ in range(1 + 2 * REPEATS):  # by turns: what the memory gives changes by the second
+        for found, bytes_read in zip(seconds, (mapped[:size], new[:size]), strict=True):
+            started = time.perf_counter()
+            backend.probe_read(bytes_read)
+            found.append(time.perf_counter() - started)
+    theirs, ours = (statistics.median(found[1:]) for found in seconds)
+    return theirs / ours
 
 
 class _Weights:
@@ -377,16 +410,20 @@ class _Attending:
 # -- what steps take outside operations ------------------------------------------------------------
 
 
-def _overheads(backend: NativeBackend, text: bool) -> tuple[Overhead, Overhead]:
-    """Of steps that decode, and of those that prefill: two tiny models, one and many sequences."""
+def _overheads(backend: NativeBackend, text: bool, cold: int) -> tuple[Overhead, Overhead]:
+    """Of steps that decode, and of those that prefill: two tiny models, one and many sequences.
+
+    Between steps ``cold`` bytes are read, as a model does, which leaves little of the engine's own
+    code and books in the processor's caches.
+    """
     few, many, layers = 1, 16, (2, 10)
     decode, prefill = {}, {}
     for count in layers:
         with tempfile.TemporaryDirectory() as directory:
             _write_tiny(Path(directory), count, text)
             for sequences in (few, many):
-                decode[count, sequences] = _decode_step(directory, backend, sequences)
-            prefill[count] = _prefill_step(directory, backend)
+                decode[count, sequences] = _decode_step(directory, backend, sequences, cold)
+            prefill[count] = _prefill_step(directory, backend, cold)
     first, last = layers
     per_layer = (decode[last, few] - decode[first, few]) / (last - first)
     per_sequence = (decode[first, many] - decode[first, few]) / (many - few)
@@ -442,25 +479,25 @@ def _tiny_engine(directory: str, backend: NativeBackend, chunk: int) -> Engine:
     )
 
 
-def _steps(engine: Engine) -> list[float]:
-    """Seconds of each step, its code and books not in the second-level cache, as behind a model."""
-    found, other, buffer = [], NativeBackend(threads=1), np.ones(COLD_BYTES, np.uint8)
+def _steps(engine: Engine, backend: NativeBackend, cold: int) -> list[float]:
+    """Seconds of each step."""
+    found, buffer = [], np.ones(cold >> 20 << 20, np.uint8)
     while engine.has_work:
-        other.probe_read(buffer)
+        backend.probe_read(buffer)
         started = time.perf_counter()
         engine.step()
         found.append(time.perf_counter() - started)
     return found
 
 
-def _decode_step(directory: str, backend: NativeBackend, sequences: int) -> float:
+def _decode_step(directory: str, backend: NativeBackend, sequences: int, cold: int) -> float:
     engine = _tiny_engine(directory, backend, CHUNK)
     for _ in range(sequences):
-        engine.submit([1, 2, 3], SamplingParams(max_new_tokens=200, ignore_eos=True))
-    return statistics.median(_steps(engine)[2:])
+        engine.submit([1, 2, 3], SamplingParams(max_new_tokens=100, ignore_eos=True))
+    return statistics.median(_steps(engine, backend, cold)[2:])
 
 
-def _prefill_step(directory: str, backend: NativeBackend) -> float:
+def _prefill_step(directory: str, backend: NativeBackend, cold: int) -> float:
     engine = _tiny_engine(directory, backend, 2)
-    engine.submit([1] * 400, SamplingParams(max_new_tokens=1))
-    return statistics.median(_steps(engine)[1:-1])
+    engine.submit([1] * 200, SamplingParams(max_new_tokens=1))
+    return statistics.median(_steps(engine, backend, cold)[1:-1])
