@@ -105,7 +105,7 @@ def whole(number: Fraction) -> float:
 
 
 def export_rows(arrays: Sequence[Array], pages: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """PageBytes ``pages`` of C-contiguous arrays, the bytes of each array's row behind the other's."""
+    """Rows ``pages`` of C-contiguous arrays, the bytes of each array's row behind the other's."""
     ids = np.asarray(pages, dtype=np.int64)
     rows = [array.reshape(len(array), -1).view(np.uint8) for array in arrays]
     out = np.empty((len(ids), sum(row.shape[1] for row in rows)), np.uint8)

@@ -72,6 +72,7 @@ class CudaMover:
         for kinds in self._kinds:
             for rows in kinds:
                 rows.compile(self._down[0])
+        device.streams.now().synchronize()  # the slot's pinned ids are read no more
 
     def piece(self, group: int, page: int) -> int:
         """As many as fit a slot."""
