@@ -276,14 +276,14 @@ def test_a_slot_holds_a_page_that_is_larger(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @interpreted
-@pytest.mark.parametrize("kind", ["full", "mixed"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_hits_are_those_of_the_reference_and_tokens_those_without_tiers(
     models: dict[str, Path], kind: str, late: list[Late], tmp_path: Path
 ) -> None:
     def told(**tiers: Any) -> tuple[list[Any], list[Any]]:
         tokens, hits = [], []
         with engine_with(models[kind], **tiers) as engine:
-            for seed in (1, 2, 1, 3, 1):
+            for seed in (1, 2, 1):
                 done = run(engine, random_prompt(36 + seed, seed=seed), SHORT)
                 tokens.append(done.token_ids)
                 hits.append(done.cached_tokens_by_tier)
@@ -293,7 +293,7 @@ def test_hits_are_those_of_the_reference_and_tokens_those_without_tiers(
     assert late[0].begun["down"] > 3
     assert late[0].begun["up"] > 0
     assert late[0].done == late[0].begun
-    assert sum(tiers["host"] + tiers["disk"] for tiers in hits) > 36
+    assert hits[-1]["host"] + hits[-1]["disk"] >= 12
     assert told()[0] == tokens
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("quire.engine.engine.create_backend", lambda *a: create_backend("reference"))
@@ -328,14 +328,12 @@ def test_a_load_is_cancelled_and_an_engine_closed_while_copies_are_on_their_way(
         assert run(engine, prompt, SHORT).token_ids == expected
 
 
-@interpreted
 def test_a_restart_finds_its_prefixes_on_disk(
     models: dict[str, Path], prompt_streams: None, tmp_path: Path
 ) -> None:
     test_tier_engine.test_a_restart_finds_its_prefixes_on_disk(models, "mixed", tmp_path)
 
 
-@interpreted
 @pytest.mark.slow
 def test_preempted_samples_are_swapped(models: dict[str, Path], prompt_streams: None) -> None:
     test_tier_engine.test_preempted_samples_are_swapped_and_not_computed_again(models)
@@ -430,7 +428,8 @@ def test_graphs_are_captured_while_a_thread_moves_pages(models: dict[str, Path])
         thread = threading.Thread(target=move)
         if beside:
             thread.start()
-        engine = quire.Engine(models["full"], backend="cuda-exact")
+        cache = quire.CacheConfig(num_pages=64)
+        engine = quire.Engine(models["full"], backend="cuda-exact", cache=cache)
         prompts = [random_prompt(5 + seed, seed=seed) for seed in range(5)]
         done = engine.generate(prompts, quire.SamplingParams(max_new_tokens=20, ignore_eos=True))
         expected.append([each.token_ids for each in done])
