@@ -328,6 +328,21 @@ def test_a_load_is_cancelled_and_an_engine_closed_while_copies_are_on_their_way(
         assert run(engine, prompt, SHORT).token_ids == expected
 
 
+@interpreted
+def test_packed_pages_and_open_ones_come_back(
+    models: dict[str, Path], late: list[Late], tmp_path: Path
+) -> None:
+    prompt = random_prompt(75, seed=7)
+    settings: dict[str, Any] = {"kv_format": "int4", "page_size": 32, "num_pages": 4}
+    with engine_with(models["full"], cache_dir=tmp_path, **settings) as engine:
+        expected = run(engine, prompt, SHORT).token_ids
+    with engine_with(models["full"], cache_dir=tmp_path, **settings) as engine:
+        again = run(engine, prompt, SHORT)
+        assert again.token_ids == expected
+        assert again.cached_tokens_by_tier["disk"] == 64
+        assert late[-1].begun["up"] == 2  # the first page is open, the other packed
+
+
 def test_a_restart_finds_its_prefixes_on_disk(
     models: dict[str, Path], prompt_streams: None, tmp_path: Path
 ) -> None:

@@ -193,6 +193,23 @@ def test_where_no_memory_is_free_the_oldest_is_waited_for(
     assert usage.dropped == 0
 
 
+@pytest.mark.parametrize("movers", [(64, 100)], indirect=True)
+def test_a_step_gives_up_all_its_pages_in_one_go(
+    models: dict[str, Path], movers: list[LateMover]
+) -> None:
+    """Of several sequences too: each export is a launch for a device."""
+    engine = engine_with(models["full"], num_pages=20, host_cache="4MiB")
+    for seed in (1, 2):
+        run(engine, random_prompt(38, seed=seed), ONE)
+    requests = [engine.submit(random_prompt(6, seed=seed), SHORT) for seed in (3, 4)]
+    engine.step()  # 13 tokens
+    assert [len(each.records) for each in engine._tiers._sent] == [3]  # type: ignore[union-attr]
+    for request in requests:
+        finish(engine, request)
+    [usage] = engine.status().tiers
+    assert usage.stored > 3
+
+
 def test_the_last_step_leaves_nothing_on_its_way(
     models: dict[str, Path], movers: list[LateMover], tmp_path: Path
 ) -> None:

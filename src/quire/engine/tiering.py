@@ -131,12 +131,13 @@ class PrefixTiers:
     def leaving(self, pages: Sequence[tuple[PrefixNode, int]]) -> None:
         """The pool is about to give pages up: they go to host memory."""
         host = self.tiers.get("host")
+        if host is None:
+            return
         kinds: dict[tuple[int, int], list[PrefixNode]] = {}
-        for node, group in pages if host is not None else ():
+        for node, group in pages:
             if self._is_whole(node):
                 kinds.setdefault(self._kind(node, group), []).append(node)
         for (group, _), nodes in kinds.items():
-            assert host is not None
             piece = self._cache.raw.piece(group, nodes[0].pages[group])
             for start in range(0, len(nodes), piece):
                 self._send(host, group, nodes[start : start + piece])
