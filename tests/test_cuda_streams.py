@@ -173,6 +173,44 @@ def test_a_page_overwritten_after_it_was_read_arrives_as_it_was() -> None:
 
 
 @interpreted
+def test_events_stand_between_what_must_come_first_and_what_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A page is gathered before the copy's event, and an import begins behind all that was."""
+    pools, told = Pools("bf16"), list[str]()
+    late, device = pools.late, pools.mover.device
+    now, start, launch = late.now, late.run, device.launch
+
+    def run(way: str, after: Any, work: Callable[[], None]) -> Told:
+        told.append(f"{way} behind {moments.index(after)}")
+        return start(way, after, work)
+
+    def moment() -> Any:
+        told.append("now")
+        moments.append(now())
+        return moments[-1]
+
+    def launched(*args: Any, **named: Any) -> None:
+        told.append("launch")
+        launch(*args, **named)
+
+    moments: list[Any] = []
+    monkeypatch.setattr(late, "now", moment)
+    monkeypatch.setattr(late, "run", run)
+    monkeypatch.setattr(device, "launch", launched)
+    pools.mover.begin_export(0, [1])
+    assert told == ["launch", "now", "down behind 0"]
+    told.clear()
+    incoming = pools.mover.begin_import()
+    pools.mover.begin_export(0, [3])
+    rows = np.zeros((1, pools.pools[0].shape.bytes_per_page), np.uint8)
+    incoming.put(0, [2], rows)
+    assert told == ["now", "launch", "now", "down behind 2", "up behind 1"]
+    incoming.end()
+    assert told[5:] == ["launch"]
+
+
+@interpreted
 def test_without_free_staging_memory_the_oldest_export_leaves_its_own() -> None:
     pools = Pools("bf16")
     expected = [pools.held([page]) for page in range(8)]
