@@ -33,6 +33,7 @@ PARTS = {  # where the function of that name is
     "streaming": "gpu_streaming",
     "step": "gpu_steps",
     "exact": "gpu_steps",
+    "moving": "gpu_moving",
     "transformers": "gpu_transformers",
 }
 

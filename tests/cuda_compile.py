@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from quire.backends.cuda import attending, attention, sealing, stored
+from quire.backends.cuda import attending, attention, gathering, sealing, stored
 from quire.formats import GROUP
 from quire.pages import PageShape, page_format
 
@@ -66,6 +66,8 @@ def launches(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], atten
         more = {"HEADS": KV_HEADS} if split is None else {"SPLIT": split}
         yield name, kernel, {**given, **more}, tiles
     yield from _seals(shape)
+    moved = {"PUT": True, "WIDE": True, "BLOCK": 4096}
+    yield "pages put back", gathering.gather_kernel, moved, attending.Tiles(0, 0, 4, 1)
 
 
 def _seals(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], attending.Tiles]]:
@@ -93,7 +95,7 @@ def types(kernel: Any, given: dict[str, Any]) -> tuple[dict[str, str], dict[Any,
     known = {"num_sequences": "i32", "window": "i32", "SPLIT": "i32", "unit": "fp32"}
     known |= dict.fromkeys(("key_scale", "value_scale"), "*i16")
     known |= dict.fromkeys(("out", "query", "part_mixed", "part_best", "part_total"), "*fp32")
-    known |= {"num_pages": "i32", "first": "i32", "packed": "*u8"}
+    known |= {"num_pages": "i32", "first": "i32", "packed": "*u8", "rows": "*i32", "words": "i32"}
     known |= dict.fromkeys(("opened", "packed_step", "packed_least"), "*i16")
     known |= dict.fromkeys(
         ("key_least", "value_least", "open_key_scale", "open_value_scale"), "*i16"

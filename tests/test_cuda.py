@@ -464,6 +464,7 @@ def test_a_machine_without_a_gpu_is_told_why() -> None:
 
 slow = pytest.mark.slow
 PACKED = ["tests/conformance/test_packed_pages.py", "tests/conformance/test_stored_formats.py"]
+OWN = ["tests/test_cuda.py", "tests/test_cuda_streams.py"]
 QUICK_PACKED = "sealing or travel or blanked or single_tokens or any_size or accepts or agrees"
 QUICK = "test_large_scores or test_a_lone or test_append or smallest or 6x3x33 or identity"
 
@@ -473,11 +474,11 @@ QUICK = "test_large_scores or test_a_lone or test_append or smallest or 6x3x33 o
 @pytest.mark.parametrize(
     "tests",
     [
-        ["tests/test_cuda.py", "tests/test_cuda_shapes.py"],
+        ["tests/test_cuda.py", "tests/test_cuda_shapes.py", "tests/test_cuda_streams.py"],
         ["tests/conformance/test_ops.py", "-k", "cuda"],
         ["tests/conformance/test_attention.py", "-k", f"cuda and ({QUICK})"],
         [*PACKED, "-k", f"cuda and ({QUICK_PACKED})"],
-        pytest.param(["tests/test_cuda.py", "-m", "slow", "-k", "not compile"], marks=slow),
+        pytest.param([*OWN, "-m", "slow", "-k", "not compile"], marks=slow),
         pytest.param(["tests/conformance/test_attention.py", "-k", "cuda", "-n", "2"], marks=slow),
         pytest.param([*PACKED, "-k", "cuda", "-n", "2"], marks=slow),
     ],

@@ -15,9 +15,15 @@ from quire.formats import PAGE_FORMATS, PageFormat, Part, page_format
 
 __all__ = [
     "PAGE_FORMATS",
+    "Groups",
+    "Incoming",
+    "PageBytes",
     "PageFormat",
+    "PageMover",
     "PagePool",
     "PageShape",
+    "Pending",
+    "PlainMover",
     "export_rows",
     "import_rows",
     "page_format",
@@ -193,3 +199,124 @@ class PagePool(Protocol):
 
         Of open pages, where there are such: others have no empty slots.
         """
+
+    def mover(self, groups: "Groups") -> "PageMover":
+        """What moves pages of all layers of each group to and from host memory.
+
+        ``groups``: the pools of each group's layers, all of this backend.
+        """
+
+
+Groups = Sequence[Sequence[PagePool]]
+PageBytes = npt.NDArray[np.uint8] | Sequence[npt.NDArray[np.uint8]]  # bytes of a page each
+
+
+class Pending(Protocol):
+    """Copies of pages on their way to host memory, as the pages were when the copying was begun."""
+
+    @property
+    def ready(self) -> bool:
+        """True if :meth:`take` would not wait."""
+
+    def take(self) -> npt.NDArray[np.uint8]:
+        """The copies, uint8 ``[n, bytes of a page]``, once; waits for them.
+
+        The array is the caller's until the next :meth:`PageMover.begin_export`, no longer.
+        """
+
+
+class Incoming(Protocol):
+    """Pages that are being overwritten with bytes from host memory, in the order they are put."""
+
+    def put(self, group: int, pages: Sequence[int], data: PageBytes) -> None:
+        """Overwrite pages, all open or none, with a row of ``data`` each, which is copied first.
+
+        From any one thread beside the one that drives steps. Nobody else may read or write the
+        pages before :meth:`end`.
+        """
+
+    def end(self) -> None:
+        """Whatever is computed or moved from now on comes after all that was put; does not wait.
+
+        From the thread that drives steps, when no more is put.
+        """
+
+
+class PageMover(Protocol):
+    """Whole pages of all layers of a group between the pool and host memory, beside the steps.
+
+    Bytes of a page are those of :meth:`PagePool.export_pages`, layer after layer. But for
+    :meth:`Incoming.put` all is called by the thread that drives steps.
+    """
+
+    @property
+    def depth(self) -> int:
+        """How many exports may be on their way before :meth:`begin_export` waits for the oldest."""
+
+    def piece(self, group: int, page: int) -> int:
+        """Most pages of one export, of those of the kind of ``page``."""
+
+    def begin_export(self, group: int, pages: Sequence[int]) -> Pending:
+        """Begin to copy pages, all open or none. They may be written to when this returns."""
+
+    def begin_import(self) -> Incoming:
+        """Begin to overwrite pages, behind all that was begun before."""
+
+    def close(self) -> None:
+        """Let memory go; exports that were not taken are lost."""
+
+
+class PlainMover:
+    """See :class:`PageMover`: for pools in host memory, where all is done when it is begun."""
+
+    depth = 1
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def piece(self, group: int, page: int) -> int:
+        """So few that no copy of many pages is made beside the one that is kept."""
+        return 8
+
+    def begin_export(self, group: int, pages: Sequence[int]) -> "_Copied":
+        """See :class:`PageMover`."""
+        rows = [pool.export_pages(pages) for pool in self._groups[group]]
+        return _Copied(np.concatenate(rows, axis=1))
+
+    def begin_import(self) -> "PlainMover":
+        """See :class:`PageMover`."""
+        return self
+
+    def put(self, group: int, pages: Sequence[int], data: PageBytes) -> None:
+        """See :class:`Incoming`."""
+        if isinstance(data, np.ndarray):
+            self._put(group, pages, data)
+            return
+        for page, row in zip(pages, data, strict=True):  # not put together first: a copy less
+            self._put(group, [page], row[None])
+
+    def _put(self, group: int, pages: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
+        start = 0
+        for pool in self._groups[group] if len(pages) else ():
+            is_open = pages[0] >= pool.num_pages
+            size = (pool.shape.open_shape if is_open else pool.shape).bytes_per_page
+            pool.import_pages(pages, data[:, start : start + size])
+            start += size
+
+    def end(self) -> None:
+        """See :class:`Incoming`."""
+
+    def close(self) -> None:
+        """See :class:`PageMover`."""
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """An export that is done."""
+
+    data: npt.NDArray[np.uint8]
+    ready: bool = True
+
+    def take(self) -> npt.NDArray[np.uint8]:
+        """See :class:`Pending`."""
+        return self.data

@@ -145,9 +145,9 @@ class _Counts:
     def added(self, node: PrefixNode, group: int) -> None:
         """A page came into the index."""
 
-    def leaving(self, node: PrefixNode, group: int) -> None:
-        """A page leaves it."""
-        self.evicted += 1
+    def leaving(self, pages: Sequence[tuple[PrefixNode, int]]) -> None:
+        """Pages leave it."""
+        self.evicted += len(pages)
 
 
 class Replay:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from quire.errors import BackendError
 from quire.formats import Coding, Part, Stored
-from quire.pages import PageShape, export_rows, import_rows
+from quire.pages import Groups, PageShape, PlainMover, export_rows, import_rows
 
 __all__ = ["ReferencePool"]
 
@@ -101,6 +101,10 @@ class ReferencePool:
         """See :class:`quire.pages.PagePool`."""
         arrays, (rows,) = self._of_kind(pages)
         import_rows(arrays, rows, data)
+
+    def mover(self, groups: Groups) -> PlainMover:
+        """See :class:`quire.pages.PagePool`."""
+        return PlainMover(groups)
 
     def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
         """See :class:`quire.pages.PagePool`."""

@@ -5,7 +5,8 @@ Ints only; knows nothing of sequences or of what a page holds.
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from quire.errors import CacheError, CacheFull, CacheInvariantError
 
@@ -39,7 +40,7 @@ class PageAllocator:
     Conservation: every page is held (referenced at least once), cached (kept, and referenced by
     nobody) or free. Cached pages are given up when free ones are not enough: least recently
     released first, and of those released together the last first, so that a prefix loses its tail
-    before its head. ``on_evict`` is told of each before it is taken.
+    before its head. ``on_evict`` is told before they are taken, of as many at a time as can be.
 
     generations   of each page a count that grows before anything is written to it: who remembers
                   something of a page's numbers remembers its generation, too
@@ -48,7 +49,7 @@ class PageAllocator:
     def __init__(
         self,
         num_pages: int,
-        on_evict: Callable[[int], None] | None = None,
+        on_evict: Callable[[Sequence[int]], None] | None = None,
         open_pages: int = 0,
     ) -> None:
         self.first_open, self.num_pages = num_pages, num_pages + open_pages
@@ -107,15 +108,20 @@ class PageAllocator:
             raise CacheFull(
                 f"{count} pages wanted, {place.available} of {place.num_pages} are free or cached"
             )
+        self.make_room(count, area)
         free = place.free
-        while count > len(free):
-            self._evict(place)
         pages = free[len(free) - count :][::-1]
         del free[len(free) - count :]
         for page in pages:
             self._references[page] = 1
             self.generations[page] += 1
         return pages
+
+    def make_room(self, count: int, area: int = 0) -> None:
+        """Give up cached pages of an area until ``count`` are free, or none is left."""
+        place = self.areas[area]
+        if count > len(place.free):
+            self._evict(place, count - len(place.free))
 
     def rewrite(self, page: int) -> None:
         """A held page is about to be written to."""
@@ -170,8 +176,7 @@ class PageAllocator:
     def evict_all(self) -> None:
         """Give up every cached page."""
         for area in self.areas:
-            while area.cached:
-                self._evict(area)
+            self._evict(area, len(area.cached))
 
     def check(self, held: Iterable[int]) -> None:
         """Compare with ``held``, every reference listed once; CacheInvariantError on a mismatch."""
@@ -207,9 +212,10 @@ class PageAllocator:
     def _area(self, page: int) -> PageArea:
         return self.areas[page >= self.first_open]
 
-    def _evict(self, area: PageArea) -> None:
-        """Give up the cached page of an area that is next to go; it is free then."""
-        page = next(iter(area.cached))
+    def _evict(self, area: PageArea, count: int) -> None:
+        """Give up the ``count`` cached pages of an area that are next to go; they are free then."""
+        pages = list(islice(area.cached, count))
         if self._on_evict is not None:
-            self._on_evict(page)
-        self.forget(page)
+            self._on_evict(pages)
+        for page in pages:
+            self.forget(page)

@@ -130,8 +130,7 @@ class Compactor:
         if state.chain is not None:
             self._index.leave(state.chain.node)
             state.chain = None
-        for page in written:
-            self._index.evict(0, page)
+        self._index.evict(0, written)
 
 
 def _unchanged(keep: Keep) -> int:

@@ -68,12 +68,17 @@ class Grower:
         needs: Sequence[Sequence[Need]],
     ) -> list[Growths]:
         """Allocate all that is needed; CacheFull, with nothing changed, if pages run out."""
+        wanted: list[tuple[int, int, int]] = []
         for group in range(len(self._allocators)):
             counts = [self._by_area(group, need[group]) for need in needs if need]
-            for area, wanted in enumerate(map(sum, zip(*counts, strict=True))):
-                self._require(chunks, group, area, wanted)
+            sums = enumerate(map(sum, zip(*counts, strict=True)))
+            wanted += [(group, area, count) for area, count in sums]
+        for group, area, count in wanted:
+            self._require(chunks, group, area, count)
+        for group, area, count in wanted:  # for all at once: what goes is told of in one go
+            self._allocators[group].make_room(count, area)
         return [
-            [self._grow(group, state.length, *wanted) for group, wanted in enumerate(need)]
+            [self._grow(group, state.length, *each) for group, each in enumerate(need)]
             if need
             else ()
             for state, need in zip(states, needs, strict=True)

@@ -490,9 +490,9 @@ class KVCache:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _on_evict(self, group: int, page: int) -> None:
+    def _on_evict(self, group: int, pages: Sequence[int]) -> None:
         if self.prefix is not None:
-            self.prefix.evict(group, page)
+            self.prefix.evict(group, pages)
 
     def _add(self, state: SequenceState) -> int:
         handle, self._next = self._next, self._next + 1

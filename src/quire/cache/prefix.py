@@ -152,8 +152,11 @@ class PrefixObserver(Protocol):
     def added(self, node: PrefixNode, group: int) -> None:
         """``node`` has a page of ``group`` now, all of whose tokens are committed."""
 
-    def leaving(self, node: PrefixNode, group: int) -> None:
-        """``node`` is about to lose its page of ``group``, which still holds its numbers."""
+    def leaving(self, pages: Sequence[tuple[PrefixNode, int]]) -> None:
+        """Nodes are about to lose their pages of a group each, which still hold their numbers.
+
+        When this returns they may be written to.
+        """
 
 
 class PrefixIndex:
@@ -317,20 +320,24 @@ class PrefixIndex:
         node.users -= 1
         self._prune(node)
 
-    def evict(self, group: int, page: int) -> None:
-        """``page`` is about to be taken for something else.
+    def evict(self, group: int, pages: Sequence[int]) -> None:
+        """``pages`` are about to be taken for something else.
 
         A page of a group that keeps every token takes the node's pages of the other groups with
         it: without it no prompt can use them.
         """
-        node = self._of_page[group][page]
-        if node is None:
-            return
-        self._note(node, "memory was wanted and it was the least recently used")
+        held = [self._of_page[group][page] for page in pages]
+        nodes = [node for node in held if node is not None]
         keeps_all = self.layout.groups[group].window is None
-        for other in range(len(self._allocators)) if keeps_all else (group,):
-            self._take(node, other)
-        self._prune(node)
+        groups = range(len(self._allocators)) if keeps_all else (group,)
+        if self.observer is not None and nodes:
+            leaving = [(n, g) for n in nodes for g in groups if n.pages[g] != NO_PAGE]
+            self.observer.leaving(leaving)
+        for node in nodes:
+            self._note(node, "memory was wanted and it was the least recently used")
+            for other in groups:
+                self._take(node, other)
+            self._prune(node)
 
     def check(self) -> None:
         """Verify that nodes, pages and keys agree; CacheInvariantError if they do not."""
@@ -456,8 +463,6 @@ class PrefixIndex:
     def _take(self, node: PrefixNode, group: int) -> None:
         page = node.pages[group]
         if page != NO_PAGE:
-            if self.observer is not None:
-                self.observer.leaving(node, group)
             node.pages[group] = NO_PAGE
             self._of_page[group][page] = None
             self._allocators[group].forget(page)

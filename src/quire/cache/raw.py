@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.layout import CacheLayout
-from quire.pages import PagePool
+from quire.pages import Incoming, PageMover, PagePool, Pending
 
 __all__ = ["RawPages"]
 
@@ -18,17 +18,64 @@ class RawPages:
 
     def __init__(self, layout: CacheLayout, pools: Sequence[PagePool]) -> None:
         self._layout, self._pools = layout, pools
+        self._moved: PageMover | None = None
 
     def read(self, group: int, pages: Sequence[int]) -> Bytes:
         """Copies of pages, uint8 ``[n, page_bytes(group, page)]``; all are open, or none is."""
-        layers = self._layout.groups[group].layers
-        return np.concatenate([self._pools[n].export_pages(pages) for n in layers], axis=1)
+        piece = self.piece(group, pages[0])
+        starts = range(0, len(pages), piece)
+        parts = (self.begin_read(group, pages[start : start + piece]).take() for start in starts)
+        if len(starts) == 1:
+            return next(parts).copy()
+        out = np.empty((len(pages), self.page_bytes(group, pages[0])), np.uint8)
+        for start, part in zip(starts, parts, strict=True):
+            out[start : start + piece] = part
+        return out
 
     def write(self, group: int, pages: Sequence[int], data: Bytes) -> None:
         """Overwrite pages with what :meth:`read` gave."""
-        is_open = len(pages) > 0 and self.is_open(group, pages[0])
-        for layer, part in self._parts(group, data, is_open):
-            self._pools[layer].import_pages(pages, part)
+        incoming = self.begin_write()
+        try:
+            incoming.put(group, pages, data)
+        finally:
+            incoming.end()
+
+    @property
+    def depth(self) -> int:
+        """See :attr:`PageMover.depth`."""
+        return self._mover.depth
+
+    def piece(self, group: int, page: int) -> int:
+        """See :meth:`PageMover.piece`."""
+        return self._mover.piece(group, page)
+
+    def begin_read(self, group: int, pages: Sequence[int]) -> Pending:
+        """Copies of at most a piece of pages, on their way: :meth:`PageMover.begin_export`."""
+        return self._mover.begin_export(group, pages)
+
+    def begin_write(self) -> Incoming:
+        """Overwrite pages beside the steps: :meth:`PageMover.begin_import`."""
+        return self._mover.begin_import()
+
+    def open(self) -> None:
+        """Take the memory that moving pages needs, which is taken when it is first needed else.
+
+        Raises BackendError if there is none.
+        """
+        self._mover  # noqa: B018
+
+    def close(self) -> None:
+        """Let that memory go."""
+        if self._moved is not None:
+            self._moved.close()
+            self._moved = None
+
+    @property
+    def _mover(self) -> PageMover:
+        if self._moved is None:
+            layers = [[self._pools[n] for n in group.layers] for group in self._layout.groups]
+            self._moved = self._pools[0].mover(layers)
+        return self._moved
 
     def blank(self, group: int, data: Bytes, first: int) -> None:
         """Zero the slots from ``first`` on in what :meth:`read` gave of an unfinished page, in

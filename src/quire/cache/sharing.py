@@ -47,7 +47,7 @@ class PrefixSharing:
         for allocator, pages in zip(self._allocators, match.pages, strict=True):
             allocator.retain(pages)
         for group, pages in enumerate(match.pages if takes else ()):
-            self.index.evict(group, pages[-1])
+            self.index.evict(group, pages[-1:])
         tables = [
             PageTable(array("q", pages), first)
             for pages, first in zip(match.pages, match.first_page, strict=True)

@@ -50,7 +50,8 @@ class TierUsage:
     """What a tier holds and what it did since it was opened; sizes in bytes.
 
     bytes_used   memory or files, transients (a journal) included; at most ``budget``
-    queued       memory of what was taken and waits to be written; beside the budget
+    queued       memory of what waits to be written, on its way from a device included; beside the
+                 budget
     pages        records held, those that wait included
     stored       records written; each of them survives a kill
     evicted      records given up to make room

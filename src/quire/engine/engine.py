@@ -279,6 +279,8 @@ class Engine:
         outputs = self._run(plan)
         if self._tiers is not None:
             self._tiers.store()
+            if not self._is_serving:
+                self._tiers.settle()  # there may be no later step
         return outputs
 
     def flush(self) -> None:
@@ -541,6 +543,7 @@ class Engine:
             while self._pins.drop_one():
                 pass
             run.begin(self.backend)
+            self._tiers.settle()
         except BaseException:
             run.close()
             raise

@@ -108,8 +108,8 @@ class Loads:
         assert sample.load is not None
         assert sample.sequence is not None
         assert sample.cached_tokens is not None
-        load, sample.load = sample.load, None
-        came = self._tiers.finish(load)
+        came = self._tiers.finish(sample.load)
+        sample.load = None
         sample.computed = self._cache.length(sample.sequence)
         if not sample.preemptions:
             sample.cached_tokens |= came

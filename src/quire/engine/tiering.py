@@ -3,23 +3,26 @@
 Pages go down by themselves: to host memory when the pool gives them up, to disk as soon as they
 are whole, behind the engine's back. They come up for a waiting sample, in a thread beside the
 steps, if loading them is expected to take less time than computing them; both are measured.
+
+Where pools are not in host memory, pages on their way down are in neither: a tier takes them when
+they have arrived, after a step, or at once if somebody asks for them.
 """
 
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from quire.cache import KVCache, PrefixMatch, PrefixQuery, Reservation
 from quire.cache.prefix import NO_PAGE, TOKEN_BYTES, PrefixNode
 from quire.cache.tiers import PageRecord, Tier, TierUsage
+from quire.pages import Incoming, Pending
 
 __all__ = ["Load", "LoadPlan", "Pace", "PrefixTiers"]
-
-PIECE = 8  # pages that are exported at a time, so that no step waits long
 
 
 # Guesses until something was measured: multiply-adds a second of a thread; of a tier, bytes a
@@ -73,7 +76,8 @@ class Load:
     tokens      ids of all of them, in order
     records     for each group, what to ask a tier for
     pages       for each group, the ids of the pages that they go to
-    done        pages that have arrived, in order
+    incoming    what puts them there
+    done        pages that were put, in order
     """
 
     sequence: int
@@ -82,10 +86,21 @@ class Load:
     records: list[list[PageRecord]]
     pages: list[list[int]]
     plan: LoadPlan
+    incoming: Incoming
     done: int = 0
     seconds: float = 0.0
     cancelled: bool = False
     finished: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """Pages of ``size`` bytes on their way to a tier; ``records`` name them."""
+
+    tier: str
+    records: list[PageRecord]
+    size: int
+    pending: Pending
 
 
 class PrefixTiers:
@@ -101,7 +116,9 @@ class PrefixTiers:
         self._cache, self._index = cache, cache.prefix
         self._fresh: deque[tuple[PrefixNode, int]] = deque()
         self._element = cache.layout.element_bytes
+        self._sent: deque[_Sent] = deque()
         if self.tiers:
+            cache.raw.open()
             self._index.observer = self
 
     # -- down --------------------------------------------------------------------------------
@@ -111,37 +128,87 @@ class PrefixTiers:
         if "disk" in self.tiers and self._is_whole(node):
             self._fresh.append((node, group))
 
-    def leaving(self, node: PrefixNode, group: int) -> None:
-        """The pool is about to give a page up: it goes to host memory."""
+    def leaving(self, pages: Sequence[tuple[PrefixNode, int]]) -> None:
+        """The pool is about to give pages up: they go to host memory."""
         host = self.tiers.get("host")
-        if host is not None and self._is_whole(node):
-            record = self._record(node, group)
-            if not host.contains([record.key])[0]:
-                data = self._cache.raw.read(group, [node.pages[group]])
-                host.put(record, data[0])
+        if host is None:
+            return
+        kinds: dict[tuple[int, int], list[PrefixNode]] = {}
+        for node, group in pages:
+            if self._is_whole(node):
+                kinds.setdefault(self._kind(node, group), []).append(node)
+        for (group, _), nodes in kinds.items():
+            piece = self._cache.raw.piece(group, nodes[0].pages[group])
+            for start in range(0, len(nodes), piece):
+                self._send(host, group, nodes[start : start + piece])
 
     def store(self) -> None:
-        """Hand new pages to the disk's queue, as many as it takes without waiting."""
+        """Take in what has arrived; send new pages to disk, as many as its queue takes now."""
+        self.take_in()
         disk = self.tiers.get("disk")
         while disk is not None and self._fresh:
             kind = self._kind(*self._fresh[0])
             group, size = kind
-            most = min(PIECE, disk.room() // size)
-            if most == 0:
+            room = (disk.room() - self._bytes_sent(disk.name)) // size
+            batch: list[PrefixNode] = []
+            while self._fresh and len(batch) < room and self._kind(*self._fresh[0]) == kind:
+                node, _ = self._fresh.popleft()
+                page = node.pages[group]
+                if page == NO_PAGE:
+                    continue
+                batch.append(node)
+                if len(batch) == self._cache.raw.piece(group, page):
+                    break
+            if batch:
+                self._send(disk, group, batch)
+            elif room <= 0:
                 self._shorten(disk)
                 return
-            batch: list[PrefixNode] = []
-            while self._fresh and len(batch) < most and self._kind(*self._fresh[0]) == kind:
-                node, _ = self._fresh.popleft()
-                if node.pages[group] != NO_PAGE:
-                    batch.append(node)
-            held = disk.contains([self._key(node.digest, group) for node in batch])
-            batch = [node for node, there in zip(batch, held, strict=True) if not there]
-            if not batch:
-                continue
-            data = self._cache.raw.read(group, [node.pages[group] for node in batch])
-            for node, payload in zip(batch, data, strict=True):
-                disk.put(self._record(node, group), payload)
+
+    def take_in(self) -> None:
+        """Put into their tiers what has arrived there."""
+        while self._sent and self._sent[0].pending.ready:
+            self._land()
+
+    def settle(self) -> None:
+        """Wait until nothing is on its way to a tier."""
+        while self._sent:
+            self._land()
+
+    def _send(self, tier: Tier, group: int, nodes: Sequence[PrefixNode]) -> None:
+        """Begin to copy pages of one kind, at most a piece, to where ``tier`` gets them from."""
+        records = [self._record(node, group) for node in nodes]
+        held = tier.contains([record.key for record in records])
+        coming = self._coming(tier.name)
+        new = [
+            (record, node.pages[group])
+            for record, node, there in zip(records, nodes, held, strict=True)
+            if not there and record.key not in coming
+        ]
+        if not new:
+            return
+        raw = self._cache.raw
+        while len(self._sent) >= raw.depth:
+            self._land()
+        pending = raw.begin_read(group, [page for _, page in new])
+        size = self._bytes(group, new[0][0].depth)
+        self._sent.append(_Sent(tier.name, [record for record, _ in new], size, pending))
+        self.take_in()
+
+    def _land(self) -> None:
+        """Put what was sent first into its tier; waits for it."""
+        sent = self._sent.popleft()
+        for record, payload in zip(sent.records, sent.pending.take(), strict=True):
+            self.tiers[sent.tier].put(record, payload)
+
+    def _coming(self, name: str) -> set[bytes]:
+        """Keys on their way to a tier."""
+        sent = (each.records for each in self._sent if each.tier == name)
+        return {record.key for records in sent for record in records}
+
+    def _bytes_sent(self, name: str) -> int:
+        """Bytes on their way to a tier."""
+        return sum(sent.size * len(sent.records) for sent in self._sent if sent.tier == name)
 
     def _shorten(self, disk: Tier) -> None:
         """Keep no more of what waits than the pool holds, and nothing for a tier that is done."""
@@ -155,14 +222,23 @@ class PrefixTiers:
         return next((tier for tier in self.tiers.values() if tier.lend(size)), None)
 
     def usage(self) -> tuple[TierUsage, ...]:
-        """What each tier holds and did."""
-        return tuple(tier.usage() for tier in self.tiers.values())
+        """What each tier holds and did; what is on its way there is queued."""
+        return tuple(
+            replace(
+                usage,
+                queued=usage.queued + self._bytes_sent(usage.name),
+                pages=usage.pages + len(self._coming(usage.name)),
+            )
+            for usage in (tier.usage() for tier in self.tiers.values())
+        )
 
     def flush(self) -> None:
         """Wait until every new page is stored, or dropped with a reason."""
+        self.settle()
         while self._fresh:
             before = len(self._fresh)
             self.store()
+            self.settle()
             for tier in self.tiers.values():
                 tier.flush()
             if len(self._fresh) == before:  # the tier takes nothing any more, and says why
@@ -177,6 +253,7 @@ class PrefixTiers:
         for tier in self.tiers.values():
             tier.close()
         self.tiers.clear()
+        self._cache.raw.close()
 
     # -- up ----------------------------------------------------------------------------------
 
@@ -218,6 +295,12 @@ class PrefixTiers:
         except BaseException:
             self._cache.release(sequence)
             raise
+        try:
+            incoming = self._cache.raw.begin_write()
+        except BaseException:
+            self._cache.rollback(reservation)
+            self._cache.release(sequence)
+            raise
         ids = np.frombuffer(query.data, "<u4")[plan.match.tokens : (first + count) * size]
         pages = reservation.new_pages
         load = Load(
@@ -227,6 +310,7 @@ class PrefixTiers:
             [self._records(query, first, count, group) for group in range(len(pages))],
             pages,
             plan,
+            incoming,
         )
         try:
             threading.Thread(target=self._fill, args=(load,), daemon=True).start()
@@ -235,8 +319,12 @@ class PrefixTiers:
         return load
 
     def finish(self, load: Load) -> dict[str, int]:
-        """Commit what has arrived; the tokens that came, by tier. Waits for the thread."""
+        """Commit what has arrived; the tokens that came, by tier. Waits for the thread.
+
+        Not for the copies that it began: whoever uses the pages from now on comes after them.
+        """
         load.finished.wait()
+        load.incoming.end()
         size = self._cache.layout.page_size
         self._cache.commit(load.reservation, [load.tokens[: load.done * size]])
         came = load.plan.sources[: load.done]
@@ -292,6 +380,8 @@ class PrefixTiers:
         worst = [0] * len(digests)
         for group in range(len(self._cache.layout.groups) if digests else 0):
             keys = [self._key(digest, group) for digest in digests]
+            while any(not self._coming(name).isdisjoint(keys) for name in names):
+                self._land()
             held = [tier.contains(keys) for tier in self.tiers.values()]
             for at, flags in enumerate(zip(*held, strict=True)):
                 here = flags.index(True) if True in flags else len(names)
@@ -303,20 +393,37 @@ class PrefixTiers:
         """Read pages in order of position until one is missing; in a thread of its own."""
         started = time.perf_counter()
         try:
-            for at in range(len(load.plan.sources)):
-                if load.cancelled or not self._fill_one(load, at):
-                    break
-                load.done += 1
+            while load.done < len(load.plan.sources) and self._fill_piece(load):
+                pass
         finally:
             load.seconds = time.perf_counter() - started
             load.finished.set()
 
-    def _fill_one(self, load: Load, at: int) -> bool:
+    def _fill_piece(self, load: Load) -> bool:
+        """Read and put some pages more; False if one is missing, or the load was cancelled."""
+        start, most = load.done, self._piece(load)
+        count = most
         for group, records in enumerate(load.records):
-            found = (tier.get(records[at]) for tier in self.tiers.values())
-            data = next((payload for payload in found if payload is not None), None)
-            if data is None or len(data) != self._bytes(group, records[at].depth):
-                return False
-            row = np.frombuffer(data, np.uint8)[None]
-            self._cache.raw.write(group, [load.pages[group][at]], row)
-        return True
+            data: list[npt.NDArray[np.uint8]] = []
+            for record in records[start : start + count]:
+                payload = None if load.cancelled else self._get(record)
+                if payload is None or len(payload) != self._bytes(group, record.depth):
+                    break
+                data.append(np.frombuffer(payload, np.uint8))
+            count = len(data)
+            load.incoming.put(group, load.pages[group][start : start + count], data)
+        load.done += count
+        return count == most
+
+    def _piece(self, load: Load) -> int:
+        """Pages that are put together: those of one kind that all groups move at once."""
+        left = len(load.plan.sources) - load.done
+        if load.records[0][load.done].depth == 0:
+            left = 1  # it is open where the next ones are packed
+        raw = self._cache.raw
+        pieces = (raw.piece(group, pages[load.done]) for group, pages in enumerate(load.pages))
+        return min(left, *pieces)
+
+    def _get(self, record: PageRecord) -> bytes | None:
+        found = (tier.get(record) for tier in self.tiers.values())
+        return next((payload for payload in found if payload is not None), None)

@@ -1,6 +1,7 @@
 """Where tensors live and kernels run: an NVIDIA GPU, or this process under Triton's interpreter."""
 
 import functools
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -11,12 +12,15 @@ import torch
 import triton
 
 from quire.backends.cuda.attention import prefill_kernel
+from quire.backends.cuda.streams import Streams
 from quire.config import format_bytes
 from quire.errors import BackendError
 
 __all__ = ["Device", "find_device", "why_there_is_none"]
 
 Array = npt.NDArray[Any]
+
+_INTERPRETING = threading.RLock()  # Triton's interpreter runs one kernel at a time
 
 
 def why_there_is_none() -> str | None:
@@ -136,6 +140,11 @@ class Device:
         """The memory that captured steps share: only one of them runs at a time."""
         return torch.cuda.graph_pool_handle()
 
+    @functools.cached_property
+    def streams(self) -> Streams:
+        """Streams beside the one that computes."""
+        return Streams(self.hardware)
+
     def to_host(self, tensor: Any) -> Any:
         """A copy in host memory, complete when this returns."""
         if not self.hardware:
@@ -153,7 +162,10 @@ class Device:
             # What is not written as a fused multiply-add is not made one: bits are the source's.
             kernel[grid](*args, enable_fp_fusion=False, **named)
             return
-        with warnings.catch_warnings():  # hardware does not warn of infinities and NaN either
+        with (
+            _INTERPRETING,
+            warnings.catch_warnings(),
+        ):  # hardware does not warn of infinities and NaN either
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel[grid](*args, **named)
 

@@ -108,7 +108,11 @@ class StepGraph:
             self._compute()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._backend.device.graph_memory):
+        device = self._backend.device
+        with (
+            device.streams.submitting,  # a thread that moves pages hands nothing over meanwhile
+            torch.cuda.graph(graph, pool=device.graph_memory, capture_error_mode="thread_local"),
+        ):
             self._logits = self._compute()
         return graph
 

@@ -10,9 +10,10 @@ from quire.backends.cuda.device import Device
 from quire.backends.cuda.sealing import seal_keys_kernel, seal_values_kernel
 from quire.backends.cuda.stored import DTYPES, Side, StoredPages, power_of_two
 from quire.backends.cuda.storing import append_kernel, copy_kernel
+from quire.backends.cuda.transfer import CudaMover
 from quire.errors import BackendError
 from quire.formats import GROUP
-from quire.pages import PageFormat, PageShape
+from quire.pages import Groups, PageFormat, PageShape
 
 __all__ = ["CudaPool", "require_formats"]
 
@@ -169,6 +170,18 @@ class CudaPool:
         """See :class:`quire.pages.PagePool`."""
         stored, (rows,) = self._of_kind(pages)
         stored.put(rows, data)
+
+    def mover(self, groups: Groups) -> CudaMover:
+        """See :class:`quire.pages.PagePool`."""
+        kinds = []
+        for pools in groups:
+            ours = [pool for pool in pools if isinstance(pool, CudaPool)]
+            first = ours[0].num_pages
+            kinds.append([(0, [(pool.pages, 0) for pool in ours])])
+            if ours[0].open_pages:  # of a layer that packs nothing they lie behind the others
+                opened = [(pool.open, 0 if pool.shape.by_page else first) for pool in ours]
+                kinds[-1].append((first, opened))
+        return CudaMover(self.device, kinds)
 
     def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
         """See :class:`quire.pages.PagePool`."""

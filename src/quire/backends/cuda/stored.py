@@ -121,13 +121,14 @@ class StoredPages:
 
     def put(self, pages: Array, data: npt.NDArray[np.uint8]) -> None:
         """See :meth:`quire.pages.PagePool.import_pages`."""
-        ids = self.device.integers(pages)
-        rows, start = self.device.to_device(data), 0
-        for array in self.arrays:
-            width = math.prod(array.shape[1:]) * array.element_size()
-            part = rows[:, start : start + width].contiguous().view(array.dtype)
-            array[ids] = part.view(len(ids), *array.shape[1:])
-            start += width
+        with self.device.streams.submitting:  # a thread may do it while another captures a graph
+            ids = self.device.integers(pages)
+            rows, start = self.device.to_device(data), 0
+            for array in self.arrays:
+                width = math.prod(array.shape[1:]) * array.element_size()
+                part = rows[:, start : start + width].contiguous().view(array.dtype)
+                array[ids] = part.view(len(ids), *array.shape[1:])
+                start += width
 
     def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
         """See :class:`quire.pages.PagePool`; not of packed pages."""

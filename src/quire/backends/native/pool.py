@@ -9,7 +9,7 @@ import numpy.typing as npt
 from quire.backends.native import _native
 from quire.backends.native.stored import CODES, DTYPES, StoredPages
 from quire.errors import BackendError
-from quire.pages import PAGE_FORMATS, PageFormat, PageShape
+from quire.pages import PAGE_FORMATS, Groups, PageFormat, PageShape, PlainMover
 
 __all__ = ["DTYPES", "NativePool", "require_formats"]
 
@@ -90,6 +90,10 @@ class NativePool:
         """See :class:`quire.pages.PagePool`."""
         stored, (rows,) = self._of_kind(pages)
         stored.put(rows, data)
+
+    def mover(self, groups: Groups) -> PlainMover:
+        """See :class:`quire.pages.PagePool`."""
+        return PlainMover(groups)
 
     def blank_slots(self, data: npt.NDArray[np.uint8], first: int) -> None:
         """See :class:`quire.pages.PagePool`."""
