@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire import QuireError, SamplingParams
-from quire.engine.sampler import adjust, choose, logprobs_of, uniform
+from quire.sampler import adjust, choose, logprobs_of, uniform
 
 ALMOST_ONE = float(np.nextafter(1.0, 0.0))
 WORD = 2**64

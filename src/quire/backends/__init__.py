@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.base import Backend
+from quire.backends.base import Backend, Logits
 from quire.backends.blocks import AttentionParams, MlpParams, Network, Projection, keep, turned
 from quire.backends.reference import ReferenceBackend
 from quire.errors import BackendError, did_you_mean
@@ -17,6 +17,7 @@ __all__ = [
     "AttentionParams",
     "Backend",
     "BackendStatus",
+    "Logits",
     "MlpParams",
     "Network",
     "Projection",

@@ -127,9 +127,18 @@ class Device:
     def renew(self, there: Any, here: Any, count: int) -> None:
         """Copy the first ``count`` numbers of ``here`` over those ``there``, behind what runs.
 
-        They may not be changed here before something behind that copy has come back.
+        They may not be changed here before that copy is done: see :meth:`mark`.
         """
         there[:count].copy_(here[:count], non_blocking=True)
+
+    def mark(self) -> Any:
+        """A mark behind all that is queued, for :meth:`wait`."""
+        return torch.cuda.current_stream().record_event() if self.hardware else None
+
+    def wait(self, mark: Any) -> None:
+        """Return when what lies before ``mark`` is done."""
+        if mark is not None:
+            mark.synchronize()
 
     @functools.cached_property
     def graph_memory(self) -> Any:

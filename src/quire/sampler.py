@@ -1,18 +1,75 @@
-"""Logits to token ids. A pure function of the logits, the tokens so far, the parameters and the
-random stream; knows nothing of batches."""
+"""Logits to token ids: the definition, in NumPy and float64.
 
+A pure function of the logits, the tokens so far, the parameters and the random stream. A backend
+may choose where it computes (see :class:`quire.backends.base.Logits`); it must choose this.
+"""
+
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from quire.engine.request import SamplingParams, TokenLogprob
 from quire.errors import QuireError
+from quire.sampling import Ask, Choice, SamplingParams, TokenLogprob
 
-__all__ = ["adjust", "choose", "is_plain", "likeliest", "logprobs_of", "uniform"]
+__all__ = [
+    "HostLogits",
+    "adjust",
+    "choose",
+    "decide",
+    "is_plain",
+    "likeliest",
+    "logprobs_of",
+    "penalties",
+    "uniform",
+]
 
 Logits = npt.NDArray[np.float64]
+
+AHEAD = 64  # positions whose numbers are drawn at a time
+
+
+class HostLogits:
+    """Rows of logits float32 [n, vocab] in NumPy: see :class:`quire.backends.base.Logits`."""
+
+    def __init__(self, rows: npt.NDArray[np.float32]) -> None:
+        self._rows = rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, vocab)."""
+        count, vocab = self._rows.shape
+        return count, vocab
+
+    def host(self) -> npt.NDArray[np.float32]:
+        """The array itself."""
+        return self._rows
+
+    def choose(self, asked: Sequence[Ask]) -> list[Choice]:
+        """One by one, as :func:`decide` does."""
+        return [decide(self._rows[ask.row], ask) for ask in asked]
+
+    def wait(self) -> None:
+        """They are there."""
+
+
+def decide(logits: npt.NDArray[np.float32], ask: Ask) -> Choice:
+    """What is asked of its row of logits float32 [vocab]."""
+    params, tokens = ask.params, ask.tokens
+    try:
+        if is_plain(params):
+            token = likeliest(logits, len(tokens) - 1)
+        else:
+            prompt, reply = tokens[: ask.prompt], tokens[ask.prompt :]
+            token = choose(logits, prompt, reply, params, ask.draw)
+    except QuireError as error:
+        return Choice(None, None, str(error))
+    if params.logprobs is None:
+        return Choice(token)
+    return Choice(token, logprobs_of(token, logits, params.logprobs))
 
 
 def uniform(seed: int, sample: int, position: int) -> float:
@@ -20,9 +77,15 @@ def uniform(seed: int, sample: int, position: int) -> float:
 
     Keyed by (seed, sample), counted by the position of the token to choose.
     """
+    return _numbers(seed, sample, position // AHEAD)[position % AHEAD]
+
+
+@functools.lru_cache(maxsize=1024)  # making a generator takes as long as many of its numbers
+def _numbers(seed: int, sample: int, part: int) -> tuple[float, ...]:
+    """Those of AHEAD positions. The generator's next block of four words is the next position's."""
     key = np.array([seed, sample], dtype=np.uint64)  # a list with a seed of 2**63 becomes float64
-    bits = np.random.Philox(key=key, counter=[position, 0, 0, 0])
-    return float(np.random.Generator(bits).random())
+    bits = np.random.Philox(key=key, counter=[part * AHEAD, 0, 0, 0])
+    return tuple(np.random.Generator(bits).random(4 * AHEAD)[::4].tolist())
 
 
 def choose(
@@ -92,17 +155,34 @@ def adjust(
     return logits
 
 
+def penalties(
+    prompt: Sequence[int], reply: Sequence[int], params: SamplingParams
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The tokens, ascending, whose logits a penalty changes, and how often each is in the reply."""
+    told: Sequence[int] = ()
+    if params.repetition_penalty != 1:
+        told = [*prompt, *reply]
+    elif params.presence_penalty or params.frequency_penalty:
+        told = reply
+    seen = np.unique(np.asarray(told, dtype=np.int64))
+    counts = np.zeros(len(seen), np.int64)
+    if params.presence_penalty or params.frequency_penalty:
+        of_reply, counted = np.unique(np.asarray(reply, dtype=np.int64), return_counts=True)
+        counts[np.searchsorted(seen, of_reply)] = counted
+    return seen, counts
+
+
 def _penalise(
     logits: Logits, prompt: Sequence[int], reply: Sequence[int], params: SamplingParams
 ) -> Logits:
-    if params.repetition_penalty != 1:
-        seen = np.unique(np.asarray([*prompt, *reply], dtype=np.int64))
-        at, factor = logits[seen], params.repetition_penalty
-        logits = logits.copy()
-        logits[seen] = np.where(at < 0, at * factor, at / factor)
-    if reply and (params.presence_penalty or params.frequency_penalty):
-        counts = np.bincount(np.asarray(reply, dtype=np.int64), minlength=logits.size)
-        logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    seen, counts = penalties(prompt, reply, params)
+    if not len(seen):
+        return logits
+    at, factor = logits[seen], params.repetition_penalty
+    if factor != 1:
+        at = np.where(at < 0, at * factor, at / factor)
+    logits = logits.copy()
+    logits[seen] = at - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
     return logits
 
 
@@ -126,7 +206,7 @@ def _nucleus(logits: Logits, top_p: float) -> Logits:
     return out
 
 
-def _largest(logits: Logits, most: int) -> npt.NDArray[np.int64]:
+def _largest(logits: npt.NDArray[Any], most: int) -> npt.NDArray[np.int64]:
     """Token ids of the ``most`` largest logits, the largest first, ties in order of token id."""
     ids = np.arange(logits.size)
     if most < logits.size:
@@ -155,6 +235,6 @@ def logprobs_of(token: int, logits: npt.NDArray[np.float32], alternatives: int) 
     wide = logits.astype(np.float64)
     wide -= wide.max()
     logprobs = wide - np.log(np.exp(wide).sum())
-    top = _largest(logprobs, alternatives)[:alternatives] if alternatives else ()
+    top = _largest(logits, alternatives)[:alternatives] if alternatives else ()
     pairs = tuple((int(t), float(logprobs[t])) for t in top)
     return TokenLogprob(token, float(logprobs[token]), pairs)

@@ -1,0 +1,29 @@
+"""The next tokens of samples, asked for in one call of whoever holds their logits."""
+
+from collections.abc import Sequence
+
+from quire.backends import Logits
+from quire.engine.request import Sample
+from quire.engine.shadow import Shadow
+from quire.sampler import uniform
+from quire.sampling import Ask, Choice
+
+__all__ = ["choose_for"]
+
+
+def choose_for(
+    deciding: Sequence[tuple[Sample, int]], logits: Logits, shadow: Shadow | None
+) -> list[Choice]:
+    """A choice for each (sample, row of ``logits``), in order; ``shadow`` keeps what it watches."""
+    if shadow is not None:
+        for sample, row in deciding:
+            shadow.note(sample, logits, row)
+    return logits.choose([_ask(sample, row) for sample, row in deciding]) if deciding else []
+
+
+def _ask(sample: Sample, row: int) -> Ask:
+    request, tokens = sample.request, sample.tokens
+    params, draw = request.params, 0.0
+    if params.temperature:
+        draw = uniform(request.seed, sample.index, len(tokens))
+    return Ask(row, params, draw, tokens, len(request.prompt_tokens))
