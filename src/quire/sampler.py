@@ -195,10 +195,7 @@ def _nucleus(logits: Logits, top_p: float) -> Logits:
     while True:
         order = _largest(logits, most)
         keep = int(np.searchsorted(np.cumsum(weights[order]) / total, top_p, side="left")) + 1
-        # Ties with tokens that were left out would have to be broken by token id.
-        if len(order) == logits.size or (
-            keep <= len(order) and logits[order[keep - 1]] > logits[order[-1]]
-        ):
+        if keep <= len(order) or len(order) == logits.size:
             break
         most *= 16
     out = np.full_like(logits, -np.inf)
@@ -210,7 +207,9 @@ def _largest(logits: npt.NDArray[Any], most: int) -> npt.NDArray[np.int64]:
     """Token ids of the ``most`` largest logits, the largest first, ties in order of token id."""
     ids = np.arange(logits.size)
     if most < logits.size:
-        ids = np.sort(np.argpartition(logits, -most)[-most:])
+        least = np.partition(logits, -most)[-most]
+        above, tied = np.flatnonzero(logits > least), np.flatnonzero(logits == least)
+        ids = np.sort(np.concatenate([above, tied[: most - above.size]]))
     return ids[np.argsort(-logits[ids], kind="stable")]
 
 
