@@ -59,7 +59,7 @@ def test_the_philox_of_these_tests_gives_the_published_answer() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**63 - 1, 2**63 + 5, 2**64 - 1])
 @pytest.mark.parametrize("sample", [0, 1, 7])
-@pytest.mark.parametrize("position", [0, 1, 4096, 2**31])
+@pytest.mark.parametrize("position", [0, 1, 62, 63, 64, 4096, 2**31 + 65])
 def test_uniform_is_philox_keyed_by_seed_and_sample_at_the_position(
     seed: int, sample: int, position: int
 ) -> None:

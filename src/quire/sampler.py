@@ -48,6 +48,10 @@ class HostLogits:
         """The array itself."""
         return self._rows
 
+    def row(self, nth: int) -> npt.NDArray[np.float32]:
+        """One of its rows."""
+        return self._rows[nth]
+
     def choose(self, asked: Sequence[Ask]) -> list[Choice]:
         """One by one, as :func:`decide` does."""
         return [decide(self._rows[ask.row], ask) for ask in asked]

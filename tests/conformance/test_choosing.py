@@ -231,5 +231,7 @@ def test_logits_can_be_fetched(subject: Subject) -> None:
     logits = logits_of(backend_of(subject), rows)
     logits.wait()
     assert logits.shape == (3, 70)
+    assert logits.row(1).tobytes() == rows[1].tobytes()
     assert logits.host().tobytes() == rows.tobytes()
+    assert logits.row(2).tobytes() == rows[2].tobytes()
     assert logits.host() is logits.host()

@@ -34,6 +34,9 @@ class Logits(Protocol):
     def host(self) -> npt.NDArray[np.float32]:
         """All of them in NumPy, [n, vocab]; they are fetched once. Not to be written to."""
 
+    def row(self, nth: int) -> npt.NDArray[np.float32]:
+        """One of them in NumPy, [vocab]. Not to be written to."""
+
     def choose(self, asked: Sequence[Ask]) -> list[Choice]:
         """The next token of each that asks, in order, as :func:`quire.sampler.decide` has it.
 

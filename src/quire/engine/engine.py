@@ -589,7 +589,7 @@ class Engine:
         choosing: list[tuple[Sample, int]] = []
         for row, sample in enumerate(deciding):
             if sample.request in self._searches:
-                outputs += self._search_on(sample, logits.host()[row])
+                outputs += self._search_on(sample, logits.row(row))
                 self._undecided.remove(sample)
                 continue
             choosing.append((sample, row))

@@ -118,7 +118,7 @@ class Shadow:
         rows = self._kept.setdefault(sample, {})
         if len(sample.tokens) not in rows:
             self._kept_bytes += size
-        rows[len(sample.tokens)] = logits.host()[row].copy()
+        rows[len(sample.tokens)] = logits.row(row).copy()
         self._peak = max(self._peak, self._bytes)
 
     def finished(self, sample: Sample, *, whole: bool) -> None:

@@ -82,6 +82,14 @@ class CudaLogits:
             self._host = self.device.to_host(self._rows).numpy()
         return self._host
 
+    def row(self, nth: int) -> npt.NDArray[np.float32]:
+        """One of them; waits for all."""
+        if self._host is not None:
+            return self._host[nth]
+        self._require_there()
+        row: npt.NDArray[np.float32] = self.device.to_host(self._rows[nth]).numpy()
+        return row
+
     def wait(self) -> None:
         """Until all that was queued before is done."""
         self.device.wait(self.device.mark())
@@ -92,8 +100,7 @@ class CudaLogits:
         if self._best is None:
             self._best = best_of(self.device, self._rows)
         if all(is_plain(ask.params) and ask.params.logprobs is None for ask in asked):
-            best = self.device.to_host(self._best).tolist()
-            return [self._greedy(ask, best[ask.row]) for ask in asked]
+            return self._greedy(asked)
         chosen = self._round(asked, whole=False)
         again = [nth for nth, choice in enumerate(chosen) if choice is None]
         if again:
@@ -109,13 +116,16 @@ class CudaLogits:
                 "them, or take host(), before the next step"
             )
 
-    def _greedy(self, ask: Ask, key: int) -> Choice:
-        return self._damaged(ask) if key == BAD else Choice(_token(key))
+    def _greedy(self, asked: Sequence[Ask]) -> list[Choice]:
+        """The likeliest of each row."""
+        best = self.device.to_host(self._best).numpy()
+        tokens, bad = (LOW - (best & LOW)).tolist(), set(np.flatnonzero(best == BAD).tolist())
+        return [self._damaged(ask) if ask.row in bad else Choice(tokens[ask.row]) for ask in asked]
 
     def _damaged(self, ask: Ask) -> Choice:
         """What the definition says of a row that is not finite."""
         try:
-            likeliest(self.device.to_host(self._rows[ask.row]).numpy(), len(ask.tokens) - 1)
+            likeliest(self.row(ask.row), len(ask.tokens) - 1)
         except QuireError as error:
             return Choice(None, None, str(error))
         raise BackendError(f"row {ask.row} of logits changed while tokens were chosen from it")
@@ -351,10 +361,6 @@ def _fetched(device: Device, tensors: Sequence[Tensor]) -> list[Array]:
         out.append(part if tensor.dtype == torch.int64 else part.view(np.float64))
         first += tensor.numel()
     return out
-
-
-def _token(key: int) -> int:
-    return LOW - (key & LOW)
 
 
 def _parts(vocab: int) -> int:
