@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.errors import QuireError
-from quire.sampling import Ask, Choice, SamplingParams, TokenLogprob
+from quire.sampling import Ask, Choice, SamplingParams, Seen, TokenLogprob
 
 __all__ = [
     "HostLogits",
@@ -23,7 +23,8 @@ __all__ = [
     "is_plain",
     "likeliest",
     "logprobs_of",
-    "penalties",
+    "seen_by",
+    "seen_of",
     "uniform",
 ]
 
@@ -50,7 +51,8 @@ class HostLogits:
 
     def row(self, nth: int) -> npt.NDArray[np.float32]:
         """One of its rows."""
-        return self._rows[nth]
+        row: npt.NDArray[np.float32] = self._rows[nth]
+        return row
 
     def choose(self, asked: Sequence[Ask]) -> list[Choice]:
         """One by one, as :func:`decide` does."""
@@ -62,13 +64,11 @@ class HostLogits:
 
 def decide(logits: npt.NDArray[np.float32], ask: Ask) -> Choice:
     """What is asked of its row of logits float32 [vocab]."""
-    params, tokens = ask.params, ask.tokens
+    params = ask.params
     try:
-        if is_plain(params):
-            token = likeliest(logits, len(tokens) - 1)
-        else:
-            prompt, reply = tokens[: ask.prompt], tokens[ask.prompt :]
-            token = choose(logits, prompt, reply, params, ask.draw)
+        token = likeliest(logits, len(ask.tokens) - 1)
+        if not is_plain(params):
+            token = _chosen(logits, seen_by(ask), params, ask.draw)
     except QuireError as error:
         return Choice(None, None, str(error))
     if params.logprobs is None:
@@ -107,7 +107,13 @@ def choose(
     best = likeliest(logits, len(prompt) + len(reply) - 1)
     if is_plain(params):
         return best
-    adjusted = adjust(logits.astype(np.float64), prompt, reply, params)
+    return _chosen(logits, seen_of(prompt, reply, params), params, draw)
+
+
+def _chosen(
+    logits: npt.NDArray[np.float32], seen: Seen | None, params: SamplingParams, draw: float
+) -> int:
+    adjusted = _narrow(_penalise(logits.astype(np.float64), seen, params), params)
     return int(np.argmax(adjusted)) if params.temperature == 0 else _draw(adjusted, draw)
 
 
@@ -142,7 +148,11 @@ def adjust(
 
     With temperature 0 only the penalties apply.
     """
-    logits = _penalise(logits, prompt, reply, params)
+    return _narrow(_penalise(logits, seen_of(prompt, reply, params), params), params)
+
+
+def _narrow(logits: Logits, params: SamplingParams) -> Logits:
+    """Temperature, top-k, top-p and min-p."""
     if params.temperature == 0:
         return logits
     # Shifting first keeps a tiny temperature from overflowing to inf - inf.
@@ -159,34 +169,31 @@ def adjust(
     return logits
 
 
-def penalties(
-    prompt: Sequence[int], reply: Sequence[int], params: SamplingParams
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The tokens, ascending, whose logits a penalty changes, and how often each is in the reply."""
-    told: Sequence[int] = ()
+def seen_of(prompt: Sequence[int], reply: Sequence[int], params: SamplingParams) -> Seen | None:
+    """What penalties change after ``prompt + reply``; None if there are no penalties."""
     if params.repetition_penalty != 1:
-        told = [*prompt, *reply]
-    elif params.presence_penalty or params.frequency_penalty:
-        told = reply
-    seen = np.unique(np.asarray(told, dtype=np.int64))
-    counts = np.zeros(len(seen), np.int64)
+        return Seen(prompt, reply)
     if params.presence_penalty or params.frequency_penalty:
-        of_reply, counted = np.unique(np.asarray(reply, dtype=np.int64), return_counts=True)
-        counts[np.searchsorted(seen, of_reply)] = counted
-    return seen, counts
+        return Seen((), reply)
+    return None
 
 
-def _penalise(
-    logits: Logits, prompt: Sequence[int], reply: Sequence[int], params: SamplingParams
-) -> Logits:
-    seen, counts = penalties(prompt, reply, params)
-    if not len(seen):
+def seen_by(ask: Ask) -> Seen | None:
+    """What penalties change of what is asked."""
+    if ask.seen is not None:
+        return ask.seen
+    return seen_of(ask.tokens[: ask.prompt], ask.tokens[ask.prompt :], ask.params)
+
+
+def _penalise(logits: Logits, seen: Seen | None, params: SamplingParams) -> Logits:
+    if seen is None:
         return logits
-    at, factor = logits[seen], params.repetition_penalty
+    at, factor, counts = logits[seen.ids], params.repetition_penalty, seen.counts
     if factor != 1:
         at = np.where(at < 0, at * factor, at / factor)
+    at = at - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
     logits = logits.copy()
-    logits[seen] = at - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    logits[seen.ids] = at
     return logits
 
 

@@ -4,11 +4,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from quire.config import settings
 from quire.errors import ConfigError, RequestError
 from quire.evict_choice import parse_eviction
 
-__all__ = ["Ask", "Choice", "SamplingParams", "TokenLogprob"]
+__all__ = ["Ask", "Choice", "SamplingParams", "Seen", "TokenLogprob"]
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
@@ -141,6 +144,46 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Seen:
+    """The tokens whose logits penalties change, each once, and how often each is in the reply.
+
+    Made of what there is, it follows the reply: a token costs the same after many as after few.
+    """
+
+    def __init__(self, prompt: Sequence[int], reply: Sequence[int]) -> None:
+        self._ids = np.unique(np.asarray([*prompt, *reply], dtype=np.int64))
+        self._counts = np.zeros(len(self._ids), np.int64)
+        told, counts = np.unique(np.asarray(reply, dtype=np.int64), return_counts=True)
+        self._counts[np.searchsorted(self._ids, told)] = counts
+        self._size, self._replied = len(self._ids), len(reply)
+        self._places: dict[int, int] | None = None  # of each id; most are made for one choice
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """Token ids, in no order."""
+        return self._ids[: self._size]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """How often each is in the reply; 0 if it is in the prompt alone."""
+        return self._counts[: self._size]
+
+    def follow(self, tokens: Sequence[int], prompt: int) -> None:
+        """The reply is now ``tokens`` behind the first ``prompt``: as before, and more."""
+        if self._places is None:
+            self._places = {token: nth for nth, token in enumerate(self._ids.tolist())}
+        for token in tokens[prompt + self._replied :]:
+            place = self._places.setdefault(token, self._size)
+            if place == len(self._ids):
+                more = np.zeros(max(16, place), np.int64)
+                self._ids = np.concatenate([self._ids, more])
+                self._counts = np.concatenate([self._counts, more])
+            if place == self._size:
+                self._ids[place], self._size = token, place + 1
+            self._counts[place] += 1
+            self._replied += 1
+
+
 class Ask(NamedTuple):
     """The next token of one sample, to be chosen from a row of logits.
 
@@ -149,6 +192,7 @@ class Ask(NamedTuple):
     draw     in [0, 1); decides unless greedy
     tokens   prompt and reply so far
     prompt   how many of ``tokens`` are the prompt
+    seen     what penalties change, where somebody has kept it; else it is made of ``tokens``
     """
 
     row: int
@@ -156,6 +200,7 @@ class Ask(NamedTuple):
     draw: float
     tokens: Sequence[int]
     prompt: int
+    seen: Seen | None = None
 
 
 class Choice(NamedTuple):

@@ -12,7 +12,7 @@ from quire.cache import PrefixQuery
 from quire.engine.reading import ReadUsage
 from quire.engine.tiering import Load
 from quire.evict_choice import EvictChoice
-from quire.sampling import SamplingParams, TokenLogprob
+from quire.sampling import SamplingParams, Seen, TokenLogprob
 
 if TYPE_CHECKING:
     from quire.engine.streamed import StreamPlan
@@ -101,6 +101,7 @@ class Sample:
     asked_tiers   tiers had nothing to load since it began to wait
     evicted_tokens   dropped from the cache since it last began to run
     reading   what it read where its policy chose pages; None if it read all
+    seen      what penalties change, if there are any
     """
 
     request: "Request"
@@ -126,6 +127,7 @@ class Sample:
     streamed: str | None = None
     evicted_tokens: int = 0
     reading: ReadUsage | None = None
+    seen: Seen | None = None
     _query: PrefixQuery | None = None
 
     @property

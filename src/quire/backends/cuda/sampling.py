@@ -27,8 +27,8 @@ from quire.backends.cuda.device import Device
 from quire.backends.cuda.memory import tells_of_memory
 from quire.backends.cuda.stored import power_of_two
 from quire.errors import BackendError, QuireError
-from quire.sampler import is_plain, likeliest, penalties
-from quire.sampling import Ask, Choice, SamplingParams, TokenLogprob
+from quire.sampler import is_plain, likeliest, seen_by
+from quire.sampling import Ask, Choice, TokenLogprob
 
 __all__ = ["CudaLogits", "best_of"]
 
@@ -176,16 +176,17 @@ class CudaLogits:
         rules = [_Rule.of(ask, vocab) for ask in asked]
         narrow = [nth for nth, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]
         columns = list(zip(*(rule.numbers for rule in rules), strict=True))
+        listed = [ask.row for ask in asked]
         rows, narrowed, top_k, top_p, temperature, floor, draw, *bends = _handed_over(
             device,
             [
-                *(np.asarray(n, np.int64) for n in ([a.row for a in asked], narrow, columns[0])),
+                *(np.asarray(n, np.int64) for n in (listed, narrow, columns[0])),
                 *(np.asarray(n, np.float64) for n in columns[1:]),
                 *_bends(asked, vocab),
             ],
         )
-        values = self._wide(rows, [ask.row for ask in asked])
-        _bend(values, *bends)
+        values = self._wide(rows, listed)
+        _bend(values, bends[3:], bends[:3])
         parts = _parts(vocab)
         sums = device.empty((count, parts), torch.float64)
         grid, sizes = (parts, count), (vocab, parts)
@@ -249,19 +250,24 @@ class _Rule:
     temperature: float
     floor: float
     draw: float
+    repetition: float
+    frequency: float
+    presence: float
 
     @classmethod
     def of(cls, ask: Ask, vocab: int) -> "_Rule":
         params = ask.params
+        bend = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
         if params.temperature == 0:
-            return cls(0, 1.0, 1.0, 0.0, 0.0)
+            return cls(0, 1.0, 1.0, 0.0, 0.0, *bend)
         floor = float(np.log(params.min_p)) if params.min_p > 0 else -np.inf
         top_k = params.top_k if params.top_k < vocab else 0
-        return cls(top_k, params.top_p, params.temperature, floor, ask.draw)
+        return cls(top_k, params.top_p, params.temperature, floor, ask.draw, *bend)
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        return self.top_k, self.top_p, self.temperature, self.floor, self.draw
+        narrow = self.top_k, self.top_p, self.temperature, self.floor, self.draw
+        return *narrow, self.repetition, self.frequency, self.presence
 
 
 @dataclass(frozen=True)
@@ -294,36 +300,32 @@ def _logprobs(*about: Array) -> list[_Spread]:
 
 
 def _bends(asked: Sequence[Ask], vocab: int) -> list[Array]:
-    """What penalties change in [a, vocab]: places int64 [m] and, float64 [m] each, the repetition
-    penalty and what frequency and presence take off.
+    """What penalties change in [a, vocab]: places int64 [m], and how often the token is in the
+    reply, int64 [m].
     """
-    changes: list[tuple[Array, Array, Array, Array]] = []
-    for nth, ask in enumerate(asked):
-        params: SamplingParams = ask.params
-        seen, counts = penalties(ask.tokens[: ask.prompt], ask.tokens[ask.prompt :], params)
-        if len(seen):
-            changes.append(
-                (
-                    nth * vocab + seen,
-                    np.full(len(seen), params.repetition_penalty, np.float64),
-                    np.asarray(params.frequency_penalty * counts, np.float64),
-                    np.asarray(params.presence_penalty * (counts > 0), np.float64),
-                )
-            )
-    if not changes:
+    seen = [seen_by(ask) for ask in asked]
+    places = [nth * vocab + each.ids for nth, each in enumerate(seen) if each is not None]
+    if not places:
         return []
-    return [np.concatenate(part) for part in zip(*changes, strict=True)]
+    counts = [each.counts for each in seen if each is not None]
+    return [np.concatenate(places), np.concatenate(counts)]
 
 
-def _bend(values: Tensor, *bends: Tensor) -> None:
-    """Apply what :func:`_bends` found to values [a, vocab], in their place."""
+def _bend(values: Tensor, bends: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Apply penalties to values [a, vocab], in their place.
+
+    bends     what :func:`_bends` found
+    factors   float64 [a] of the repetition, the frequency and the presence penalty
+    """
     if not bends:
         return
-    places, repetition, frequency, presence = bends
-    flat = values.view(-1)
-    at = flat.index_select(0, places)
+    places, counts = bends
+    rows = places // values.shape[1]
+    repetition, frequency, presence = (each.index_select(0, rows) for each in factors)
+    at = values.view(-1).index_select(0, places)
     at = torch.where(at < 0, at * repetition, at / repetition)
-    flat.index_copy_(0, places, at - frequency - presence)
+    at = at - frequency * counts - presence * (counts > 0)
+    values.view(-1).index_copy_(0, places, at)
 
 
 def _in_order(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
