@@ -20,7 +20,6 @@ __all__ = [
     "adjust",
     "choose",
     "decide",
-    "is_plain",
     "likeliest",
     "logprobs_of",
     "seen_by",
@@ -67,7 +66,7 @@ def decide(logits: npt.NDArray[np.float32], ask: Ask) -> Choice:
     params = ask.params
     try:
         token = likeliest(logits, len(ask.tokens) - 1)
-        if not is_plain(params):
+        if not params.is_plain:
             token = _chosen(logits, seen_by(ask), params, ask.draw)
     except QuireError as error:
         return Choice(None, None, str(error))
@@ -105,7 +104,7 @@ def choose(
     logits that are NaN or infinite.
     """
     best = likeliest(logits, len(prompt) + len(reply) - 1)
-    if is_plain(params):
+    if params.is_plain:
         return best
     return _chosen(logits, seen_of(prompt, reply, params), params, draw)
 
@@ -115,15 +114,6 @@ def _chosen(
 ) -> int:
     adjusted = _narrow(_penalise(logits.astype(np.float64), seen, params), params)
     return int(np.argmax(adjusted)) if params.temperature == 0 else _draw(adjusted, draw)
-
-
-def is_plain(params: SamplingParams) -> bool:
-    """True if the next token is the likeliest one, whatever the reply so far."""
-    return (
-        params.temperature == 0
-        and params.repetition_penalty == 1
-        and params.presence_penalty == params.frequency_penalty == 0
-    )
 
 
 def likeliest(logits: npt.NDArray[np.float32], position: int) -> int:

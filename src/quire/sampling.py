@@ -1,5 +1,6 @@
 """What may be asked of sampling, and what it gives; ``sampler.py`` says how."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -115,6 +116,15 @@ class SamplingParams:
                 raise RequestError(f"evict: {error}") from None
         if self.beam_width > 1:
             self._require_plain_search()
+
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """True if the next token is the likeliest one, whatever the reply so far."""
+        return (
+            self.temperature == 0
+            and self.repetition_penalty == 1
+            and self.presence_penalty == self.frequency_penalty == 0
+        )
 
     def _require_plain_search(self) -> None:
         """Refuse what a beam search would have to ignore."""

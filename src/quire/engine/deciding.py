@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from quire.backends import Logits
 from quire.engine.request import Sample
 from quire.engine.shadow import Shadow
-from quire.sampler import is_plain, seen_of, uniform
+from quire.sampler import seen_of, uniform
 from quire.sampling import Ask, Choice
 
 __all__ = ["choose_for"]
@@ -24,7 +24,7 @@ def choose_for(
 def _ask(sample: Sample, row: int) -> Ask:
     request, tokens = sample.request, sample.tokens
     params, draw, prompt = request.params, 0.0, len(request.prompt_tokens)
-    if is_plain(params):
+    if params.is_plain:
         return Ask(row, params, draw, tokens, prompt)
     if params.temperature:
         draw = uniform(request.seed, sample.index, len(tokens))

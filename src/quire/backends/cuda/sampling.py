@@ -27,7 +27,7 @@ from quire.backends.cuda.device import Device
 from quire.backends.cuda.memory import tells_of_memory
 from quire.backends.cuda.stored import power_of_two
 from quire.errors import BackendError, QuireError
-from quire.sampler import is_plain, likeliest, seen_by
+from quire.sampler import likeliest, seen_by
 from quire.sampling import Ask, Choice, TokenLogprob
 
 __all__ = ["CudaLogits", "best_of"]
@@ -99,7 +99,7 @@ class CudaLogits:
         self._require_there()
         if self._best is None:
             self._best = best_of(self.device, self._rows)
-        if all(is_plain(ask.params) and ask.params.logprobs is None for ask in asked):
+        if all(ask.params.is_plain and ask.params.logprobs is None for ask in asked):
             return self._greedy(asked)
         chosen = self._round(asked, whole=False)
         again = [nth for nth, choice in enumerate(chosen) if choice is None]
@@ -135,7 +135,7 @@ class CudaLogits:
     def _round(self, asked: Sequence[Ask], *, whole: bool) -> list[Choice | None]:
         """A choice for each; None where more has to be put in order, unless ``whole`` is."""
         assert self._best is not None
-        bent = [nth for nth, ask in enumerate(asked) if not is_plain(ask.params)]
+        bent = [nth for nth, ask in enumerate(asked) if not ask.params.is_plain]
         told = [nth for nth, ask in enumerate(asked) if ask.params.logprobs is not None]
         drawn, certain = self._drawn([asked[nth] for nth in bent], whole)
         rows, bent_there, told_there = _handed_over(
