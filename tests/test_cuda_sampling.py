@@ -183,6 +183,30 @@ def test_a_second_round_comes_only_where_the_largest_were_not_enough(
     assert logits.choose(asked) == law
 
 
+def test_no_number_of_samples_makes_kernels_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles a kernel for each set of arguments that are multiples of 16, or are not."""
+    seen: dict[Any, set[Any]] = {}
+    inner = Device.launch
+
+    def recorded(self: Device, kernel: Any, grid: Any, *args: Any, **named: Any) -> None:
+        kinds = tuple(a % 16 == 0 if isinstance(a, int) else a.data_ptr() % 16 == 0 for a in args)
+        seen.setdefault(kernel, set()).add((kinds, *named.items()))
+        inner(self, kernel, grid, *args, **named)
+
+    monkeypatch.setattr(Device, "launch", recorded)
+    backend = create_backend("cuda")
+    rows = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    rule = SamplingParams(temperature=1.0, top_p=0.5, presence_penalty=1.0, logprobs=1)
+    other = SamplingParams(temperature=1.0, min_p=0.1)
+    for count in range(1, 6):
+        logits = backend.to_logits(activations(backend, rows[:count]))
+        asked = [Ask(nth, rule, 0.5, [*range(nth + 3)], 1) for nth in range(count)]
+        logits.choose(asked)
+        logits.choose([*asked, Ask(0, other, 0.5, [1, 2], 1)])
+    assert len(seen) == 7
+    assert all(len(kinds) == 1 for kinds in seen.values())
+
+
 def test_a_search_and_a_shadow_see_logits_on_the_host(
     models: dict[str, Path], on_cuda: None, fetched: list[tuple[int, ...]]
 ) -> None:

@@ -8,6 +8,7 @@ order, and the whole vocabulary, in a second round, of rows for which these were
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -344,12 +345,22 @@ def _in_order(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _handed_over(device: Device, arrays: Sequence[Array]) -> list[Tensor]:
-    """Copies of int64 and float64 arrays [n] on the device, in one transfer."""
-    flat = device.to_device(np.concatenate([array.view(np.int64) for array in arrays]))
-    copies = flat.split([len(array) for array in arrays])
+    """Copies of int64 and float64 arrays [n] on the device, in one transfer.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for one that does not.
+    """
+    ends = list(accumulate(len(array) + len(array) % 2 for array in arrays))
+    flat = np.empty(ends[-1], np.int64)
+    places = [
+        slice(end - len(a) - len(a) % 2, end - len(a) % 2)
+        for a, end in zip(arrays, ends, strict=True)
+    ]
+    for place, array in zip(places, arrays, strict=True):
+        flat[place] = array.view(np.int64)
+    there = device.to_device(flat)
     return [
-        copy if array.dtype == np.int64 else copy.view(torch.float64)
-        for copy, array in zip(copies, arrays, strict=True)
+        there[place] if array.dtype == np.int64 else there[place].view(torch.float64)
+        for place, array in zip(places, arrays, strict=True)
     ]
 
 
