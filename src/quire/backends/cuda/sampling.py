@@ -9,7 +9,7 @@ order, and the whole vocabulary, in a second round, of rows for which these were
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -176,7 +176,7 @@ class CudaLogits:
         device, vocab, count = self.device, self.shape[1], len(asked)
         rules = [_Rule.of(ask, vocab) for ask in asked]
         narrow = [nth for nth, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]
-        columns = list(zip(*(rule.numbers for rule in rules), strict=True))
+        columns = list(zip(*rules, strict=True))
         listed = [ask.row for ask in asked]
         rows, narrowed, top_k, top_p, temperature, floor, draw, *bends = _handed_over(
             device,
@@ -238,8 +238,7 @@ class CudaLogits:
         return [sums, both, torch.cat(keys) if keys else device.empty((count, 0), torch.int64)]
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """How one token is drawn, as the kernels take it. Values are those of ``weigh_kernel``.
 
     Of penalised logits the largest, which is 0 there, is what no value below a floor of 0 and a
@@ -264,11 +263,6 @@ class _Rule:
         floor = float(np.log(params.min_p)) if params.min_p > 0 else -np.inf
         top_k = params.top_k if params.top_k < vocab else 0
         return cls(top_k, params.top_p, params.temperature, floor, ask.draw, *bend)
-
-    @property
-    def numbers(self) -> tuple[float, ...]:
-        narrow = self.top_k, self.top_p, self.temperature, self.floor, self.draw
-        return *narrow, self.repetition, self.frequency, self.presence
 
 
 @dataclass(frozen=True)
