@@ -22,6 +22,7 @@ __all__ = [
     "decide",
     "likeliest",
     "logprobs_of",
+    "not_finite",
     "seen_by",
     "seen_of",
     "uniform",
@@ -56,6 +57,9 @@ class HostLogits:
     def choose(self, asked: Sequence[Ask]) -> list[Choice]:
         """One by one, as :func:`decide` does."""
         return [decide(self._rows[ask.row], ask) for ask in asked]
+
+    def ahead(self, asked: Sequence[Ask]) -> None:
+        """The host computed them: there is nothing to be ahead of."""
 
     def wait(self) -> None:
         """They are there."""
@@ -124,11 +128,16 @@ def likeliest(logits: npt.NDArray[np.float32], position: int) -> int:
     best = int(logits.argmax())  # of a NaN, if there is one
     if not (math.isfinite(logits[best]) and math.isfinite(logits[logits.argmin()])):
         bad = int((~np.isfinite(logits)).sum())
-        raise QuireError(
-            f"{bad} of {logits.size} logits at position {position} are NaN or infinite; the "
-            "weights are damaged, or their dtype is too narrow for this model"
-        )
+        raise QuireError(not_finite(f"{bad} of {logits.size}", position))
     return best
+
+
+def not_finite(count: str, position: int) -> str:
+    """What is said of logits that cannot be chosen from."""
+    return (
+        f"{count} logits at position {position} are NaN or infinite; the weights are damaged, or "
+        "their dtype is too narrow for this model"
+    )
 
 
 def adjust(

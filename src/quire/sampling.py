@@ -120,10 +120,13 @@ class SamplingParams:
     @functools.cached_property
     def is_plain(self) -> bool:
         """True if the next token is the likeliest one, whatever the reply so far."""
-        return (
-            self.temperature == 0
-            and self.repetition_penalty == 1
-            and self.presence_penalty == self.frequency_penalty == 0
+        return self.temperature == 0 and self.bends_nothing
+
+    @functools.cached_property
+    def bends_nothing(self) -> bool:
+        """True without penalties, which look at the reply so far."""
+        return self.repetition_penalty == 1 and (
+            self.presence_penalty == self.frequency_penalty == 0
         )
 
     def _require_plain_search(self) -> None:

@@ -15,10 +15,21 @@ from quire.batch import ChosenPages, PagedBatch
 from quire.pages import PageFormat, PagePool, PageShape
 from quire.sampling import Ask, Choice
 
-__all__ = ["Array", "Backend", "HostArray", "Logits"]
+__all__ = ["Ahead", "Array", "Backend", "HostArray", "Logits"]
 
 Array: TypeAlias = Any
 HostArray: TypeAlias = npt.NDArray[Any]
+
+
+class Ahead(Protocol):
+    """Tokens that a device chooses, for a next step there, before the host knows them."""
+
+    @property
+    def tokens(self) -> Array:
+        """[n], in the place of the ids that a model's ``forward`` takes."""
+
+    def take(self) -> list[Choice]:
+        """The same for the host; waits for them, and for nothing that was queued behind."""
 
 
 class Logits(Protocol):
@@ -42,6 +53,12 @@ class Logits(Protocol):
 
         A backend that adds up in another order may choose the token beside that one where the draw
         falls between the two, as near as float64 can tell.
+        """
+
+    def ahead(self, asked: Sequence[Ask]) -> Ahead | None:
+        """As :meth:`choose`, one of each row in order, without waiting; other logits may follow.
+
+        None if it cannot be: the host computed them, or has to choose.
         """
 
     def wait(self) -> None:

@@ -21,6 +21,7 @@ from quire.batch import PagedBatch
 from quire.cache import PrefixQuery
 from quire.cache.session import SessionFile, write_session
 from quire.config import CacheConfig, EngineConfig, refuse_unknown
+from quire.engine.ahead import StepsAhead
 from quire.engine.beams import BeamGroup, search_of
 from quire.engine.completion import completion_of
 from quire.engine.deciding import choose_for
@@ -164,6 +165,10 @@ class Engine:
         self._texts: dict[Sample, TextStream] = {}
         self._arrivals = 0
         self._limits = Limits(config.max_batch_tokens, config.max_sequences)
+        self._ahead = StepsAhead(
+            *(self.cache, self._loaded.model, self._queues, config.max_sequences),
+            count=self._count_bytes,
+        )
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -258,6 +263,8 @@ class Engine:
         waiting = self._before_stream()
         if not waiting and not self._queues.running and self._is_serving:
             return self._stream_on(self._queues.waiting[0])
+        if self._ahead.samples:
+            return self._land()
         self._loads.finish()
         self._loads.start(waiting)
         plan = self._plan()
@@ -278,6 +285,23 @@ class Engine:
                 )
             return []
         outputs = self._run(plan)
+        if self._tiers is not None:
+            self._tiers.store()
+        return outputs
+
+    def _land(self) -> list[StepOutput]:
+        """What came of a step that ran while the host was elsewhere; the next one runs now."""
+        self._undecided = list(self._ahead.samples)
+        try:
+            landed = self._ahead.land()
+        except QuireError:  # nothing was lost
+            self._undecided.clear()
+            raise
+        outputs = []
+        for sample, choice in landed:
+            outputs.append(self._decide(sample, choice))
+            self._undecided.remove(sample)
+        self._undecided.clear()
         if self._tiers is not None:
             self._tiers.store()
         return outputs
@@ -581,6 +605,8 @@ class Engine:
         self._undecided = list(deciding)
         self._policies.count(samples)
         self._evict(parts, samples)
+        if self._shadow is None and self._ahead.begin(deciding, logits):
+            return self._land()
         return self._decide_all(deciding, logits)
 
     def _decide_all(self, deciding: Sequence[Sample], logits: Logits) -> list[StepOutput]:

@@ -84,7 +84,7 @@ class StepGraph:
         self._out: tuple[Tensor, Tensor] | None = None
         self._runs = 0
 
-    def run(self, tokens: Sequence[int], batch: PagedBatch) -> CudaLogits:
+    def run(self, tokens: Sequence[int] | Tensor, batch: PagedBatch) -> CudaLogits:
         """Logits of ``batch`` [T, vocab], on the device until the next run. Waits for nothing."""
         self._buffers.fill(tokens, batch)
         self._runs += 1
@@ -157,11 +157,12 @@ class _Buffers:
             groups.append(GroupBatch(*tables, first_page, opened))
         return PagedBatch(positions, query_indptr, tuple(groups), like.group_of_layer, places)
 
-    def fill(self, tokens: Sequence[int], batch: PagedBatch) -> None:
+    def fill(self, tokens: Sequence[int] | Tensor, batch: PagedBatch) -> None:
         """Put a step into the buffers, those of the device too: in one copy of what is used."""
         self._device.wait(self._copied)
         into, used = self.batch, 0
-        _put(self._new, tokens, 0)
+        there = isinstance(tokens, torch.Tensor)  # chosen by the step before
+        _put(self._new, () if there else tokens, 0)
         _put(into.positions, batch.positions, 0)
         _put(into.places, batch.places, 0)
         _put(into.query_indptr, batch.query_indptr, len(tokens))
@@ -180,6 +181,8 @@ class _Buffers:
                 _put(to.open.seal_to, opened.seal_to, -1)
         self._device.renew(self._there, self._host, self._fixed + used)
         self._copied = self._device.mark()
+        if there:
+            self.tokens[: len(tokens)].copy_(tokens)
 
 
 def _put(into: IntArray, numbers: Any, rest: int) -> None:

@@ -28,10 +28,10 @@ from quire.backends.cuda.device import Device
 from quire.backends.cuda.memory import tells_of_memory
 from quire.backends.cuda.stored import power_of_two
 from quire.errors import BackendError, QuireError
-from quire.sampler import likeliest, seen_by
+from quire.sampler import likeliest, not_finite, seen_by
 from quire.sampling import Ask, Choice, TokenLogprob
 
-__all__ = ["CudaLogits", "best_of"]
+__all__ = ["CudaAhead", "CudaLogits", "best_of"]
 
 Array = npt.NDArray[Any]
 Tensor = Any
@@ -109,6 +109,24 @@ class CudaLogits:
             for nth, choice in zip(again, second, strict=True):
                 chosen[nth] = choice
         return [choice for choice in chosen if choice is not None]
+
+    def ahead(self, asked: Sequence[Ask]) -> "CudaAhead | None":
+        """Where one round is enough: greedy tokens, and drawn ones that nothing narrows to a few.
+
+        Not with logprobs or penalties, which ask for more than the newest logits.
+        """
+        drawn = [nth for nth, ask in enumerate(asked) if ask.params.temperature]
+        if len(asked) != len(self._rows) or not all(map(_needs_no_host, asked)):
+            return None
+        self._require_there()
+        if self._best is None:
+            self._best = best_of(self.device, self._rows)
+        tokens = LOW - (self._best & LOW)
+        if drawn:
+            chosen, _ = self._drawn([asked[nth] for nth in drawn], whole=False)
+            tokens.index_copy_(0, self.device.integers(drawn), chosen)
+        fetched = self.device.fetch(torch.stack((self._best, tokens)))
+        return CudaAhead(tokens, fetched, asked)
 
     def _require_there(self) -> None:
         if self._stale is not None and self._stale():
@@ -236,6 +254,32 @@ class CudaLogits:
             device.launch(keys_kernel, grid, known, self._rows, some, vocab, BLOCK=BLOCK)
             keys.append(torch.topk(known, most, dim=1).values)
         return [sums, both, torch.cat(keys) if keys else device.empty((count, 0), torch.int64)]
+
+
+@dataclass(frozen=True)
+class CudaAhead:
+    """See :class:`quire.backends.base.Ahead`; ``fetched`` has keys and tokens, [2, n]."""
+
+    tokens: Tensor
+    fetched: Callable[[], Tensor]
+    asked: Sequence[Ask]
+
+    def take(self) -> list[Choice]:
+        """See :class:`quire.backends.base.Ahead`."""
+        best, tokens = self.fetched().tolist()
+        chosen = zip(self.asked, best, tokens, strict=True)
+        return [_gone(ask) if key == BAD else Choice(token) for ask, key, token in chosen]
+
+
+def _gone(ask: Ask) -> Choice:
+    """Of a row that is not finite, which another step was computed over since."""
+    return Choice(None, None, not_finite("some", len(ask.tokens) - 1))
+
+
+def _needs_no_host(ask: Ask) -> bool:
+    params = ask.params
+    free = params.temperature == 0 or (params.top_k == 0 and params.top_p == 1)
+    return free and params.logprobs is None and params.bends_nothing
 
 
 class _Rule(NamedTuple):
