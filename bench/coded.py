@@ -110,7 +110,7 @@ class CodedModel:
         self.backend.recipe = recipe
         return self._loaded.model.forward(
             tokens, _one_sequence(len(tokens), self._layers), self._pools(), range(len(tokens))
-        )
+        ).host()
 
     def numbers(self, tokens: Sequence[int]) -> Iterator[tuple[Array, Array, Array]]:
         """Queries, keys (both with RoPE) and values of each layer: float32 [tokens, heads, dim]."""

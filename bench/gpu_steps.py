@@ -1,8 +1,8 @@
 """Parts ``step`` and ``exact`` of ``bench/gpu.py``: decode steps of Llama 1B shapes.
 
-A step takes from one call of ``Engine.step`` to the next, by the host's clock: it ends when its
-tokens are known to the host, so the device is idle then. How long kernels run in a step comes from
-torch's profiler, in steps of their own, because watching takes time.
+A step takes from one call of ``Engine.step`` to the next, by the host's clock, as a mean of many:
+the device computes the next one meanwhile. How long kernels run in a step comes from torch's
+profiler, in steps of their own, because watching takes time.
 """
 
 import gc

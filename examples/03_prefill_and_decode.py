@@ -25,7 +25,7 @@ cache = KVCache(layout, [32], [backend.pool(shape, 32) for shape in layout.shape
 def forward(sequence: int, tokens: list[int]) -> np.ndarray:
     """Run new tokens of a sequence through the model; logits [vocab] of the last one."""
     step = cache.reserve([(sequence, len(tokens))])  # pages, and where each token goes
-    logits = quill.model.forward(tokens, step.batch, cache.pools, rows=[len(tokens) - 1])
+    logits = quill.model.forward(tokens, step.batch, cache.pools, rows=[len(tokens) - 1]).host()
     cache.commit(step)
     return logits[0]
 

@@ -27,7 +27,7 @@ def forward(parts: list[tuple[int, list[int]]]) -> np.ndarray:
     step = cache.reserve([(sequence, len(tokens)) for sequence, tokens in parts])
     packed = [token for _, tokens in parts for token in tokens]
     last = step.batch.query_indptr[1:] - 1
-    logits = quill.model.forward(packed, step.batch, cache.pools, last.tolist())
+    logits = quill.model.forward(packed, step.batch, cache.pools, last.tolist()).host()
     cache.commit(step)
     batches.append(step.batch)
     return logits

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 import quire
 from quire.engine.request import Sample
+from quire.sampler import HostLogits
 from tiny import tiny_engine
 
 Array = npt.NDArray[Any]
@@ -35,11 +36,11 @@ class Recorder:
         self._inner = self.engine._forward
         self.engine._forward = self._forward  # type: ignore[method-assign]
 
-    def _forward(self, parts: Any, samples: Any = ()) -> Array:
+    def _forward(self, parts: Any, samples: Any = ()) -> HostLogits:
         wider = parts
         if self.all_rows:
             wider = [(sequence, tokens, range(len(tokens))) for sequence, tokens, _ in parts]
-        logits = self._inner(wider, samples)
+        logits = self._inner(wider, samples).host()
         kept, at = [], 0
         for sample, (_, _, computed), (_, _, asked) in zip(samples, wider, parts, strict=True):
             for row in computed:
@@ -47,7 +48,7 @@ class Recorder:
                 if row in asked:
                     kept.append(at)
                 at += 1
-        return logits[kept]
+        return HostLogits(logits[kept])
 
 
 def cold(directory: Path, tokens: list[int], kv_format: str = "auto") -> np.ndarray:

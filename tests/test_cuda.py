@@ -475,6 +475,8 @@ QUICK = "test_large_scores or test_a_lone or test_append or smallest or 6x3x33 o
     "tests",
     [
         ["tests/test_cuda.py", "tests/test_cuda_shapes.py", "tests/test_cuda_streams.py"],
+        ["tests/test_cuda_sampling.py", "tests/conformance/test_choosing.py", "-k", "cuda"],
+        ["tests/test_cuda_ahead.py"],
         ["tests/conformance/test_ops.py", "-k", "cuda"],
         ["tests/conformance/test_attention.py", "-k", f"cuda and ({QUICK})"],
         [*PACKED, "-k", f"cuda and ({QUICK_PACKED})"],
@@ -484,6 +486,7 @@ QUICK = "test_large_scores or test_a_lone or test_append or smallest or 6x3x33 o
     ],
     ids=[
         "cuda",
+        "sampling",
         "ops",
         "attention",
         "packed",

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from safetensors import safe_open
 
 import quire
 from quire import CacheConfig, Completion, Engine, SamplingParams
 from quire.errors import BackendError, CacheFull, ConfigError, QuireError, RequestError
+from quire.sampler import HostLogits
 from tiny import (
     END,
     VOCAB,
@@ -84,14 +84,12 @@ def assert_idle(engine: Engine) -> None:
 def script(patch: Patch, engine: Engine, prompt: int, reply: Sequence[int]) -> None:
     """Make the model say ``reply`` after every prompt of ``prompt`` tokens, whatever they are."""
 
-    def forward(
-        tokens: Sequence[int], batch: Any, pools: Any, rows: Sequence[int]
-    ) -> npt.NDArray[np.float32]:
+    def forward(tokens: Sequence[int], batch: Any, pools: Any, rows: Sequence[int]) -> HostLogits:
         logits = np.zeros((len(rows), engine.model_config.vocab_size), np.float32)
         for i, row in enumerate(rows):
             at = int(batch.positions[row]) - prompt + 1
             logits[i, reply[min(at, len(reply) - 1)]] = 9
-        return logits
+        return HostLogits(logits)
 
     patch.setattr(engine._loaded.model, "forward", forward)
 
@@ -757,11 +755,11 @@ def poison(patch: Patch, engine: Engine, position: int, value: float) -> None:
     """Damage the logits of the token at ``position`` of every sequence that is that long."""
 
     def around(compute: Callable[[], Any], batch: Any, rows: Any) -> Any:
-        logits = compute().copy()
+        logits = compute().host().copy()
         for i, row in enumerate(rows):
             if batch.positions[row] == position:
                 logits[i, 3] = value
-        return logits
+        return HostLogits(logits)
 
     wrap_forward(patch, engine, around)
 

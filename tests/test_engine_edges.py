@@ -117,6 +117,28 @@ def test_an_interrupt_between_two_choices_leaves_samples_that_go_on(
         assert request.completions[0].token_ids == alone.token_ids
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_interrupt_between_the_choices_of_forks_leaves_them_all_going_on(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    params = quire.SamplingParams(n=3, temperature=1.0, seed=4, max_new_tokens=6, ignore_eos=True)
+    law = tiny_engine(models["full"], num_pages=60).generate([random_prompt(5)], params)
+    engine = tiny_engine(models["full"], num_pages=60)
+    request = engine.submit(random_prompt(5), params)
+    decide, calls = engine._decide, iter(range(1, 1000))
+
+    def interrupted(sample: Any, choice: Any) -> Any:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return decide(sample, choice)
+
+    monkeypatch.setattr(engine, "_decide", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    run_all(engine)
+    assert [c.token_ids for c in request.completions] == [c.token_ids for c in law]
+
+
 # -- streamed contexts
 
 

@@ -63,7 +63,7 @@ class Runner:
         reservation = self.cache.reserve([(s, len(tokens)) for s, tokens in chunks])
         tokens = [token for _, chunk in chunks for token in chunk]
         batch, rows = reservation.batch, range(len(tokens))
-        logits = self.model.forward(tokens, batch, self.cache.pools, rows)
+        logits = self.model.forward(tokens, batch, self.cache.pools, rows).host()
         self.cache.commit(reservation)
         self.cache.check()
         return np.split(logits, batch.query_indptr[1:-1])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire import QuireError, SamplingParams
-from quire.engine.sampler import adjust, choose, logprobs_of, uniform
+from quire.sampler import adjust, choose, logprobs_of, seen_of, uniform
 
 ALMOST_ONE = float(np.nextafter(1.0, 0.0))
 WORD = 2**64
@@ -59,7 +59,7 @@ def test_the_philox_of_these_tests_gives_the_published_answer() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**63 - 1, 2**63 + 5, 2**64 - 1])
 @pytest.mark.parametrize("sample", [0, 1, 7])
-@pytest.mark.parametrize("position", [0, 1, 4096, 2**31])
+@pytest.mark.parametrize("position", [0, 1, 62, 63, 64, 4096, 2**31 + 65])
 def test_uniform_is_philox_keyed_by_seed_and_sample_at_the_position(
     seed: int, sample: int, position: int
 ) -> None:
@@ -154,6 +154,25 @@ def test_presence_and_frequency_count_the_reply_and_not_the_prompt() -> None:
     params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.25)
     found = adjust(np.zeros(4), [0, 0, 1], [2, 2, 1], params)
     assert found.tolist() == [0, -1.25, -1.5, 0]
+
+
+@given(prompt=tokens_of_ten, replies=st.lists(tokens_of_ten, max_size=5))
+@settings(deadline=None, max_examples=100)
+def test_what_penalties_change_is_kept_while_the_reply_grows(
+    prompt: list[int], replies: list[list[int]]
+) -> None:
+    params = SamplingParams(repetition_penalty=1.5)
+    tokens = [*prompt, *(replies[0] if replies else [])]
+    seen = seen_of(prompt, tokens[len(prompt) :], params)
+    assert seen is not None
+    for more in replies:
+        tokens += more
+        for _ in range(2):  # a step may be repeated
+            seen.follow(tokens, len(prompt))
+            counts = Counter(tokens[len(prompt) :])
+            found = dict(zip(seen.ids.tolist(), seen.counts.tolist(), strict=True))
+            assert found == {token: counts[token] for token in {*tokens}}
+            assert len(seen.ids) == len(found)
 
 
 def kept(logits: Floats, params: SamplingParams) -> set[int]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quire.cache import KVCache
     from quire.config import CacheConfig, EngineConfig, ModelConfig
-    from quire.engine import Completion, Engine, Request, SamplingParams, StepOutput
+    from quire.engine import Completion, Engine, Request, StepOutput
     from quire.errors import QuireError
     from quire.pages import PageFormat
+    from quire.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -43,7 +44,7 @@ _HOME = {
     "PageFormat": "pages",
     "QuireError": "errors",
     "Request": "engine",
-    "SamplingParams": "engine",
+    "SamplingParams": "sampling",
     "StepOutput": "engine",
 }
 

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from quire import SamplingParams  # noqa: E402
-from quire.engine.sampler import adjust  # noqa: E402
+from quire.sampler import adjust  # noqa: E402
 
 VOCAB = 200
 Floats = npt.NDArray[np.float64]

@@ -32,10 +32,10 @@ from quire.backends.native import NativeBackend
 from quire.cache import KVCache
 from quire.config import CacheConfig
 from quire.engine import Engine, SamplingParams
-from quire.engine.sampler import likeliest
 from quire.layout import CacheLayout, lay_out
 from quire.machine import this_machine
 from quire.models import resolve_model
+from quire.sampler import likeliest
 
 __all__ = ["Measured", "Profile", "calibrate", "measure_machine", "measured_hardware"]
 

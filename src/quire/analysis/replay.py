@@ -28,11 +28,12 @@ from quire.analysis.trace import Arrival, Tokens
 from quire.cache import KVCache
 from quire.cache.prefix import PrefixNode
 from quire.engine.queues import Queues
-from quire.engine.request import Request, Sample, SamplingParams, Status
+from quire.engine.request import Request, Sample, Status
 from quire.engine.scheduler import Limits, StepPlan, plan_step
 from quire.errors import QuireError
 from quire.layout import CacheLayout, fit_pages
 from quire.pages import PagePool, PageShape
+from quire.sampling import SamplingParams
 
 __all__ = ["LIMITS", "Replay", "empty_cache", "replay", "replay_pages"]
 

@@ -8,15 +8,17 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.base import Backend
+from quire.backends.base import Ahead, Backend, Logits
 from quire.backends.blocks import AttentionParams, MlpParams, Network, Projection, keep, turned
 from quire.backends.reference import ReferenceBackend
 from quire.errors import BackendError, did_you_mean
 
 __all__ = [
+    "Ahead",
     "AttentionParams",
     "Backend",
     "BackendStatus",
+    "Logits",
     "MlpParams",
     "Network",
     "Projection",

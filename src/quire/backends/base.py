@@ -13,11 +13,56 @@ import numpy.typing as npt
 
 from quire.batch import ChosenPages, PagedBatch
 from quire.pages import PageFormat, PagePool, PageShape
+from quire.sampling import Ask, Choice
 
-__all__ = ["Array", "Backend", "HostArray"]
+__all__ = ["Ahead", "Array", "Backend", "HostArray", "Logits"]
 
 Array: TypeAlias = Any
 HostArray: TypeAlias = npt.NDArray[Any]
+
+
+class Ahead(Protocol):
+    """Tokens that a device chooses, for a next step there, before the host knows them."""
+
+    @property
+    def tokens(self) -> Array:
+        """[n], in the place of the ids that a model's ``forward`` takes."""
+
+    def take(self) -> list[Choice]:
+        """The same for the host; waits for them, and for nothing that was queued behind."""
+
+
+class Logits(Protocol):
+    """Rows of logits, float32 [n, vocab], where the backend computed them, perhaps not yet.
+
+    They are there until the backend computes others; what :meth:`host` gave stays.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, vocab)."""
+
+    def host(self) -> npt.NDArray[np.float32]:
+        """All of them in NumPy, [n, vocab]; they are fetched once. Not to be written to."""
+
+    def row(self, nth: int) -> npt.NDArray[np.float32]:
+        """One of them in NumPy, [vocab]. Not to be written to."""
+
+    def choose(self, asked: Sequence[Ask]) -> list[Choice]:
+        """The next token of each that asks, in order, as :func:`quire.sampler.decide` has it.
+
+        A backend that adds up in another order may choose the token beside that one where the draw
+        falls between the two, as near as float64 can tell.
+        """
+
+    def ahead(self, asked: Sequence[Ask]) -> Ahead | None:
+        """As :meth:`choose`, one of each row in order, without waiting; other logits may follow.
+
+        None if it cannot be: the host computed them, or has to choose.
+        """
+
+    def wait(self) -> None:
+        """Return when they are computed."""
 
 
 class Backend(Protocol):
@@ -176,11 +221,14 @@ class Backend(Protocol):
 
     def logits(
         self, tokens: Sequence[int], network: Any, batch: PagedBatch, pools: Sequence[PagePool]
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """All of a step whose every row is wanted: see :func:`blocks.logits` and ``Network``."""
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """Rows ``indices`` of x [T, n] -> [len(indices), n]."""
+
+    def to_logits(self, x: Array) -> Logits:
+        """x [n, vocab] as rows of logits, which stay where they are."""
 
     def to_host(self, x: Array) -> npt.NDArray[np.float32]:
         """x as a float32 NumPy array of the same shape."""

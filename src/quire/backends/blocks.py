@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.base import Backend
+from quire.backends.base import Backend, Logits
 from quire.batch import GroupBatch, PagedBatch
 from quire.pages import PagePool
 
@@ -203,8 +203,8 @@ def logits(
     network: Network,
     batch: PagedBatch,
     pools: Sequence[PagePool],
-) -> npt.NDArray[np.float32]:
-    """Tokens [T] of a step -> what follows each of them, float32 [T, vocab] on the host."""
+) -> Logits:
+    """Tokens [T] of a step -> what follows each of them, float32 [T, vocab]."""
     x = backend.layers(backend.embed(network.embed, tokens), network.blocks, batch, pools)
     normed = backend.rms_norm(x, network.norm, network.norm_eps)
-    return backend.to_host(backend.linear(normed, network.head))
+    return backend.to_logits(backend.linear(normed, network.head))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quire.backends.base import Logits
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
@@ -29,6 +30,7 @@ from quire.batch import ChosenPages, GroupBatch, PagedBatch
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
 from quire.rotation import rotate
+from quire.sampler import HostLogits
 
 __all__ = ["ReferenceBackend", "ReferencePool"]
 
@@ -215,9 +217,13 @@ class ReferenceBackend:
 
     def logits(
         self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """[T] -> [T, vocab], op by op."""
         return logits(self, tokens, network, batch, pools)
+
+    def to_logits(self, x: Array) -> HostLogits:
+        """The array itself."""
+        return HostLogits(x)
 
     def to_host(self, x: Array) -> npt.NDArray[np.float32]:
         """The array itself."""

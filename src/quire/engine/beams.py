@@ -9,8 +9,26 @@ from quire.cache import KVCache
 from quire.engine.beam import Beam, BeamSearch, Step
 from quire.engine.queues import Queues
 from quire.engine.request import Request, Sample, Status
+from quire.errors import RequestError
 
-__all__ = ["BeamGroup"]
+__all__ = ["BeamGroup", "search_of"]
+
+
+def search_of(request: Request, max_sequences: int, vocab: int) -> BeamSearch:
+    """The search that a request asks for; RequestError, with the numbers, if it cannot be."""
+    params, prompt = request.params, len(request.prompt_tokens)
+    if params.beam_width > max_sequences:
+        raise RequestError(
+            f"{params.beam_width} beams do not fit {max_sequences} sequences at a time; raise "
+            "max_sequences or lower beam_width"
+        )
+    if params.beam_width > vocab:
+        raise RequestError(
+            f"{params.beam_width} beams cannot begin with different tokens of a vocabulary of "
+            f"{vocab}; lower beam_width"
+        )
+    most = request.most_tokens - prompt
+    return BeamSearch(params.beam_width, params.length_penalty, request.stop_tokens, most)
 
 
 class BeamGroup:

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends import create_backend
+from quire.backends import Logits, create_backend
 from quire.batch import PagedBatch
 from quire.cache import PrefixQuery
 from quire.cache.session import SessionFile, write_session
 from quire.config import CacheConfig, EngineConfig, refuse_unknown
-from quire.engine.beam import BeamSearch
-from quire.engine.beams import BeamGroup
+from quire.engine.ahead import StepsAhead
+from quire.engine.beams import BeamGroup, search_of
 from quire.engine.completion import completion_of
+from quire.engine.deciding import choose_for
 from quire.engine.evicting import Part
 from quire.engine.explain import PrefixExplanation, explain
 from quire.engine.forced import ForcedText
@@ -40,11 +41,9 @@ from quire.engine.request import (
     FinishReason,
     Request,
     Sample,
-    SamplingParams,
     Status,
     StepOutput,
 )
-from quire.engine.sampler import choose, is_plain, likeliest, logprobs_of, uniform
 from quire.engine.scheduler import Limits, StepPlan, places, plan_step
 from quire.engine.sessions import Session, load_session, no_pages, pages_of
 from quire.engine.shadow import OpenedShadow, Shadow
@@ -64,6 +63,8 @@ from quire.evict_choice import parse_eviction
 from quire.machine import this_machine
 from quire.models import Checkpoint, Progress, load_model, resolve_model
 from quire.pages import page_format
+from quire.sampler import likeliest
+from quire.sampling import Choice, SamplingParams
 
 __all__ = ["Engine"]
 
@@ -164,6 +165,10 @@ class Engine:
         self._texts: dict[Sample, TextStream] = {}
         self._arrivals = 0
         self._limits = Limits(config.max_batch_tokens, config.max_sequences)
+        self._ahead = StepsAhead(
+            *(self.cache, self._loaded.model, self._queues, config.max_sequences),
+            count=self._count_bytes,
+        )
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -208,7 +213,8 @@ class Engine:
         self._policies.note(request, policy)
         longest = len(tokens) + params.max_new_tokens
         request.most_tokens = min(longest, self.model_config.max_position)
-        search = self._search(request) if params.beam_width > 1 else None
+        limits = self.config.max_sequences, self.model_config.vocab_size
+        search = search_of(request, *limits) if params.beam_width > 1 else None
         samples = max(params.n, params.beam_width)
         request.samples = tuple(Sample(request, i, list(tokens)) for i in range(samples))
         self._arrivals += 1
@@ -257,6 +263,8 @@ class Engine:
         waiting = self._before_stream()
         if not waiting and not self._queues.running and self._is_serving:
             return self._stream_on(self._queues.waiting[0])
+        if self._ahead.samples:
+            return self._land()
         self._loads.finish()
         self._loads.start(waiting)
         plan = self._plan()
@@ -281,6 +289,23 @@ class Engine:
             self._tiers.store()
             if not self._is_serving:
                 self._tiers.settle()  # there may be no later step
+        return outputs
+
+    def _land(self) -> list[StepOutput]:
+        """What came of a step that ran while the host was elsewhere; the next one runs now."""
+        self._undecided = list(self._ahead.samples)
+        try:
+            landed = self._ahead.land()
+        except QuireError:  # nothing was lost
+            self._undecided.clear()
+            raise
+        outputs = []
+        for sample, choice in landed:
+            outputs.append(self._decide(sample, choice))
+            self._undecided.remove(sample)
+        self._undecided.clear()
+        if self._tiers is not None:
+            self._tiers.store()
         return outputs
 
     def flush(self) -> None:
@@ -532,7 +557,10 @@ class Engine:
                 done = self._finish(sample, "error", None, f"it cannot be streamed: {error}")
                 return [StepOutput(sample.request, sample.index, None, "", done)]
         logits = self._streamed.step(self._loaded.model, self.config.max_batch_tokens)
-        return [] if logits is None else [self._decide(sample, logits)]
+        if logits is None:
+            return []
+        (choice,) = choose_for([(sample, 0)], logits, self._shadow)
+        return [self._decide(sample, choice)]
 
     def _open_stream(self, sample: Sample) -> StreamedRun:
         assert sample.stream is not None
@@ -572,21 +600,35 @@ class Engine:
             self._policies.follow(sample)
         logits = self._forward(parts, samples)
         if self._tiers is not None and any(count > 1 for _, count in plan.chunks):
+            logits.wait()
             tokens = sum(count for _, count in plan.chunks)
             self._tiers.compute_pace.add(time.perf_counter() - started, tokens)
         for sample, count in plan.chunks:
             sample.computed += count
-        outputs: list[StepOutput] = []
         self._undecided = list(deciding)
         self._policies.count(samples)
         self._evict(parts, samples)
-        for sample, row in zip(deciding, logits, strict=True):
+        if self._shadow is None and self._ahead.begin(deciding, logits):
+            return self._land()
+        return self._decide_all(deciding, logits)
+
+    def _decide_all(self, deciding: Sequence[Sample], logits: Logits) -> list[StepOutput]:
+        """Go on with samples whose tokens are all in; each has a row of ``logits``, in order."""
+        outputs: list[StepOutput] = []
+        choosing: list[tuple[Sample, int]] = []
+        for row, sample in enumerate(deciding):
             if sample.request in self._searches:
-                outputs += self._search_on(sample, row)
-            else:
-                forks = self._fork(sample) if len(sample.request.samples) > 1 else ()
-                outputs.append(self._decide(sample, row))
-                outputs += [self._decide(fork, row) for fork in forks]
+                outputs += self._search_on(sample, logits.row(row))
+                self._undecided.remove(sample)
+                continue
+            choosing.append((sample, row))
+            if len(sample.request.samples) > 1:
+                forks = self._fork(sample)
+                choosing += [(fork, row) for fork in forks]
+                self._undecided += forks
+        choices = choose_for(choosing, logits, self._shadow)
+        for (sample, _), choice in zip(choosing, choices, strict=True):
+            outputs.append(self._decide(sample, choice))
             self._undecided.remove(sample)
         return outputs
 
@@ -604,21 +646,6 @@ class Engine:
         for sample in started:
             self._queues.admit(sample, self.cache.fork(first.sequence))
         return started
-
-    def _search(self, request: Request) -> BeamSearch:
-        params, prompt = request.params, len(request.prompt_tokens)
-        if params.beam_width > self.config.max_sequences:
-            raise RequestError(
-                f"{params.beam_width} beams do not fit {self.config.max_sequences} sequences at a "
-                "time; raise max_sequences or lower beam_width"
-            )
-        if params.beam_width > self.model_config.vocab_size:
-            raise RequestError(
-                f"{params.beam_width} beams cannot begin with different tokens of a vocabulary of "
-                f"{self.model_config.vocab_size}; lower beam_width"
-            )
-        most = request.most_tokens - prompt
-        return BeamSearch(params.beam_width, params.length_penalty, request.stop_tokens, most)
 
     def _search_on(self, sample: Sample, logits: npt.NDArray[np.float32]) -> list[StepOutput]:
         """Give a beam its logits float32 [vocab]; what the search gives back when it ends."""
@@ -666,7 +693,7 @@ class Engine:
         self,
         parts: Sequence[tuple[int, Sequence[int], Sequence[int]]],
         samples: Sequence[Sample] = (),
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """Reserve, compute, commit. ``parts``: (sequence, new tokens, which of them want logits).
 
         If anything raises, the cache is as it was.
@@ -696,7 +723,7 @@ class Engine:
     # -- inside: eviction --------------------------------------------------------------------
 
     def _forward_forced(self, parts: Sequence[Part]) -> npt.NDArray[np.float32]:
-        logits = self._forward(parts)
+        logits = self._forward(parts).host()
         self._policies.settle(parts)
         self._policies.count(())
         return logits
@@ -731,25 +758,15 @@ class Engine:
             tokens //= 2
         return tokens
 
-    def _decide(self, sample: Sample, logits: npt.NDArray[np.float32]) -> StepOutput:
-        """Choose the next token of a sample from its logits float32 [vocab]."""
-        request = sample.request
-        params, length = request.params, len(sample.tokens)
-        if self._shadow is not None:
-            self._shadow.note(sample, logits)
-        try:
-            if is_plain(params):
-                token = likeliest(logits, length - 1)
-            else:
-                draw = uniform(request.seed, sample.index, length) if params.temperature else 0.0
-                token = choose(logits, request.prompt_tokens, sample.new_tokens, params, draw)
-        except QuireError as error:
+    def _decide(self, sample: Sample, choice: Choice) -> StepOutput:
+        """Go on with a sample as was chosen."""
+        if choice.token is None:
             piece, _ = self._texts[sample].flush()
-            completion = self._finish(sample, "error", None, str(error))
-            return StepOutput(request, sample.index, None, piece, completion)
-        if params.logprobs is not None:
-            sample.logprobs.append(logprobs_of(token, logits, params.logprobs))
-        return self._accept(sample, token)
+            completion = self._finish(sample, "error", None, choice.error)
+            return StepOutput(sample.request, sample.index, None, piece, completion)
+        if choice.logprobs is not None:
+            sample.logprobs.append(choice.logprobs)
+        return self._accept(sample, choice.token)
 
     def _accept(self, sample: Sample, token: int) -> StepOutput:
         request, now = sample.request, time.perf_counter()

@@ -9,10 +9,11 @@ from quire.cache import KVCache
 from quire.config import CacheConfig
 from quire.engine.evicting import Evictor, Part, Watch, require_evictable
 from quire.engine.reading import Reader, SparseStep, read_layers, require_readable
-from quire.engine.request import Request, Sample, SamplingParams
+from quire.engine.request import Request, Sample
 from quire.errors import ConfigError, RequestError
 from quire.evict_choice import EvictChoice, parse_eviction
 from quire.layout import CacheLayout
+from quire.sampling import SamplingParams
 
 __all__ = ["Attend", "Policies", "require_usable"]
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from quire.cache import KVCache, PrefixQuery
 from quire.config import ModelConfig
-from quire.engine.request import SamplingParams
 from quire.errors import RequestError
 from quire.layout import packed_pages, pages_for
 from quire.models import TextCodec
+from quire.sampling import SamplingParams
 
 __all__ = ["Prompt", "PromptReader", "as_prompts", "require_salt"]
 

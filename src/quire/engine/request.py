@@ -4,17 +4,15 @@ A :class:`Request` is one prompt; each of its ``n`` samples is a :class:`Sample`
 scheduler runs.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from quire.cache import PrefixQuery
-from quire.config import settings
 from quire.engine.reading import ReadUsage
 from quire.engine.tiering import Load
-from quire.errors import ConfigError, RequestError
-from quire.evict_choice import EvictChoice, parse_eviction
+from quire.evict_choice import EvictChoice
+from quire.sampling import SamplingParams, Seen, TokenLogprob
 
 if TYPE_CHECKING:
     from quire.engine.streamed import StreamPlan
@@ -24,143 +22,11 @@ __all__ = [
     "FinishReason",
     "Request",
     "Sample",
-    "SamplingParams",
     "Status",
     "StepOutput",
-    "TokenLogprob",
 ]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-
-def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool)
-    if not ok or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
-        left = "above" if open_low else "from"
-        raise RequestError(f"{name} must be a number {left} {low:g} to {high:g}, not {value!r}")
-
-
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool)
-    if not ok or value < low or (high is not None and value > high):  # type: ignore[operator]
-        limit = "" if high is None else f" and at most {high}"
-        raise RequestError(f"{name} must be an int of at least {low}{limit}, not {value!r}")
-
-
-def _items(name: str, value: object) -> tuple[Any, ...]:
-    if not isinstance(value, Iterable):
-        raise RequestError(f"{name} must be a list, not {value!r}")
-    return tuple(value)
-
-
-@settings
-class SamplingParams:
-    """How to choose tokens. Applied in the order of this list; defaults change nothing.
-
-    repetition_penalty  > 1 makes tokens of prompt and reply less likely (CTRL, arXiv:1909.05858)
-    presence_penalty    subtracted from the logit of every token that is in the reply
-    frequency_penalty   subtracted once for every time the token is in the reply
-    temperature         0 is greedy; else logits are divided by it
-    top_k               keep the k most likely tokens; 0 keeps all
-    top_p               keep the smallest set with at least this probability (arXiv:1904.09751)
-    min_p               keep tokens at least this likely relative to the best (arXiv:2407.01082)
-
-    beam_width          above 1: follow so many continuations and give back the ``n`` best
-                        (transformers' ``num_beams``); needs temperature 0 and nothing that bends
-                        the logits
-    length_penalty      a beam's score is its log-probability over its length to this power
-    n                   samples of one prompt
-    seed                of the random stream; None draws one and reports it in the result. The
-                        stream is keyed by (seed, sample, position), so that company in the batch
-                        never changes a sample
-    max_new_tokens      upper limit; the model's context is another
-    stop                strings that end the text; they are not part of it
-    stop_token_ids      token ids that end it, beside the checkpoint's EOS
-    ignore_eos          go on after the checkpoint's EOS
-    logprobs            None, or how many alternatives to report with each token's logprob, which
-                        are of the model's own distribution, before anything above
-    evict               what is dropped, or not read, when the request outgrows a budget of tokens,
-                        such as ``"window:budget=512"``, or ``"none"``; None is the engine's
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    beam_width: int = 1
-    length_penalty: float = 1.0
-    n: int = 1
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    evict: str | None = None
-
-    def __post_init__(self) -> None:
-        _integer("max_new_tokens", self.max_new_tokens, 1)
-        _number("temperature", self.temperature, 0, 100)
-        _integer("top_k", self.top_k, 0)
-        _number("top_p", self.top_p, 0, 1, open_low=True)
-        _number("min_p", self.min_p, 0, 1)
-        _number("repetition_penalty", self.repetition_penalty, 0.01, 100)
-        _number("presence_penalty", self.presence_penalty, -100, 100)
-        _number("frequency_penalty", self.frequency_penalty, -100, 100)
-        _integer("n", self.n, 1, 1024)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**64 - 1)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
-        _integer("beam_width", self.beam_width, 1, 64)
-        _number("length_penalty", self.length_penalty, -100, 100)
-        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
-        if not all(isinstance(text, str) and text for text in stop):
-            raise RequestError(f"stop must hold strings that are not empty, not {self.stop!r}")
-        object.__setattr__(self, "stop", stop)
-        stop_tokens = _items("stop_token_ids", self.stop_token_ids)
-        for token in stop_tokens:
-            _integer("a stop token id", token, 0)
-        object.__setattr__(self, "stop_token_ids", stop_tokens)
-        if self.evict is not None:
-            try:
-                parse_eviction(self.evict)
-            except ConfigError as error:
-                raise RequestError(f"evict: {error}") from None
-        if self.beam_width > 1:
-            self._require_plain_search()
-
-    def _require_plain_search(self) -> None:
-        """Refuse what a beam search would have to ignore."""
-        plain = SamplingParams()
-        names = (
-            *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
-            *("frequency_penalty", "stop", "logprobs"),
-        )
-        for name in names:
-            if getattr(self, name) != getattr(plain, name):
-                raise RequestError(
-                    f"beam_width {self.beam_width} cannot be combined with {name} "
-                    f"{getattr(self, name)!r}; leave {name} at {getattr(plain, name)!r}"
-                )
-        if self.n > self.beam_width:
-            raise RequestError(
-                f"a search that follows {self.beam_width} beams cannot give back n = {self.n}"
-            )
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Natural log-probability of a chosen token, and of the ``logprobs`` most likely ones."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -235,6 +101,7 @@ class Sample:
     asked_tiers   tiers had nothing to load since it began to wait
     evicted_tokens   dropped from the cache since it last began to run
     reading   what it read where its policy chose pages; None if it read all
+    seen      what penalties change, if there are any
     """
 
     request: "Request"
@@ -260,6 +127,7 @@ class Sample:
     streamed: str | None = None
     evicted_tokens: int = 0
     reading: ReadUsage | None = None
+    seen: Seen | None = None
     _query: PrefixQuery | None = None
 
     @property

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.analysis.divergence import kl_divergence, log_softmax
+from quire.backends import Logits
 from quire.engine.forced import ForcedText
 from quire.engine.request import Request, Sample
-from quire.engine.sampler import choose, uniform
 from quire.errors import QuireError
+from quire.sampler import choose, uniform
 
 __all__ = ["OpenedShadow", "Shadow", "ShadowUsage", "is_chosen"]
 
@@ -108,15 +109,16 @@ class Shadow:
             last_error=self._last_error,
         )
 
-    def note(self, sample: Sample, logits: npt.NDArray[np.float32]) -> None:
-        """Keep the logits float32 [vocab] from which a sample's next token is chosen."""
-        room = self._kept_bytes + logits.nbytes <= KEPT_BYTES
+    def note(self, sample: Sample, logits: Logits, row: int) -> None:
+        """Keep the row of logits from which a sample's next token is chosen."""
+        size = 4 * logits.shape[1]
+        room = self._kept_bytes + size <= KEPT_BYTES
         if not room or not is_chosen(sample.request, self._share):
             return
         rows = self._kept.setdefault(sample, {})
         if len(sample.tokens) not in rows:
-            self._kept_bytes += logits.nbytes
-        rows[len(sample.tokens)] = logits.copy()
+            self._kept_bytes += size
+        rows[len(sample.tokens)] = logits.row(row).copy()
         self._peak = max(self._peak, self._bytes)
 
     def finished(self, sample: Sample, *, whole: bool) -> None:

@@ -4,13 +4,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from quire.backends import Backend
+from quire.backends import Backend, Logits
 from quire.cache import KVCache
 from quire.config import CacheConfig, format_bytes
-from quire.engine.request import Sample, SamplingParams
+from quire.engine.request import Sample
 from quire.engine.streaming import (
     FileStore,
     LayerStream,
@@ -22,6 +19,7 @@ from quire.engine.tiering import PrefixTiers
 from quire.errors import RequestError, TierError
 from quire.layout import CacheLayout
 from quire.models import CausalLM
+from quire.sampling import SamplingParams
 
 DISK_KEEPS = 8 * 2**20  # of the disk's budget, for the store itself
 
@@ -106,7 +104,7 @@ class StreamedRun:
         self.sample, self._plan, self._cache = sample, plan, cache
         self._stream: LayerStream | None = None
         self._store: PageStore | None = None
-        self._logits: npt.NDArray[np.float32] | None = None
+        self._logits: Logits | None = None
         self._lender = tiers.lender(plan.total_bytes)
         if self._lender is None:
             raise TierError(
@@ -135,8 +133,8 @@ class StreamedRun:
         sample.kv_bytes_peak = buffers * plan.layer_bytes
         sample.cached_tokens = {}
 
-    def step(self, model: CausalLM, most: int) -> npt.NDArray[np.float32] | None:
-        """Compute up to ``most`` tokens; logits float32 [vocab] if those were all there are."""
+    def step(self, model: CausalLM, most: int) -> Logits | None:
+        """Compute up to ``most`` tokens; logits [1, vocab] if those were all there are."""
         assert self._stream is not None
         sample, started = self.sample, time.perf_counter()
         if sample.uncomputed == 0:
@@ -144,7 +142,8 @@ class StreamedRun:
         chunk = sample.tokens[sample.computed : sample.computed + most]
         ends = len(chunk) == sample.uncomputed
         logits = self._forward(model, chunk, [len(chunk) - 1] if ends else [])
-        self._logits = logits[0] if ends else None
+        logits.wait()  # it is timed
+        self._logits = logits if ends else None
         sample.computed += len(chunk)
         self._seconds += time.perf_counter() - started
         sample.streamed = (
@@ -172,9 +171,7 @@ class StreamedRun:
         assert settings.cache_dir is not None
         return FileStore(Path(settings.cache_dir), layout.shapes, counts)
 
-    def _forward(
-        self, model: CausalLM, chunk: Sequence[int], rows: Sequence[int]
-    ) -> npt.NDArray[np.float32]:
+    def _forward(self, model: CausalLM, chunk: Sequence[int], rows: Sequence[int]) -> Logits:
         assert self._stream is not None
         reservation = self._books.reserve([(self._sequence, len(chunk))])
         try:

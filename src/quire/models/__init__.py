@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from quire.architectures import read_model_config
-from quire.backends import Backend
+from quire.backends import Backend, Logits
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
 from quire.errors import CheckpointError
@@ -52,7 +49,7 @@ class CausalLM(Protocol):
         batch: PagedBatch,
         pools: Sequence[PagePool],
         rows: Sequence[int],
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows."""
 
     def forward_with(
@@ -62,7 +59,7 @@ class CausalLM(Protocol):
         pools: Sequence[PagePool],
         rows: Sequence[int],
         attend: Callable[[int, Any], Any],
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """As :meth:`forward`, op by op, with another attention: the same bits if it is the same.
 
         ``attend`` is called with each layer's number and queries [T, H, D], turned as that

@@ -8,10 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from quire.backends import AttentionParams, Backend, MlpParams, Network, Projection
+from quire.backends import AttentionParams, Backend, Logits, MlpParams, Network, Projection
 from quire.backends.blocks import attention_block
 from quire.backends.rope import inverse_frequencies
 from quire.batch import PagedBatch
@@ -48,7 +45,7 @@ class Decoder:
         batch: PagedBatch,
         pools: Sequence[PagePool],
         rows: Sequence[int],
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows.
 
         ``rows`` ascend.
@@ -65,7 +62,7 @@ class Decoder:
         pools: Sequence[PagePool],
         rows: Sequence[int],
         attend: Callable[[int, Any], Any],
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """See :class:`quire.models.CausalLM`."""
         backend = self.backend
         x = backend.embed(self.params["embed"], tokens)
@@ -76,10 +73,10 @@ class Decoder:
             x = backend.mlp_block(x, self._blocks[layer][1])
         return self._logits(backend.rows(x, rows))
 
-    def _logits(self, x: Any) -> npt.NDArray[np.float32]:
+    def _logits(self, x: Any) -> Logits:
         backend, network = self.backend, self._network
         x = backend.rms_norm(x, network.norm, network.norm_eps)
-        return backend.to_host(backend.linear(x, network.head))
+        return backend.to_logits(backend.linear(x, network.head))
 
     def _layer_by_layer(
         self, x: Any, batch: PagedBatch, pools: Sequence[PagePool], rows: Sequence[int]

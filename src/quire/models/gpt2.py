@@ -3,10 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from quire.backends import Backend, keep, turned
+from quire.backends import Backend, Logits, keep, turned
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
 from quire.pages import PagePool
@@ -26,7 +23,7 @@ class GPT2:
         batch: PagedBatch,
         pools: Sequence[PagePool],
         rows: Sequence[int],
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """Append ``tokens`` [T] to the pools; logits float32 [len(rows), vocab] of those rows.
 
         ``rows`` ascend.
@@ -46,7 +43,7 @@ class GPT2:
         pools: Sequence[PagePool],
         rows: Sequence[int],
         attend: Callable[[int, Any], Any],
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """See :class:`quire.models.CausalLM`."""
         return self._run((tokens, rows), batch, pools, lambda layer, query, _: attend(layer, query))
 
@@ -56,7 +53,7 @@ class GPT2:
         batch: PagedBatch,
         pools: Sequence[PagePool],
         attend: Callable[[int, Any, PagePool], Any],
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """``asked``: tokens [T], and which of them want logits."""
         backend, params, (tokens, rows) = self.backend, self.params, asked
         positions = batch.positions.tolist()
@@ -70,7 +67,7 @@ class GPT2:
             x = backend.add(x, self._linear(at + "o", mixed))
             x = backend.add(x, self._mlp(at, self._norm(at + "mlp_norm", x)))
         x = self._norm("norm", backend.rows(x, rows))
-        return backend.to_host(backend.linear(x, params.get("head", params["embed"])))
+        return backend.to_logits(backend.linear(x, params.get("head", params["embed"])))
 
     def _norm(self, key: str, x: Any) -> Any:
         weight, bias = self.params[key], self.params[f"{key}_bias"]

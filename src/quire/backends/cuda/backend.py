@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 import triton
 
+from quire.backends.base import Logits
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
@@ -33,6 +34,7 @@ from quire.backends.cuda.rows import (
     rms_norm_kernel,
     rope_kernel,
 )
+from quire.backends.cuda.sampling import CudaLogits
 from quire.backends.cuda.stored import power_of_two
 from quire.backends.selecting import score_bounds, score_signatures
 from quire.batch import ChosenPages, GroupBatch, PagedBatch
@@ -290,7 +292,7 @@ class CudaBackend:
 
     def logits(
         self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """[T] -> [T, vocab]; a step that only decodes is replayed, see ``graphs.py``."""
         shape = shape_of(batch)
         if shape is None:
@@ -302,7 +304,7 @@ class CudaBackend:
         known, key = ours[0].graphs, (network, shape, self.exact)
         if key not in known:
             known[key] = StepGraph(self, network, ours, shape, batch)
-        return self.to_host(known[key].run(tokens, batch))
+        return known[key].run(tokens, batch)
 
     def compute(
         self, tokens: Tensor, network: Network, step: steps.Step, pools: Sequence[PagePool]
@@ -314,6 +316,10 @@ class CudaBackend:
         out = self.linear(self.rms_norm(x, network.norm, network.norm_eps), network.head)
         self._last = self._angles = None  # the same arrays hold other numbers next time
         return out
+
+    def to_logits(self, x: Tensor) -> CudaLogits:
+        """[n, vocab] where they are."""
+        return CudaLogits(self.device, x)
 
     def to_host(self, x: Tensor) -> npt.NDArray[np.float32]:
         """A copy in host memory; waits for what it depends on."""

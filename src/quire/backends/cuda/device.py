@@ -3,7 +3,7 @@
 import functools
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -119,7 +119,9 @@ class Device:
         self._known = known
 
     def integers(self, numbers: Any) -> Any:
-        """int64 numbers, as a tensor."""
+        """int64 numbers, as a tensor; one that is there already is given back."""
+        if isinstance(numbers, torch.Tensor):
+            return numbers
         copy = None if self._known is None else self._known.find(numbers)
         return self.to_device(np.asarray(numbers, dtype=np.int64)) if copy is None else copy
 
@@ -131,9 +133,18 @@ class Device:
     def renew(self, there: Any, here: Any, count: int) -> None:
         """Copy the first ``count`` numbers of ``here`` over those ``there``, behind what runs.
 
-        They may not be changed here before something behind that copy has come back.
+        They may not be changed here before that copy is done: see :meth:`mark`.
         """
         there[:count].copy_(here[:count], non_blocking=True)
+
+    def mark(self) -> Any:
+        """A mark behind all that is queued, for :meth:`wait`."""
+        return torch.cuda.current_stream().record_event() if self.hardware else None
+
+    def wait(self, mark: Any) -> None:
+        """Return when what lies before ``mark`` is done."""
+        if mark is not None:
+            mark.synchronize()
 
     @functools.cached_property
     def graph_memory(self) -> Any:
@@ -147,12 +158,22 @@ class Device:
 
     def to_host(self, tensor: Any) -> Any:
         """A copy in host memory, complete when this returns."""
+        return self.fetch(tensor)()
+
+    def fetch(self, tensor: Any) -> Callable[[], Any]:
+        """Queue a copy to host memory; what is given waits for it, and for nothing behind it."""
         if not self.hardware:
-            return tensor.detach().clone()
+            copy = tensor.detach().clone()
+            return lambda: copy
         held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         held.copy_(tensor, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-        return held
+        mark = self.mark()
+
+        def take() -> Any:
+            self.wait(mark)
+            return held
+
+        return take
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
         """Run ``kernel`` over ``grid``; nothing if the grid is empty."""

@@ -21,6 +21,7 @@ from quire.backends.blocks import Network
 from quire.backends.cuda.attending import SPLIT
 from quire.backends.cuda.device import Device
 from quire.backends.cuda.pool import CudaPool
+from quire.backends.cuda.sampling import CudaLogits, best_of
 from quire.backends.cuda.steps import Step, static_step
 from quire.backends.cuda.stored import power_of_two
 from quire.batch import NO_OPEN_PAGES, GroupBatch, OpenPages, PagedBatch
@@ -80,22 +81,29 @@ class StepGraph:
         self._backend, self._network, self._pools, self.shape = backend, network, pools, shape
         self._buffers = _Buffers(backend.device, shape, like)
         self._graph: Any = None
-        self._logits: Tensor = None
+        self._out: tuple[Tensor, Tensor] | None = None
+        self._runs = 0
 
-    def run(self, tokens: Sequence[int], batch: PagedBatch) -> Tensor:
-        """Logits float32 [T, vocab] of ``batch``, on the device until the next run."""
+    def run(self, tokens: Sequence[int] | Tensor, batch: PagedBatch) -> CudaLogits:
+        """Logits of ``batch`` [T, vocab], on the device until the next run. Waits for nothing."""
         self._buffers.fill(tokens, batch)
+        self._runs += 1
         if not self._backend.device.hardware:
-            self._logits = self._compute()
+            self._out = self._compute()
         else:
             if self._graph is None:
                 self._graph = self._capture()
             self._graph.replay()
-        return self._logits[: len(tokens)]
+        assert self._out is not None
+        logits, best = (each[: len(tokens)] for each in self._out)
+        run = self._runs
+        return CudaLogits(self._backend.device, logits, best, lambda: self._runs != run)
 
-    def _compute(self) -> Tensor:
+    def _compute(self) -> tuple[Tensor, Tensor]:
+        """Logits, and which of each row is the largest: most steps need no more of them."""
         held = self._buffers
-        return self._backend.compute(held.tokens, self._network, held.step, self._pools)
+        logits = self._backend.compute(held.tokens, self._network, held.step, self._pools)
+        return logits, best_of(self._backend.device, logits)
 
     def _capture(self) -> Any:
         """Runs the step once, so that kernels are compiled and libraries ready, then captures it.
@@ -113,7 +121,7 @@ class StepGraph:
             device.streams.submitting,  # a thread that moves pages hands nothing over meanwhile
             torch.cuda.graph(graph, pool=device.graph_memory, capture_error_mode="thread_local"),
         ):
-            self._logits = self._compute()
+            self._out = self._compute()
         return graph
 
 
@@ -130,7 +138,7 @@ class _Buffers:
             lengths += [n, n + 1, n]
             lengths += [n + 1, n, n, n, n] if group.open.are_used else []
         self._device = device
-        self._fixed = sum(lengths)
+        self._fixed, self._copied = sum(lengths), None
         self._host, self._there = device.mirrored(self._fixed + shape.pages)
         here, ends = self._host.numpy(), list(accumulate([0, *lengths, shape.pages]))
         copies = [(here[a:b], self._there[a:b]) for a, b in pairwise(ends)]
@@ -153,10 +161,12 @@ class _Buffers:
             groups.append(GroupBatch(*tables, first_page, opened))
         return PagedBatch(positions, query_indptr, tuple(groups), like.group_of_layer, places)
 
-    def fill(self, tokens: Sequence[int], batch: PagedBatch) -> None:
+    def fill(self, tokens: Sequence[int] | Tensor, batch: PagedBatch) -> None:
         """Put a step into the buffers, those of the device too: in one copy of what is used."""
+        self._device.wait(self._copied)
         into, used = self.batch, 0
-        _put(self._new, tokens, 0)
+        there = isinstance(tokens, torch.Tensor)  # chosen by the step before
+        _put(self._new, () if there else tokens, 0)
         _put(into.positions, batch.positions, 0)
         _put(into.places, batch.places, 0)
         _put(into.query_indptr, batch.query_indptr, len(tokens))
@@ -174,6 +184,9 @@ class _Buffers:
                 _put(to.open.seal_from, opened.seal_from, -1)
                 _put(to.open.seal_to, opened.seal_to, -1)
         self._device.renew(self._there, self._host, self._fixed + used)
+        self._copied = self._device.mark()
+        if there:
+            self.tokens[: len(tokens)].copy_(tokens)
 
 
 def _put(into: IntArray, numbers: Any, rest: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quire.backends.base import Logits
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
@@ -24,6 +25,7 @@ from quire.batch import ChosenPages, OpenPages, PagedBatch
 from quire.errors import BackendError
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
+from quire.sampler import HostLogits
 
 __all__ = ["NativeBackend"]
 
@@ -302,7 +304,7 @@ class NativeBackend:
 
     def logits(
         self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """[T] -> [T, vocab], all layers in one call."""
         return logits(self, tokens, network, batch, pools)
 
@@ -311,6 +313,10 @@ class NativeBackend:
         if len(indices) == len(x) and list(indices) == list(range(len(x))):
             return x  # a step that only decodes
         return x[np.asarray(indices, dtype=np.int64)]
+
+    def to_logits(self, x: Array) -> HostLogits:
+        """The array itself."""
+        return HostLogits(x)
 
     def to_host(self, x: Array) -> npt.NDArray[np.float32]:
         """The array itself."""

@@ -1,0 +1,418 @@
+"""Choosing tokens where their logits are: only tokens, and logprobs that are asked for, come back.
+
+What is chosen is the definition's (``quire/sampler.py``), in float64 as it is, of all samples at
+once. Of a greedy step all that the host waits for is one number a row. Of others the adjusted
+logits are written down once; where top-k or top-p removes tokens, the MOST largest are put in
+order, and the whole vocabulary, in a second round, of rows for which these were not enough.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quire.backends.cuda.choosing import (
+    best_kernel,
+    cut_kernel,
+    draw_kernel,
+    keys_kernel,
+    mass_kernel,
+    spread_kernel,
+    weigh_kernel,
+)
+from quire.backends.cuda.device import Device
+from quire.backends.cuda.memory import tells_of_memory
+from quire.backends.cuda.stored import power_of_two
+from quire.errors import BackendError, QuireError
+from quire.sampler import likeliest, not_finite, seen_by
+from quire.sampling import Ask, Choice, TokenLogprob
+
+__all__ = ["CudaAhead", "CudaLogits", "best_of"]
+
+Array = npt.NDArray[Any]
+Tensor = Any
+
+BLOCK = 2048  # words of a part
+MOST = 1024  # tokens that are put in order where that may be enough
+CHUNK = 1 << 23  # float64 numbers, and about four times as many bytes more, at a time
+BAD = 2**63 - 1  # the key of a row with numbers that are not finite
+LOW = 2**31 - 1
+
+
+def best_of(device: Device, rows: Tensor) -> Tensor:
+    """The largest key (``choosing.py``) of each of logits float32 [n, vocab], int64 [n]."""
+    count, vocab = rows.shape
+    parts = _parts(vocab)
+    best = device.empty((count, parts), torch.int64)
+    device.launch(best_kernel, (parts, count), best, rows, vocab, parts, BLOCK=BLOCK)
+    return best.amax(1)
+
+
+@tells_of_memory
+class CudaLogits:
+    """Logits float32 [n, vocab] on the device: see :class:`quire.backends.base.Logits`.
+
+    best    what :func:`best_of` gives for them, where that is known
+    stale   whether another step has been computed over them
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        rows: Tensor,
+        best: Tensor | None = None,
+        stale: Callable[[], bool] | None = None,
+    ) -> None:
+        self.device, self._rows, self._best, self._stale = device, rows, best, stale
+        self._host: npt.NDArray[np.float32] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, vocab)."""
+        count, vocab = self._rows.shape
+        return count, vocab
+
+    def host(self) -> npt.NDArray[np.float32]:
+        """All of them, fetched once; waits for them."""
+        if self._host is None:
+            self._require_there()
+            self._host = self.device.to_host(self._rows).numpy()
+        return self._host
+
+    def row(self, nth: int) -> npt.NDArray[np.float32]:
+        """One of them; waits for all."""
+        if self._host is not None:
+            return self._host[nth]
+        self._require_there()
+        row: npt.NDArray[np.float32] = self.device.to_host(self._rows[nth]).numpy()
+        return row
+
+    def wait(self) -> None:
+        """Until all that was queued before is done."""
+        self.device.wait(self.device.mark())
+
+    def choose(self, asked: Sequence[Ask]) -> list[Choice]:
+        """All at once, in one transfer; in two where the MOST largest were not enough."""
+        self._require_there()
+        if self._best is None:
+            self._best = best_of(self.device, self._rows)
+        if all(ask.params.is_plain and ask.params.logprobs is None for ask in asked):
+            return self._greedy(asked)
+        chosen = self._round(asked, whole=False)
+        again = [nth for nth, choice in enumerate(chosen) if choice is None]
+        if again:
+            second = self._round([asked[nth] for nth in again], whole=True)
+            for nth, choice in zip(again, second, strict=True):
+                chosen[nth] = choice
+        return [choice for choice in chosen if choice is not None]
+
+    def ahead(self, asked: Sequence[Ask]) -> "CudaAhead | None":
+        """Where one round is enough: greedy tokens, and drawn ones that nothing narrows to a few.
+
+        Not with logprobs or penalties, which ask for more than the newest logits.
+        """
+        drawn = [nth for nth, ask in enumerate(asked) if ask.params.temperature]
+        if len(asked) != len(self._rows) or not all(map(_needs_no_host, asked)):
+            return None
+        self._require_there()
+        if self._best is None:
+            self._best = best_of(self.device, self._rows)
+        tokens = LOW - (self._best & LOW)
+        if drawn:
+            chosen, _ = self._drawn([asked[nth] for nth in drawn], whole=False)
+            tokens.index_copy_(0, self.device.integers(drawn), chosen)
+        fetched = self.device.fetch(torch.stack((self._best, tokens)))
+        return CudaAhead(tokens, fetched, asked)
+
+    def _require_there(self) -> None:
+        if self._stale is not None and self._stale():
+            raise BackendError(
+                "these logits are gone: a later step was computed in their place; choose from "
+                "them, or take host(), before the next step"
+            )
+
+    def _greedy(self, asked: Sequence[Ask]) -> list[Choice]:
+        """The likeliest of each row."""
+        best = self.device.to_host(self._best).numpy()
+        tokens, bad = (LOW - (best & LOW)).tolist(), set(np.flatnonzero(best == BAD).tolist())
+        return [self._damaged(ask) if ask.row in bad else Choice(tokens[ask.row]) for ask in asked]
+
+    def _damaged(self, ask: Ask) -> Choice:
+        """What the definition says of a row that is not finite."""
+        try:
+            likeliest(self.row(ask.row), len(ask.tokens) - 1)
+        except QuireError as error:
+            return Choice(None, None, str(error))
+        raise BackendError(f"row {ask.row} of logits changed while tokens were chosen from it")
+
+    # -- what is not greedy ------------------------------------------------------------------
+
+    def _round(self, asked: Sequence[Ask], *, whole: bool) -> list[Choice | None]:
+        """A choice for each; None where more has to be put in order, unless ``whole`` is."""
+        assert self._best is not None
+        bent = [nth for nth, ask in enumerate(asked) if not ask.params.is_plain]
+        told = [nth for nth, ask in enumerate(asked) if ask.params.logprobs is not None]
+        drawn, certain = self._drawn([asked[nth] for nth in bent], whole)
+        rows, bent_there, told_there = _handed_over(
+            self.device, [np.asarray(n, np.int64) for n in ([a.row for a in asked], bent, told)]
+        )
+        chosen = (LOW - (self._best & LOW)).index_select(0, rows).index_copy_(0, bent_there, drawn)
+        most = max((asked[nth].params.logprobs or 0 for nth in told), default=0)
+        spread = self._spread(
+            rows.index_select(0, told_there), chosen.index_select(0, told_there), most
+        )
+        best, tokens, sure, *about = _fetched(self.device, [self._best, chosen, certain, *spread])
+        sure_of = dict(zip(bent, sure.tolist(), strict=True))
+        logprobs = dict(zip(told, _logprobs(*about), strict=True))
+        choices: list[Choice | None] = []
+        for nth, (ask, token) in enumerate(zip(asked, tokens.tolist(), strict=True)):
+            if best[ask.row] == BAD:
+                choices.append(self._damaged(ask))
+            elif not sure_of.get(nth, True):
+                choices.append(None)
+            elif nth in logprobs:
+                choices.append(Choice(token, logprobs[nth].of(token, ask.params.logprobs)))
+            else:
+                choices.append(Choice(token))
+        return choices
+
+    def _drawn(self, asked: Sequence[Ask], whole: bool) -> tuple[Tensor, Tensor]:
+        """int64 [a] twice: the tokens of what is not greedy, and whether they are certain."""
+        most = max(1, CHUNK // self.shape[1])
+        chunks = [asked[first : first + most] for first in range(0, len(asked), most)]
+        if not chunks:
+            none = self.device.empty((0,), torch.int64)
+            return none, none
+        drawn, certain = zip(*(self._draw(chunk, whole) for chunk in chunks), strict=True)
+        return torch.cat(drawn), torch.cat(certain)
+
+    def _draw(self, asked: Sequence[Ask], whole: bool) -> tuple[Tensor, Tensor]:
+        device, vocab, count = self.device, self.shape[1], len(asked)
+        rules = [_Rule.of(ask, vocab) for ask in asked]
+        narrow = [nth for nth, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]
+        columns = list(zip(*rules, strict=True))
+        listed = [ask.row for ask in asked]
+        rows, narrowed, top_k, top_p, temperature, floor, draw, *bends = _handed_over(
+            device,
+            [
+                *(np.asarray(n, np.int64) for n in (listed, narrow, columns[0])),
+                *(np.asarray(n, np.float64) for n in columns[1:]),
+                *_bends(asked, vocab),
+            ],
+        )
+        values = self._wide(rows, listed)
+        _bend(values, bends[3:], bends[:3])
+        parts = _parts(vocab)
+        sums = device.empty((count, parts), torch.float64)
+        grid, sizes = (parts, count), (vocab, parts)
+        peaks = values.amax(1)
+        device.launch(weigh_kernel, grid, sums, values, peaks, temperature, *sizes, BLOCK=BLOCK)
+        cuts = torch.full_like(draw, -np.inf), torch.full_like(rows, vocab)
+        certain = torch.ones_like(rows)
+        if narrow:
+            some = values if len(narrow) == count else values.index_select(0, narrowed)
+            ordered, tokens = _in_order(some, vocab if whole else min(MOST, vocab))
+            args = *cuts, certain, sums, ordered, tokens, narrowed, top_k, top_p, *sizes
+            every = {"PARTS": power_of_two(parts), "BLOCK": min(MOST, power_of_two(vocab))}
+            device.launch(cut_kernel, (len(narrow),), *args, ordered.shape[1], **every)
+        if narrow or any(rule.floor > -np.inf for rule in rules):
+            device.launch(mass_kernel, grid, sums, values, floor, *cuts, *sizes, BLOCK=BLOCK)
+        chosen = device.empty((count,), torch.int64)
+        left = chosen, sums, values, draw, floor, *cuts, *sizes
+        device.launch(draw_kernel, (count,), *left, PARTS=power_of_two(parts), BLOCK=BLOCK)
+        return chosen, certain
+
+    def _wide(self, rows: Tensor, listed: Sequence[int]) -> Tensor:
+        """Rows ``rows`` in float64, to be written to."""
+        if listed == list(range(len(self._rows))):
+            return self._rows.double()
+        return self._rows.index_select(0, rows).double()
+
+    # -- logprobs ----------------------------------------------------------------------------
+
+    def _spread(self, rows: Tensor, tokens: Tensor, most: int) -> list[Tensor]:
+        """Of rows [t]: float64 sums of exp over parts [t, parts], float64 logits of the likeliest
+        token and of ``tokens`` [t, 2], and the ``most`` largest keys [t, most], in order.
+        """
+        assert self._best is not None
+        device, vocab, count = self.device, self.shape[1], len(rows)
+        if not count:
+            return []
+        parts, most = _parts(vocab), min(most, vocab)
+        likeliest = (LOW - (self._best & LOW)).index_select(0, rows)
+        both = self._rows[rows[:, None], torch.stack((likeliest, tokens), 1)].double()
+        sums, keys = device.empty((count, parts), torch.float64), []
+        args = sums, self._rows, rows, both[:, 0].contiguous(), vocab, parts
+        device.launch(spread_kernel, (parts, count), *args, BLOCK=BLOCK)
+        for some in rows.split(max(1, CHUNK // vocab)) if most else ():
+            known = device.empty((len(some), vocab), torch.int64)
+            grid = parts, len(some)
+            device.launch(keys_kernel, grid, known, self._rows, some, vocab, BLOCK=BLOCK)
+            keys.append(torch.topk(known, most, dim=1).values)
+        return [sums, both, torch.cat(keys) if keys else device.empty((count, 0), torch.int64)]
+
+
+@dataclass(frozen=True)
+class CudaAhead:
+    """See :class:`quire.backends.base.Ahead`; ``fetched`` has keys and tokens, [2, n]."""
+
+    tokens: Tensor
+    fetched: Callable[[], Tensor]
+    asked: Sequence[Ask]
+
+    def take(self) -> list[Choice]:
+        """See :class:`quire.backends.base.Ahead`."""
+        best, tokens = self.fetched().tolist()
+        chosen = zip(self.asked, best, tokens, strict=True)
+        return [_gone(ask) if key == BAD else Choice(token) for ask, key, token in chosen]
+
+
+def _gone(ask: Ask) -> Choice:
+    """Of a row that is not finite, which another step was computed over since."""
+    return Choice(None, None, not_finite("some", len(ask.tokens) - 1))
+
+
+def _needs_no_host(ask: Ask) -> bool:
+    params = ask.params
+    free = params.temperature == 0 or (params.top_k == 0 and params.top_p == 1)
+    return free and params.logprobs is None and params.bends_nothing
+
+
+class _Rule(NamedTuple):
+    """How one token is drawn, as the kernels take it. Values are those of ``weigh_kernel``.
+
+    Of penalised logits the largest, which is 0 there, is what no value below a floor of 0 and a
+    draw of 0 leave.
+    """
+
+    top_k: int
+    top_p: float
+    temperature: float
+    floor: float
+    draw: float
+    repetition: float
+    frequency: float
+    presence: float
+
+    @classmethod
+    def of(cls, ask: Ask, vocab: int) -> "_Rule":
+        params = ask.params
+        bend = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        if params.temperature == 0:
+            return cls(0, 1.0, 1.0, 0.0, 0.0, *bend)
+        floor = float(np.log(params.min_p)) if params.min_p > 0 else -np.inf
+        top_k = params.top_k if params.top_k < vocab else 0
+        return cls(top_k, params.top_p, params.temperature, floor, ask.draw, *bend)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """What logprobs of one row are made of: log of the sum of exp, and logits less the largest."""
+
+    log_total: float
+    own: float
+    top: tuple[tuple[int, float], ...]
+
+    def of(self, token: int, alternatives: int | None) -> TokenLogprob:
+        pairs = tuple((t, x - self.log_total) for t, x in self.top[: alternatives or 0])
+        return TokenLogprob(token, self.own - self.log_total, pairs)
+
+
+def _logprobs(*about: Array) -> list[_Spread]:
+    """From what ``CudaLogits._spread`` gives: one for each of its rows."""
+    if not about:
+        return []
+    sums, both, keys = about
+    order = (keys >> 32).astype(np.int32)
+    top = (order ^ ((order >> 31) & LOW)).view(np.float32).astype(np.float64) - both[:, :1]
+    tokens = LOW - (keys & LOW)
+    return [
+        _Spread(float(total), float(own), tuple(zip(ids, logits, strict=True)))
+        for total, own, ids, logits in zip(
+            np.log(sums.sum(1)), both[:, 1] - both[:, 0], tokens.tolist(), top.tolist(), strict=True
+        )
+    ]
+
+
+def _bends(asked: Sequence[Ask], vocab: int) -> list[Array]:
+    """What penalties change in [a, vocab]: places int64 [m], and how often the token is in the
+    reply, int64 [m].
+    """
+    seen = [seen_by(ask) for ask in asked]
+    places = [nth * vocab + each.ids for nth, each in enumerate(seen) if each is not None]
+    if not places:
+        return []
+    counts = [each.counts for each in seen if each is not None]
+    return [np.concatenate(places), np.concatenate(counts)]
+
+
+def _bend(values: Tensor, bends: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Apply penalties to values [a, vocab], in their place.
+
+    bends     what :func:`_bends` found
+    factors   float64 [a] of the repetition, the frequency and the presence penalty
+    """
+    if not bends:
+        return
+    places, counts = bends
+    rows = places // values.shape[1]
+    repetition, frequency, presence = (each.index_select(0, rows) for each in factors)
+    at = values.view(-1).index_select(0, places)
+    at = torch.where(at < 0, at * repetition, at / repetition)
+    at = at - frequency * counts - presence * (counts > 0)
+    values.view(-1).index_copy_(0, places, at)
+
+
+def _in_order(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of values [s, vocab], the largest first, ties in order of token id.
+
+    And whose they are. Of those that tie with the last one any may be missing.
+    """
+    if count == values.shape[1]:
+        ordered, tokens = torch.sort(values, dim=1, descending=True, stable=True)
+        return ordered, tokens
+    some, tokens = torch.topk(values, count, dim=1, sorted=False)
+    tokens, by_token = torch.sort(tokens, dim=1)
+    some = some.gather(1, by_token)
+    ordered, by_value = torch.sort(some, dim=1, descending=True, stable=True)
+    return ordered, tokens.gather(1, by_value)
+
+
+def _handed_over(device: Device, arrays: Sequence[Array]) -> list[Tensor]:
+    """Copies of int64 and float64 arrays [n] on the device, in one transfer.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for one that does not.
+    """
+    ends = list(accumulate(len(array) + len(array) % 2 for array in arrays))
+    flat = np.empty(ends[-1], np.int64)
+    places = [
+        slice(end - len(a) - len(a) % 2, end - len(a) % 2)
+        for a, end in zip(arrays, ends, strict=True)
+    ]
+    for place, array in zip(places, arrays, strict=True):
+        flat[place] = array.view(np.int64)
+    there = device.to_device(flat)
+    return [
+        there[place] if array.dtype == np.int64 else there[place].view(torch.float64)
+        for place, array in zip(places, arrays, strict=True)
+    ]
+
+
+def _fetched(device: Device, tensors: Sequence[Tensor]) -> list[Array]:
+    """Copies of int64 and float64 tensors on the host, in one transfer."""
+    flat = [tensor.contiguous().view(-1).view(torch.int64) for tensor in tensors]
+    here = device.to_host(torch.cat(flat)).numpy()
+    out, first = [], 0
+    for tensor in tensors:
+        part = here[first : first + tensor.numel()].reshape(tuple(tensor.shape))
+        out.append(part if tensor.dtype == torch.int64 else part.view(np.float64))
+        first += tensor.numel()
+    return out
+
+
+def _parts(vocab: int) -> int:
+    return -(-vocab // BLOCK)

@@ -1,0 +1,47 @@
+"""Compiles the cuda backend's sampling kernels for cards that are not there; needs no GPU.
+
+Run as ``python tests/cuda_compile_choosing.py 80 90``: one line a kernel with the shared memory and
+the local memory (spilled registers) that a program takes, at the vocabulary of Llama 3.
+"""
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cuda_compile import spilled
+from quire.backends.cuda import choosing
+from quire.backends.cuda.sampling import BLOCK, MOST
+from quire.backends.cuda.stored import power_of_two
+
+VOCAB = 128_256
+NUMBERS = dict.fromkeys(("vocab", "parts", "count"), "i32")
+WIDE = ("sums", "values", "peaks", "temperatures", "floors", "draws", "ordered", "top_ps")
+POINTERS = {"logits": "*fp32"} | dict.fromkeys((*WIDE, "cut_values"), "*fp64")
+
+
+def main(capabilities: list[int]) -> None:
+    for name in choosing.__all__:
+        kernel = getattr(choosing, name)
+        given = {"BLOCK": MOST if name == "cut_kernel" else BLOCK}
+        if "PARTS" in kernel.arg_names:
+            given["PARTS"] = power_of_two(-(-VOCAB // BLOCK))
+        known = {**dict.fromkeys(given, "constexpr"), **NUMBERS, **POINTERS}
+        signature = {each: known.get(each, "*i64") for each in kernel.arg_names}
+        places = {each: (nth,) for nth, each in enumerate(kernel.arg_names)}
+        aligned = {
+            places[each]: [["tt.divisibility", 16]]
+            for each, kind in signature.items()
+            if kind.startswith("*") or each == "vocab"
+        }
+        source = ASTSource(kernel, signature, {places[n]: v for n, v in given.items()}, aligned)
+        for capability in capabilities:
+            target, options = GPUTarget("cuda", capability, 32), {"enable_fp_fusion": False}
+            built = triton.compile(source, target=target, options=options)
+            shared, local = built.metadata.shared, spilled(built.asm["cubin"])
+            print(f"{capability} {name}: {shared:,} B shared, {local:,} B local", flush=True)
+
+
+if __name__ == "__main__":
+    main([int(capability) for capability in sys.argv[1:]])

@@ -1,0 +1,236 @@
+"""Sampling on the device: what engines do with it, and what it moves to the host.
+
+What is chosen is checked in ``conformance/test_choosing.py``. Like ``test_cuda.py``, which starts
+them, these tests run on a GPU or under Triton's interpreter.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import quire
+from conformance import activations
+from quire.backends import backend_status, create_backend
+from quire.errors import BackendError
+from quire.sampler import HostLogits
+from quire.sampling import Ask, Choice, SamplingParams
+from tiny import VOCAB, random_prompt, tiny_engine
+
+RUNS = any(status.name == "cuda" and status.available for status in backend_status())
+if RUNS:
+    from quire.backends.cuda import sampling
+    from quire.backends.cuda.device import Device
+    from quire.backends.cuda.sampling import MOST, CudaLogits
+
+pytestmark = pytest.mark.skipif(not RUNS, reason="the cuda backend is off")
+
+RULES: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 1.5, "top_k": 20, "n": 3},
+    {"temperature": 1.0, "min_p": 0.1, "repetition_penalty": 1.2, "logprobs": 2},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.1, "logprobs": 0},
+)
+
+
+@pytest.fixture(params=["cuda", "cuda-exact"])
+def on_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines made in the test compute with that backend."""
+    monkeypatch.setattr(
+        "quire.engine.engine.create_backend",
+        lambda asked, threads=None: create_backend(request.param),
+    )
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what goes to the host."""
+    shapes, inner = [], Device.to_host
+
+    def counted(self: Device, tensor: Any) -> Any:
+        shapes.append(tuple(tensor.shape))
+        return inner(self, tensor)
+
+    monkeypatch.setattr(Device, "to_host", counted)
+    return shapes
+
+
+def served(engine: quire.Engine, rules: Sequence[dict[str, Any]] = RULES) -> list[Any]:
+    """Tokens and logprobs of requests of many kinds, side by side."""
+    requests = [
+        engine.submit(
+            random_prompt(4 + 3 * nth, seed=nth),
+            SamplingParams(max_new_tokens=5, seed=nth, ignore_eos=True, **rule),
+        )
+        for nth, rule in enumerate(rules)
+    ]
+    while engine.has_work:
+        engine.step()
+    return [(c.token_ids, c.logprobs, c.error) for r in requests for c in r.completions]
+
+
+def test_an_engine_chooses_what_it_would_from_logits_on_the_host(
+    models: dict[str, Path], on_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefills and decodes, forks of a prompt, each draw its own."""
+    ours = served(tiny_engine(models["full"], num_pages=60))
+    asked = []
+
+    def on_host(self: CudaLogits, asks: Sequence[Ask]) -> list[Choice]:
+        asked.append([ask.row for ask in asks])
+        return HostLogits(self.host()).choose(asks)
+
+    monkeypatch.setattr(CudaLogits, "choose", on_host)
+    law = served(tiny_engine(models["full"], num_pages=60))
+    assert any(len(set(rows)) < len(rows) for rows in asked), "no fork chose from a shared row"
+    assert [(tokens, error) for tokens, _, error in ours] == [(t, e) for t, _, e in law]
+    for (_, found, _), (_, wanted, _) in zip(ours, law, strict=True):
+        assert (found is None) == (wanted is None)
+        for a, b in zip(found or (), wanted or (), strict=True):
+            assert [t for t, _ in a.top] == [t for t, _ in b.top]
+            assert a.logprob == pytest.approx(b.logprob, rel=1e-13, abs=1e-15)
+
+
+def test_no_row_of_logits_goes_to_the_host(
+    models: dict[str, Path], on_cuda: None, fetched: list[tuple[int, ...]]
+) -> None:
+    """Greedy, a number for each row; else a few. One transfer a step."""
+    greedy = tiny_engine(models["full"], num_pages=60)
+    for length in (3, 9):
+        params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+        greedy.submit(random_prompt(length), params)
+    for _ in range(4):
+        fetched.clear()
+        greedy.step()
+        assert fetched == [(2,)]
+    assert not greedy.has_work
+    served(tiny_engine(models["full"], num_pages=60))
+    # Seven samples at most: two numbers each, and logprobs of two: two logits, a sum, two others.
+    assert all(len(shape) == 1 and shape[0] <= 7 * 3 + 2 * 5 for shape in fetched)
+    assert 2 * VOCAB > 7 * 3 + 2 * 5
+
+
+def test_a_greedy_step_has_its_tokens_before_they_are_asked_for(
+    models: dict[str, Path], on_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are part of what is captured and replayed."""
+    engine = tiny_engine(models["full"])
+    engine.submit([1, 2, 3], SamplingParams(max_new_tokens=4, ignore_eos=True))
+    engine.step()
+
+    def never(*args: Any) -> None:
+        raise AssertionError("computed beside the graph")
+
+    monkeypatch.setattr(sampling, "best_of", never)
+    while engine.has_work:
+        engine.step()
+
+
+def test_logits_that_a_later_step_has_overwritten_are_refused(
+    models: dict[str, Path], on_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(models["full"])
+    held: list[CudaLogits] = []
+    inner = engine._loaded.model.forward
+
+    def kept(*args: Any) -> Any:
+        held.append(inner(*args))  # type: ignore[arg-type]
+        return held[-1]
+
+    monkeypatch.setattr(engine._loaded.model, "forward", kept)
+    engine.submit([1, 2, 3], SamplingParams(max_new_tokens=4, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    ask = Ask(0, SamplingParams(), 0.0, [1], 1)
+    for call in (held[1].host, lambda: held[1].choose([ask])):
+        with pytest.raises(BackendError, match="these logits are gone: a later step"):
+            call()
+    assert held[2].host().shape == (1, VOCAB)
+    engine.step()
+    assert held[2].host().shape == (1, VOCAB)  # fetched in time
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda-exact"])
+def test_a_second_round_comes_only_where_the_largest_were_not_enough(
+    name: str, fetched: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.random.default_rng(0).standard_normal((2, 3 * MOST)).astype(np.float32)
+    rows[0] *= 8
+    backend = create_backend(name)
+    logits = backend.to_logits(activations(backend, rows))
+    rules = [{"top_p": 0.9}, {"top_k": MOST}, {"top_k": 2 * MOST}, {"min_p": 0.01}, {}]
+    asked = [
+        Ask(row, SamplingParams(temperature=1.0, **rule), 0.4, [1, 2], 1)
+        for rule in rules
+        for row in (0, 1)
+    ]
+    rounds = []
+    for ask in asked:
+        fetched.clear()
+        logits.choose([ask])
+        rounds.append(len(fetched))
+    assert rounds == [1, 2, 1, 1, 2, 2, 1, 1, 1, 1]
+    law = HostLogits(rows).choose(asked)
+    fetched.clear()
+    assert logits.choose(asked) == law
+    assert len(fetched) == 2
+    monkeypatch.setattr(sampling, "CHUNK", 2 * rows.shape[1])  # two rows at a time
+    assert logits.choose(asked) == law
+
+
+def test_no_number_of_samples_makes_kernels_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles a kernel for each set of arguments that are multiples of 16, or are not."""
+    seen: dict[Any, set[Any]] = {}
+    inner = Device.launch
+
+    def recorded(self: Device, kernel: Any, grid: Any, *args: Any, **named: Any) -> None:
+        kinds = tuple(a % 16 == 0 if isinstance(a, int) else a.data_ptr() % 16 == 0 for a in args)
+        seen.setdefault(kernel, set()).add((kinds, *named.items()))
+        inner(self, kernel, grid, *args, **named)
+
+    monkeypatch.setattr(Device, "launch", recorded)
+    backend = create_backend("cuda")
+    rows = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    rule = SamplingParams(temperature=1.0, top_p=0.5, presence_penalty=1.0, logprobs=1)
+    other = SamplingParams(temperature=1.0, min_p=0.1)
+    for count in range(1, 6):
+        logits = backend.to_logits(activations(backend, rows[:count]))
+        asked = [Ask(nth, rule, 0.5, [*range(nth + 3)], 1) for nth in range(count)]
+        logits.choose(asked)
+        logits.choose([*asked, Ask(0, other, 0.5, [1, 2], 1)])
+    assert len(seen) == 7
+    assert all(len(kinds) == 1 for kinds in seen.values())
+
+
+def test_a_search_and_a_shadow_see_logits_on_the_host(
+    models: dict[str, Path], on_cuda: None, fetched: list[tuple[int, ...]]
+) -> None:
+    engine = tiny_engine(models["full"], num_pages=60, kv_format="int8", shadow=1.0)
+    [done] = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4, ignore_eos=True))
+    shadow = engine.status().shadow
+    assert shadow is not None
+    assert shadow.kl_tokens == shadow.tokens == len(done.token_ids)
+    assert (VOCAB,) in fetched
+    fetched.clear()
+    params = SamplingParams(max_new_tokens=3, beam_width=2, ignore_eos=True)
+    [best] = engine.generate([[4, 5]], params)
+    assert len(best.token_ids) == 3
+    assert (VOCAB,) in fetched
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_cards_that_are_not_there() -> None:
+    script = Path(__file__).parent / "cuda_compile_choosing.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, "80", "90"],
+        env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
