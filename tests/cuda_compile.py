@@ -56,14 +56,15 @@ def launches(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], atten
         "OPEN_KEY": opened.key_format.name, "OPEN_VALUE": opened.value_format.name,
         "HARDWARE": True, "G": KV_HEADS,
     }  # fmt: skip
+    big = attending.prefill_tiles(shape, SHARE, MOST_SHARED)
     for name, kernel, tiles, split in (
         ("decode", attention.decode_kernel, attending.decode_tiles(shape, SHARE), None),
-        ("decode, exact", attention.decode_kernel, attending.prefill_tiles(shape, SHARE), None),
-        ("prefill", attention.prefill_kernel, attending.prefill_tiles(shape, SHARE), 0),
-        ("prefill, exact", attention.prefill_kernel, attending.prefill_tiles(shape, SHARE), 256),
+        ("decode, exact", attention.decode_kernel, big, None),
+        ("prefill", attention.prefill_kernel, big, 0),
+        ("prefill, exact", attention.prefill_kernel, big, 256),
     ):
         given = {**sizes, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys}
-        more = {"HEADS": KV_HEADS} if split is None else {"SPLIT": split}
+        more = {"HEADS": KV_HEADS} if split is None else {"SPLIT": split, "PARTS": False}
         yield name, kernel, {**given, **more}, tiles
     yield from _seals(shape)
 
@@ -91,6 +92,7 @@ def _seals(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], attendi
 def types(kernel: Any, given: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any]]:
     """Signature and alignments of a kernel's arguments, as a launch would find them."""
     known = {"num_sequences": "i32", "window": "i32", "SPLIT": "i32", "unit": "fp32"}
+    known["length"] = "i32"
     known |= dict.fromkeys(("key_scale", "value_scale"), "*i16")
     known |= dict.fromkeys(("out", "query", "part_mixed", "part_best", "part_total"), "*fp32")
     known |= {"num_pages": "i32", "first": "i32", "packed": "*u8"}

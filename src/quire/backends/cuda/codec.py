@@ -162,7 +162,7 @@ def narrow(x, KIND: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr):
+def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr, INNER: tl.constexpr):
     """Stored numbers, without their scales -> what they are multiplied as.
 
     Integer conversion runs at a quarter of the rate at which a GPU reads bytes, so int8 and fp8
@@ -175,12 +175,22 @@ def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr):
             out = _from_bits(raw.to(tl.int32))
     elif KIND == "int8":
         if HARDWARE:
-            out = tl.inline_asm_elementwise(_INT8, "=r,=r,r", [raw], tl.bfloat16, True, 4)
+            if INNER:
+                out = tl.inline_asm_elementwise(_INT8, "=r,=r,r", [raw], tl.bfloat16, True, 4)
+            else:
+                none = tl.full((1, 1), 0, tl.int16).to(tl.bfloat16, bitcast=True)
+                args = [raw, none]
+                out = tl.inline_asm_elementwise(_INT8, "=r,=r,r,r,r", args, tl.bfloat16, True, 4)
         else:
             out = raw.to(tl.int8, bitcast=True).to(tl.float32)
     elif KIND == "fp8":
         if HARDWARE:
-            out = tl.inline_asm_elementwise(_FP8, "=r,=r,r", [raw], tl.bfloat16, True, 4)
+            if INNER:
+                out = tl.inline_asm_elementwise(_FP8, "=r,=r,r", [raw], tl.bfloat16, True, 4)
+            else:
+                none = tl.full((1, 1), 0, tl.int16).to(tl.bfloat16, bitcast=True)
+                args = [raw, none]
+                out = tl.inline_asm_elementwise(_FP8, "=r,=r,r,r,r", args, tl.bfloat16, True, 4)
         else:
             wide = raw.to(tl.int32)
             shifted = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)

@@ -59,8 +59,23 @@ def _together(x, PER: tl.constexpr):
 
 
 @triton.jit
+def _of_channels(pointer, DK: tl.constexpr, DKP: tl.constexpr, HARDWARE: tl.constexpr):
+    """DK scales as float32 [DKP]; two at a time, since asynchronous copies are of four bytes."""
+    if HARDWARE and DK % 2 == 0:
+        pairs = tl.arange(0, DKP // 2)
+        words = pointer.to(tl.pointer_type(tl.int32), bitcast=True) + pairs
+        raw = _load(words, pairs < DK // 2, pairs < DK // 2, False, DKP > DK)
+        low = (raw << 16).to(tl.float32, bitcast=True)
+        out = tl.interleave(low, (raw & -65536).to(tl.float32, bitcast=True))
+    else:
+        dims = tl.arange(0, DKP)
+        out = scales(_load(pointer + dims, dims < DK, dims < DK, False, DKP > DK))
+    return out
+
+
+@triton.jit
 def _packed_scores(
-    wide, block, pages, head, key, key_step, key_least,
+    wide, page, block, head, key, key_step, key_least,
     G: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, PAGE: tl.constexpr,
     KEY: tl.constexpr, HARDWARE: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -71,23 +86,28 @@ def _packed_scores(
     """
     PER: tl.constexpr = 2 if KEY == "int4" else 4
     dims = tl.arange(0, DKP)
-    row = tl.load(pages + block // PAGE) * G + head
-    at = (row * (PAGE // GROUP) + block % PAGE // GROUP) * DK + dims
-    step = scales(_load(key_step + at, dims < DK, dims < DK, False, DKP > DK))
-    least = scales(_load(key_least + at, dims < DK, dims < DK, False, DKP > DK))
+    row = page * G + head
+    at = (row * (PAGE // GROUP) + block % PAGE // GROUP) * DK
+    step = _of_channels(key_step + at, DK, DKP, HARDWARE)
+    least = _of_channels(key_least + at, DK, DKP, HARDWARE)
     rows = row * (PAGE // PER) + block % PAGE // PER + tl.arange(0, BLOCK_N // PER)
     inside = dims[:, None] < DK
     raw = _load(key + rows[None, :] * DK + dims[:, None], inside, inside, False, DKP > DK)
-    codes = codes_operand(raw, 0, KEY, HARDWARE)
-    codes = _side_by_side(codes, codes_operand(raw, 1, KEY, HARDWARE))
-    if PER == 4:
-        rest = codes_operand(raw, 2, KEY, HARDWARE)
-        codes = _side_by_side(codes, _side_by_side(rest, codes_operand(raw, 3, KEY, HARDWARE)))
     # All columns alike: a product sums in the same order wherever a kernel keeps its rows.
     minima = narrow(tl.broadcast_to(least[:, None], (DKP, 16)), KEY, HARDWARE)
     low = tl.max(tl.dot(narrow(wide, KEY, HARDWARE), minima, input_precision="ieee"), axis=1)
     scaled = narrow(wide * step[None, :], KEY, HARDWARE)
-    return tl.dot(scaled, codes, input_precision="ieee") + low[:, None]
+    out = _side_by_side(
+        tl.dot(scaled, codes_operand(raw, 0, KEY, HARDWARE), input_precision="ieee"),
+        tl.dot(scaled, codes_operand(raw, 1, KEY, HARDWARE), input_precision="ieee"),
+    )
+    if PER == 4:
+        rest = _side_by_side(
+            tl.dot(scaled, codes_operand(raw, 2, KEY, HARDWARE), input_precision="ieee"),
+            tl.dot(scaled, codes_operand(raw, 3, KEY, HARDWARE), input_precision="ieee"),
+        )
+        out = _side_by_side(out, rest)
+    return out + low[:, None]
 
 
 @triton.jit
@@ -136,7 +156,7 @@ def _widened(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr):
 
 @triton.jit
 def _scores(
-    q, wide, rows, there, block, pages, head, key, key_scale, key_least,
+    q, wide, page, rows, there, block, head, key, key_scale, key_least,
     G: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, PAGE: tl.constexpr,
     KEY: tl.constexpr, HARDWARE: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, EDGE: tl.constexpr,
@@ -145,13 +165,13 @@ def _scores(
     dims = tl.arange(0, DKP)
     if KEY == "int4" or KEY == "int2":
         out = _packed_scores(
-            wide, block, pages, head, key, key_scale, key_least,
+            wide, page, block, head, key, key_scale, key_least,
             G, DK, DKP, PAGE, KEY, HARDWARE, BLOCK_N, GROUP,
         )  # fmt: skip
     else:
         at = key + rows[None, :] * DK + dims[:, None]
         raw = _load(at, there[None, :], dims[:, None] < DK, EDGE, DKP > DK)
-        out = tl.dot(q, operand(raw, KEY, HARDWARE), input_precision="ieee")
+        out = tl.dot(q, operand(raw, KEY, HARDWARE, True), input_precision="ieee")
     return out
 
 
@@ -171,7 +191,7 @@ def _values(
     else:
         at = value + rows[:, None] * DV + dims[None, :]
         raw = _load(at, there[:, None], dims[None, :] < DV, EDGE, DVP > DV)
-        out = operand(raw, VALUE, HARDWARE)
+        out = operand(raw, VALUE, HARDWARE, False)
     return out
 
 
@@ -262,7 +282,7 @@ def _walk(
         there = (places >= first) & (places < end)
         rows = _rows_of(page - shift, block, head, G, KEY, PAGE, BLOCK_N)
         scores = unit * _scores(
-            q, wide, rows, there, block, pages, head, key, key_scale, key_least,
+            q, wide, page - shift, rows, there, block, head, key, key_scale, key_least,
             G, DK, DKP, PAGE, KEY, HARDWARE, BLOCK_N, GROUP, EDGE,
         )  # fmt: skip
         if KEY == "int8" or KEY == "fp8":
