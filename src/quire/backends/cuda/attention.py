@@ -139,7 +139,7 @@ def _sequence_of(tile, query_indptr, num_sequences, TOKENS: tl.constexpr):
 
 @triton.jit
 def _tile(query_indptr, places, num_sequences, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """What program_id(0) computes: sequence, whether there is work, first and last token, places.
+    """What program_id(0) computes: sequence, first and last token, or -1 for none, and places.
 
     Tiles are started from the last, which sees the longest context.
     """
@@ -149,11 +149,11 @@ def _tile(query_indptr, places, num_sequences, SHARE: tl.constexpr, BLOCK_M: tl.
     start = tl.load(query_indptr + sequence)
     stop = tl.load(query_indptr + sequence + 1)
     first = start + (tile - start // TOKENS - sequence) * TOKENS
-    works = (first < stop) & (stop - start > 1)
     last = tl.minimum(first + TOKENS, stop) - 1
-    at_min = tl.load(places + first, mask=works, other=0).to(tl.int32)
-    at_max = tl.load(places + last, mask=works, other=0).to(tl.int32)
-    return sequence, works, first, last, at_min, at_max
+    last = tl.where((first < stop) & (stop - start > 1), last, -1)
+    at_min = tl.load(places + tl.maximum(tl.minimum(first, last), 0)).to(tl.int32)
+    at_max = tl.load(places + tl.maximum(last, 0)).to(tl.int32)
+    return sequence, first, last, at_min, at_max
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def prefill_kernel(
     part_best and part_total [tiles, G, splits, BLOCK_M], for :func:`merge_tiles_kernel`. Else one
     walks the whole context: in one go where SPLIT is 0, or merging splits as decode merges them.
     """
-    sequence, works, first, last, at_min, at_max = _tile(
+    sequence, first, last, at_min, at_max = _tile(
         query_indptr, places, num_sequences, SHARE, BLOCK_M
     )
     head, nth = tl.program_id(1), tl.program_id(2)
@@ -211,7 +211,7 @@ def prefill_kernel(
     if PARTS:
         low = (seen // length + nth) * length
         high = low + length
-    if works & (low <= at_max):
+    if (last >= 0) & (low <= at_max):
         rows = tl.arange(0, BLOCK_M)
         token = first + rows // SHARE
         there = token <= last
@@ -242,19 +242,19 @@ def merge_tiles_kernel(
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The parts of :func:`prefill_kernel`, merged in order; grid (tiles, G, BLOCK_M / ROWS)."""
-    sequence, works, first, last, at_min, at_max = _tile(
+    sequence, first, last, at_min, at_max = _tile(
         query_indptr, places, num_sequences, SHARE, BLOCK_M
     )
     head = tl.program_id(1)
     rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     token = first + rows // SHARE
-    there = works & (token <= last)
+    there = token <= last
     stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
     seen = tl.maximum(stored, tl.maximum(at_min - window + 1, 0))
-    end = tl.where(works, at_max // length - seen // length + 1, 0)
+    count = tl.where(last >= 0, at_max // length - seen // length + 1, 0)
     tile = (tl.program_id(0) * G + head).to(tl.int64) * splits
     best, total, mixed = _merged(
-        part_mixed, part_best, part_total, tile * BLOCK_M + rows, BLOCK_M, end, there,
+        part_mixed, part_best, part_total, tile * BLOCK_M + rows, BLOCK_M, count, there,
         DV, DVP, ROWS,
     )  # fmt: skip
     total = tl.where(there, total, 1.0)
