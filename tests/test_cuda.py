@@ -484,7 +484,7 @@ def test_a_machine_without_a_gpu_is_told_why() -> None:
 slow = pytest.mark.slow
 PACKED = ["tests/conformance/test_packed_pages.py", "tests/conformance/test_stored_formats.py"]
 QUICK_PACKED = "sealing or travel or blanked or single_tokens or any_size or accepts or agrees"
-QUICK = "long_prefixes or test_large_scores or test_a_lone or test_append or smallest or 6x3x33 or identity"
+QUICK = "long_prefixes or large_scores or a_lone or test_append or smallest or 6x3x33 or identity"
 
 
 @pytest.mark.skipif(not INSTALLED, reason="the extra cuda is not installed")

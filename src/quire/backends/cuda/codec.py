@@ -80,7 +80,9 @@ _FP8 = tl.constexpr(_assembly(_OF_FP8, _MINUS_0))
 _PARTS = ((4, 0), (4, 1), (2, 0), (2, 1), (2, 2), (2, 3))  # bits, which of those in a byte
 _MASKS = {4: "0x000F000F", 2: "0x00030003"}
 _CODES, _LINES = (
-    tl.constexpr(tuple(_assembly(e, _MINUS_128, bits * part, _MASKS[bits]) for bits, part in _PARTS))
+    tl.constexpr(
+        tuple(_assembly(e, _MINUS_128, bits * part, _MASKS[bits]) for bits, part in _PARTS)
+    )
     for e in (_OF_CODES, _OF_LINES)
 )
 
@@ -162,6 +164,23 @@ def narrow(x, KIND: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def _from_bytes(raw, TEXT: tl.constexpr, INNER: tl.constexpr):
+    """Bytes to operands. INNER: their rows of memory run along the sums of the product.
+
+    Then they are decoded where the product wants them. Else it would gather them byte by byte, so
+    an argument that is not used keeps the compiler from that: they are decoded as they were read,
+    and turned as bfloat16, for which there are instructions.
+    """
+    if INNER:
+        out = tl.inline_asm_elementwise(TEXT, "=r,=r,r", [raw], tl.bfloat16, True, 4)
+    else:
+        none = tl.full((1, 1), 0, tl.int16).to(tl.bfloat16, bitcast=True)
+        args = [raw, none]
+        out = tl.inline_asm_elementwise(TEXT, "=r,=r,r,r,r", args, tl.bfloat16, True, 4)
+    return out
+
+
+@triton.jit
 def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr, INNER: tl.constexpr):
     """Stored numbers, without their scales -> what they are multiplied as.
 
@@ -175,22 +194,12 @@ def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr, INNER: tl.constexpr
             out = _from_bits(raw.to(tl.int32))
     elif KIND == "int8":
         if HARDWARE:
-            if INNER:
-                out = tl.inline_asm_elementwise(_INT8, "=r,=r,r", [raw], tl.bfloat16, True, 4)
-            else:
-                none = tl.full((1, 1), 0, tl.int16).to(tl.bfloat16, bitcast=True)
-                args = [raw, none]
-                out = tl.inline_asm_elementwise(_INT8, "=r,=r,r,r,r", args, tl.bfloat16, True, 4)
+            out = _from_bytes(raw, _INT8, INNER)
         else:
             out = raw.to(tl.int8, bitcast=True).to(tl.float32)
     elif KIND == "fp8":
         if HARDWARE:
-            if INNER:
-                out = tl.inline_asm_elementwise(_FP8, "=r,=r,r", [raw], tl.bfloat16, True, 4)
-            else:
-                none = tl.full((1, 1), 0, tl.int16).to(tl.bfloat16, bitcast=True)
-                args = [raw, none]
-                out = tl.inline_asm_elementwise(_FP8, "=r,=r,r,r,r", args, tl.bfloat16, True, 4)
+            out = _from_bytes(raw, _FP8, INNER)
         else:
             wide = raw.to(tl.int32)
             shifted = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)

@@ -136,7 +136,9 @@ def static_step(
 
 def _chunks(group: GroupBatch, several: IntArray, new: IntArray, last: IntArray) -> IntArray:
     """See StepGroup; ``new`` tokens of the sequences ``several``, of which ``last`` are the last."""
-    begin = np.maximum(group.first_page[several] * group.page_size, last + 1 - new - _window(group) + 1)
+    begin = np.maximum(
+        group.first_page[several] * group.page_size, last + 1 - new - _window(group) + 1
+    )
     return np.stack([new, last + 1 - np.maximum(begin, 0)], axis=1)
 
 
