@@ -1,7 +1,7 @@
 """Compiles the cuda backend's paged kernels for cards that are not there; needs no GPU.
 
-Run as ``python tests/cuda_compile.py 80 90 [--only int4,128]``: for each compute capability, formats
-and head sizes, one line with what a program takes (registers, shared and local memory, how many
+Run as ``python tests/cuda_compile.py 80 90 [--only int4,128]``: for each compute capability,
+formats and head sizes, one line with what a program takes (registers, shared and local memory, how many
 programs a processor holds) and of the loop over keys what a number of K or V costs: instructions of
 a thread, products, reads of device memory and how wide they are, bytes that are on their way while
 a block is computed, divisions, conversions. Exits with 1 where a program takes more shared memory
@@ -144,7 +144,7 @@ def described(built: Any, tiles: attending.Tiles, capability: int, numbers: int)
         return line
     each = code.loop.total() * 32 * tiles.warps / numbers
     products = ", ".join(f"{n} {name}" for name, n in code.loop.items() if "MMA" in name)
-    divided, converted = code.of("MUFU.RCP"), code.of("I2F", "F2I", "F2F")
+    divided, converted = code.of("MUFU.RCP"), code.of("I2F.", "F2I.", "F2F.")
     return (
         f"{line}; {code.loop.total()} instructions a turn, {each:.2f} a number; {products}; "
         f"{code.loads()}; {ahead(built.asm['ttgir']):,} B in the pipeline; "

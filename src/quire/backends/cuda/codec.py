@@ -26,8 +26,8 @@ __all__ = [
 
 
 # Four bytes in a register to four bfloat16 numbers in two, in assembly: it has instructions for two
-# halves of a register at a time. ``x`` and ``y`` hold two of the bytes each, in the lower half of 16
-# bits. Sums are fused multiply-adds, which all cards since 8.0 have; none of these is rounded.
+# halves of a register at a time. ``x`` and ``y`` hold two of the bytes each, in the lower half of
+# 16 bits. Sums are fused multiply-adds, which all cards since 8.0 have; only the last is rounded.
 _HALVES = """{{
     .reg .b32 w, x, y, a, b, one, bias;
     mov.b32 one, 0x3F803F80;
@@ -181,7 +181,7 @@ def _from_bytes(raw, TEXT: tl.constexpr, INNER: tl.constexpr):
 
 
 @triton.jit
-def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr, INNER: tl.constexpr):
+def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr, INNER: tl.constexpr = False):
     """Stored numbers, without their scales -> what they are multiplied as.
 
     Integer conversion runs at a quarter of the rate at which a GPU reads bytes, so int8 and fp8

@@ -135,7 +135,7 @@ def static_step(
 
 
 def _chunks(group: GroupBatch, several: IntArray, new: IntArray, last: IntArray) -> IntArray:
-    """See StepGroup; ``new`` tokens of the sequences ``several``, of which ``last`` are the last."""
+    """See StepGroup; of the sequences ``several``, their new tokens and the last one's place."""
     begin = np.maximum(
         group.first_page[several] * group.page_size, last + 1 - new - _window(group) + 1
     )

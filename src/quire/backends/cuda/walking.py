@@ -46,7 +46,7 @@ def _side_by_side(one, other):
 
 @triton.jit
 def _apart(x, PER: tl.constexpr):
-    """Columns of x [m, n] in the order in which packed numbers come: c % PER first, then c // PER."""
+    """Columns of x [m, n] in the order in which packed numbers come: by c % PER, then c // PER."""
     by_byte = tl.reshape(x, (x.shape[0], x.shape[1] // PER, PER))
     return tl.reshape(tl.permute(by_byte, (0, 2, 1)), x.shape)
 
@@ -86,7 +86,7 @@ def _packed_scores(
     """
     PER: tl.constexpr = 2 if KEY == "int4" else 4
     dims = tl.arange(0, DKP)
-    row = page * G + head
+    row = page.to(tl.int64) * G + head
     at = (row * (PAGE // GROUP) + block % PAGE // GROUP) * DK
     step = _of_channels(key_step + at, DK, DKP, HARDWARE)
     least = _of_channels(key_least + at, DK, DKP, HARDWARE)
@@ -233,13 +233,13 @@ def _pages_of(
 ):  # fmt: skip
     """The id of the page that a block lies in, or of each place's [BLOCK_N]; 0 past ``end``."""
     if PAGE % BLOCK_N == 0:
-        out = tl.load(pages + block // PAGE, mask=block < end, other=0)
+        out = tl.load(pages + block // PAGE, mask=block < end, other=0).to(tl.int32)
     else:
         places = block + _order(KEY, BLOCK_N)
         there = places < end
         if EDGE:
             there = there & (places >= first)
-        out = tl.load(pages + places // PAGE, mask=there, other=0)
+        out = tl.load(pages + places // PAGE, mask=there, other=0).to(tl.int32)
     return out
 
 
@@ -256,7 +256,7 @@ def _rows_of(
         offset = block % PAGE + order
     else:
         offset = (block + order) % PAGE
-    return page * (G * PAGE) + (head * PAGE + offset)
+    return page.to(tl.int64) * (G * PAGE) + (head * PAGE + offset)
 
 
 @triton.jit
