@@ -1,8 +1,8 @@
 """Compiles the cuda backend's paged kernels for cards that are not there; needs no GPU.
 
 Run as ``python tests/cuda_compile.py 80 90 [--only int4,128]``: for each compute capability,
-formats and head sizes, one line with what a program takes (registers, shared and local memory, how many
-programs a processor holds) and of the loop over keys what a number of K or V costs: instructions of
+formats and head sizes, one line with what a program takes (registers, shared and local memory, how
+many a processor holds) and of the loop over keys what a number of K or V costs: instructions of
 a thread, products, reads of device memory and how wide they are, bytes that are on their way while
 a block is computed, divisions, conversions. Exits with 1 where a program takes more shared memory
 than a card of any kind has.
@@ -111,7 +111,7 @@ def types(kernel: Any, given: dict[str, Any]) -> tuple[dict[str, str], dict[Any,
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, kind in enumerate(signature.values())
-        if kind.startswith("*")
+        if kind.startswith("*") and kind != "*i64"
     }
     return signature, aligned
 

@@ -23,6 +23,12 @@ from quire.backends.cuda.walking import walk_pages, walk_three_parts
 
 __all__ = ["decode_kernel", "merge_kernel", "merge_tiles_kernel", "prefill_kernel"]
 
+# Slices of one array, which begin anywhere: else a kernel is compiled for each set of alignments.
+_TABLES = [
+    "places", "query_indptr", "indptr", "indices", "first_page",
+    "open_indptr", "open_indices", "open_first",
+]  # fmt: skip
+
 
 @triton.jit
 def _span(
@@ -182,7 +188,10 @@ def _put_part(
     tl.store(part_mixed + part[:, None] * DV + dims[None, :], mixed, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window", "num_pages", "length"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "window", "num_pages", "length"],
+    do_not_specialize_on_alignment=_TABLES,
+)
 def prefill_kernel(
     out, part_best, part_total, query, places, query_indptr, indptr, indices, first_page,
     num_sequences, window, open_indptr, open_indices, open_first, num_pages,
@@ -234,7 +243,10 @@ def prefill_kernel(
             _put(out, best, total, mixed, token, there, head, rows, G, SHARE, DV, DVP)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window", "splits", "length"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "window", "splits", "length"],
+    do_not_specialize_on_alignment=["places", "query_indptr", "first_page"],
+)
 def merge_tiles_kernel(
     out, part_mixed, part_best, part_total, places, query_indptr, first_page, num_sequences,
     window, splits, length,
@@ -281,7 +293,7 @@ def _merged(
     return best, total, mixed
 
 
-@triton.jit(do_not_specialize=["window", "num_pages"])
+@triton.jit(do_not_specialize=["window", "num_pages"], do_not_specialize_on_alignment=_TABLES)
 def decode_kernel(
     part_mixed, part_best, part_total, query, places, query_indptr, indptr, indices, first_page,
     window, open_indptr, open_indices, open_first, num_pages,
@@ -323,7 +335,10 @@ def decode_kernel(
         _put_part(part_mixed, part_best, part_total, best, total, mixed, part, there, DV, DVP)
 
 
-@triton.jit(do_not_specialize=["window", "splits"])
+@triton.jit(
+    do_not_specialize=["window", "splits"],
+    do_not_specialize_on_alignment=["places", "query_indptr", "first_page"],
+)
 def merge_kernel(
     out, part_mixed, part_best, part_total, places, query_indptr, first_page, window, splits, SPLIT,
     G: tl.constexpr, SHARE: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
