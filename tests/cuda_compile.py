@@ -1,29 +1,30 @@
 """Compiles the cuda backend's paged kernels for cards that are not there; needs no GPU.
 
-Run as ``python tests/cuda_compile.py 80 90``: for each compute capability, formats and head sizes,
-one line with the shared memory and the local memory (spilled registers) that a program takes.
-Exits with 1 where a program takes more shared memory than a card of any kind has.
+Run as ``python tests/cuda_compile.py 80 90 [--only int4,128]``: for each compute capability,
+formats and head sizes, one line with what a program takes (registers, shared and local memory, how
+many a processor holds) and of the loop over keys what a number of K or V costs: instructions of
+a thread, products, reads of device memory and how wide they are, bytes that are on their way while
+a block is computed, divisions, conversions. Exits with 1 where a program takes more shared memory
+than a card of any kind has.
 """
 
+import argparse
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cuda_listing import read
 from quire.backends.cuda import attending, attention, gathering, sealing, stored
+from quire.backends.cuda.device import LEAST_SHARED
 from quire.formats import GROUP
 from quire.pages import PageShape, page_format
 
-MOST_SHARED = (
-    101_376  # bytes: cards of compute capability 8.6 and 8.9, the least of those since 8.0
-)
+ROOMY = 167_936  # bytes of shared memory: cards for data centres since 8.0 have that or more
 KV_HEADS, SHARE = 8, 4
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*i16"}  # else bytes
 CASES = (
@@ -56,14 +57,17 @@ def launches(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], atten
         "OPEN_KEY": opened.key_format.name, "OPEN_VALUE": opened.value_format.name,
         "HARDWARE": True, "G": KV_HEADS,
     }  # fmt: skip
+    big = attending.prefill_tiles(shape, SHARE, LEAST_SHARED)
+    roomy = attending.prefill_tiles(shape, SHARE, ROOMY)
     for name, kernel, tiles, split in (
         ("decode", attention.decode_kernel, attending.decode_tiles(shape, SHARE), None),
-        ("decode, exact", attention.decode_kernel, attending.prefill_tiles(shape, SHARE), None),
-        ("prefill", attention.prefill_kernel, attending.prefill_tiles(shape, SHARE), 0),
-        ("prefill, exact", attention.prefill_kernel, attending.prefill_tiles(shape, SHARE), 256),
+        ("decode, exact", attention.decode_kernel, big, None),
+        ("prefill", attention.prefill_kernel, big, 0),
+        ("prefill, exact", attention.prefill_kernel, big, 256),
+        ("prefill, roomy", attention.prefill_kernel, roomy, 0),
     ):
         given = {**sizes, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys}
-        more = {"HEADS": KV_HEADS} if split is None else {"SPLIT": split}
+        more = {"HEADS": KV_HEADS} if split is None else {"SPLIT": split, "PARTS": False}
         yield name, kernel, {**given, **more}, tiles
     yield from _seals(shape)
     moved = {"PUT": True, "WIDE": True, "BLOCK": 4096}
@@ -93,6 +97,7 @@ def _seals(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], attendi
 def types(kernel: Any, given: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any]]:
     """Signature and alignments of a kernel's arguments, as a launch would find them."""
     known = {"num_sequences": "i32", "window": "i32", "SPLIT": "i32", "unit": "fp32"}
+    known["length"] = "i32"
     known |= dict.fromkeys(("key_scale", "value_scale"), "*i16")
     known |= dict.fromkeys(("out", "query", "part_mixed", "part_best", "part_total"), "*fp32")
     known |= {"num_pages": "i32", "first": "i32", "packed": "*u8", "rows": "*i32", "words": "i32"}
@@ -108,46 +113,81 @@ def types(kernel: Any, given: dict[str, Any]) -> tuple[dict[str, str], dict[Any,
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, kind in enumerate(signature.values())
-        if kind.startswith("*")
+        if kind.startswith("*") and kind != "*i64"
     }
     return signature, aligned
 
 
-def spilled(cubin: bytes) -> int:
-    """Bytes of local memory a thread, as the disassembler says."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, check=True)
-    return max(map(int, re.findall(rb"STACK:(\d+)", said.stdout)))
+def ahead(code: str) -> int:
+    """Bytes that copies of the longest pipeline in ``code`` (TTGIR) may have on their way."""
+    sizes = {"i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8}
+    pools: dict[str, int] = {}
+    for loop in re.split(r"scf\.for", code):
+        found = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x([\dx]+)x(\w+),", loop)
+        total = 0
+        for slots, shape, kind in found:
+            count = int(slots)
+            for extent in shape.split("x"):
+                count *= int(extent)
+            total += count * sizes.get(kind, 4)
+        pools[loop[:40]] = total
+    return max(pools.values(), default=0)
 
 
-def main(capabilities: list[int]) -> bool:
-    fits = True
+def described(built: Any, tiles: attending.Tiles, capability: int, numbers: int) -> str:
+    """A line about a kernel whose loop takes ``numbers`` of K and V a turn; 0 for one without."""
+    shared = built.metadata.shared
+    code = read(built.asm["cubin"], tiles.warps, shared, capability)
+    line = (
+        f"{code.registers} registers, {shared:,} B shared, {code.local:,} B local, "
+        f"{code.programs} a processor"
+    )
+    if not numbers or not code.loop:
+        return line
+    each = code.loop.total() * 32 * tiles.warps / numbers
+    products = ", ".join(f"{n} {name}" for name, n in code.loop.items() if "MMA" in name)
+    divided, converted = code.of("MUFU.RCP"), code.of("I2F.", "F2I.", "F2F.")
+    return (
+        f"{line}; {code.loop.total()} instructions a turn, {each:.2f} a number; {products}; "
+        f"{code.loads()}; {ahead(built.asm['ttgir']):,} B in the pipeline; "
+        f"{divided} divisions, {converted} conversions, {code.of('LDL', 'STL')} spills"
+    )
+
+
+def compiled(kernel: Any, given: dict[str, Any], tiles: attending.Tiles, capability: int) -> Any:
+    """The kernel as a launch with these tiles would build it."""
+    signature, aligned = types(kernel, given)
+    consts = {(kernel.arg_names.index(n),): v for n, v in given.items()}
+    options = {
+        "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": False,
+    }  # fmt: skip
+    source = ASTSource(kernel, signature, consts, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main(capabilities: list[int], only: str) -> bool:
+    """Compile all that ``only`` (formats and head size, or nothing) does not leave out."""
+    fits, wanted = True, set(filter(None, only.split(",")))
     for key, value, dim in CASES:
+        if not wanted <= {key, value, str(dim)}:
+            continue
         shape = PageShape(GROUP, KV_HEADS, dim, dim, page_format(key), page_format(value))
         for name, kernel, given, tiles in launches(shape):
-            signature, aligned = types(kernel, given)
-            consts = {(kernel.arg_names.index(n),): v for n, v in given.items()}
-            source = ASTSource(kernel, signature, consts, aligned)
+            numbers = 2 * dim * tiles.keys
             for capability in capabilities:
-                built = triton.compile(
-                    source,
-                    target=GPUTarget("cuda", capability, 32),
-                    options={
-                        "num_warps": tiles.warps,
-                        "num_stages": tiles.stages,
-                        "enable_fp_fusion": False,
-                    },
-                )
-                shared = built.metadata.shared
-                fits &= shared <= MOST_SHARED
-                local, marked = spilled(built.asm["cubin"]), "" if shared <= MOST_SHARED else " !"
+                built = compiled(kernel, given, tiles, capability)
+                most = ROOMY - 1024 if name.endswith("roomy") else LEAST_SHARED
+                over = built.metadata.shared > most
+                fits &= not over
                 what = f"{capability} k={key},v={value} x {dim} {name}"
-                print(f"{what}: {shared:,} B shared, {local:,} B local{marked}", flush=True)
+                line = described(built, tiles, capability, numbers)
+                print(f"{what}: {line}{' TOO MUCH SHARED' if over else ''}", flush=True)
     return fits
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main([int(capability) for capability in sys.argv[1:]]) else 1)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capabilities", type=int, nargs="+")
+    parser.add_argument("--only", default="", help="formats and head size, with commas between")
+    options = parser.parse_args()
+    sys.exit(0 if main(options.capabilities, options.only) else 1)

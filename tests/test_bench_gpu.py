@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import gpu
 import gpu_roofline
+import gpu_tune
 from gpu_rows import Row, failed, read_report, summary, table_line, write_report
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -76,6 +78,32 @@ def test_every_part_runs_dry(tmp_path: Path) -> None:
     formats = {row.case.rsplit(", ")[-1] for row in rows if row.part == "decode" and row.value}
     assert formats == {"bf16", "int8", "int4"}
     assert set(gpu_roofline.points_of(rows)) == set(gpu_roofline.SERIES)
+
+
+@needs_triton
+def test_the_tuner_runs_dry(tmp_path: Path) -> None:
+    file = tmp_path / "tune.json"
+    command = [sys.executable, BENCH / "gpu_tune.py", "--dry", "--json", file, "--only", "bf16"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    about, rows = read_report(file)
+    assert about["card"].startswith("none")
+    assert not [row for row in rows if row.note.startswith(("failed", "skipped"))]
+    best = [row.case for row in rows if row.case.endswith("best")]
+    assert best == ["bf16 x 16, best"] * 2  # decode, prefill
+    tried = {row.case.split(", ")[1].split(" rows")[0] for row in rows if row.value and row.ratio}
+    assert "present" in tried
+    assert len(tried) > 1
+
+
+def test_tiles_to_try_are_a_bounded_list_and_packed_keys_come_a_group_at_a_time() -> None:
+    names = [(t.kind, t.format) for t in gpu_tune.trials((128,), set())]
+    assert len(names) == len(set(names)) == 8
+    for trial in gpu_tune.trials((128, 64), set()):
+        tiles = gpu_tune.tiles_to_try(trial, 14)
+        assert 1 < len(tiles) == len(set(tiles)) <= 14
+        assert trial.format not in ("int4", "int2") or {keys for _, keys, *_ in tiles} == {32}
 
 
 def test_an_unknown_part_is_refused() -> None:

@@ -121,6 +121,25 @@ def test_exact_attention_over_several_splits_is_the_same_bits_in_prefill_and_dec
 
 
 @runs
+@pytest.mark.parametrize(("sequences", "splits"), [(((480, 16),), 3), (((0, 64),) * 9, 1)])
+def test_a_prefill_of_few_tiles_is_split_unless_bits_must_not_depend_on_it(
+    sequences: Any, splits: int, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids, inner = [], Device.launch
+
+    def recorded(self: Device, kernel: Any, grid: Any, *args: Any, **named: Any) -> None:
+        grids.append(grid)
+        inner(self, kernel, grid, *args, **named)
+
+    case = Case(sequences, (4, 2, 16))
+    laid, numbers = lay_out(case), [case.numbers(s)[0] for s in range(len(sequences))]
+    pool = new_pool(backend, case, laid.num_pages)
+    monkeypatch.setattr(Device, "launch", recorded)
+    backend.attend(activations(backend, np.concatenate(numbers)), pool, laid.batch, 0)
+    assert grids[0][2] == (1 if backend.name == "cuda" and backend.exact else splits)
+
+
+@runs
 def test_a_step_hands_its_batch_over_in_one_transfer(
     tmp_path: Path, on_cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,7 +485,7 @@ slow = pytest.mark.slow
 PACKED = ["tests/conformance/test_packed_pages.py", "tests/conformance/test_stored_formats.py"]
 OWN = ["tests/test_cuda.py", "tests/test_cuda_streams.py"]
 QUICK_PACKED = "sealing or travel or blanked or single_tokens or any_size or accepts or agrees"
-QUICK = "test_large_scores or test_a_lone or test_append or smallest or 6x3x33 or identity"
+QUICK = "long_prefixes or large_scores or a_lone or test_append or smallest or 6x3x33 or identity"
 
 
 @pytest.mark.skipif(not INSTALLED, reason="the extra cuda is not installed")

@@ -247,6 +247,16 @@ def test_attention_of_the_smallest_batches(
     check(subject, Case(sequences))
 
 
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("format", ["fp32", "k=int8,v=fp8"])
+def test_attention_of_short_chunks_behind_long_prefixes(
+    subject: Subject, window: int | None, format: str
+) -> None:
+    check(subject, Case(((480, 16),), window=window, format=format))
+    sequences = ((301, 5), (40, 1), (505, 2), (0, 3))
+    check(subject, Case(sequences, (6, 1, 16), window=window, format=format))
+
+
 def test_attention_of_a_batch_without_new_tokens_is_empty(subject: Subject) -> None:
     backend = backend_of(subject)
     case = Case(((0, 0), (5, 0)))

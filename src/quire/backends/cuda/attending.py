@@ -6,20 +6,27 @@ from typing import Any
 
 import torch
 
-from quire.backends.cuda.attention import decode_kernel, merge_kernel, prefill_kernel
+from quire.backends.cuda.attention import (
+    decode_kernel,
+    merge_kernel,
+    merge_tiles_kernel,
+    prefill_kernel,
+)
 from quire.backends.cuda.device import Device
 from quire.backends.cuda.pool import CudaPool
-from quire.backends.cuda.steps import Step, StepGroup
+from quire.backends.cuda.steps import EVERY, Step, StepGroup
 from quire.backends.cuda.stored import Side, power_of_two
 from quire.formats import GROUP
 from quire.pages import PageShape
 
-__all__ = ["SPLIT", "Attention", "decode_tiles", "prefill_tiles"]
+__all__ = ["SPLIT", "Attention", "Chosen", "Tiles", "decode_tiles", "prefill_tiles"]
 
 Tensor = Any
 
 SPLIT = 256  # places; a multiple of every block of keys
-_WAVES = 4  # programs a processor that decode is split into, if the context is long enough
+_WAVES = 4  # programs a processor that contexts are split into, if they are long enough
+_MERGED = 16  # rows of a tile that one program merges
+_ROOMY = 160 << 10  # bytes of shared memory that cards for data centres have
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,21 @@ class Tiles:
 
 
 def decode_tiles(shape: PageShape, share: int) -> Tiles:
-    """For the ``share`` heads of one token: few rows."""
-    return replace(prefill_tiles(shape, share), rows=max(16, power_of_two(share)))
+    """For the ``share`` heads of one token: few rows; bytes on their way are what counts.
+
+    A block of 32 keys for two warps, three blocks ahead: programs are small, so that several run on
+    a processor, and what each warp does for all keys at once, it does for many.
+    """
+    wide = max(shape.key_dim, shape.value_dim) > 128
+    if "fp32" in (shape.key_format.name, shape.value_format.name):
+        tiles = Tiles(16, 32, 8, 1)
+    else:
+        tiles = Tiles(16, 32, 4, 2) if wide else Tiles(16, 32, 2, 4)
+    return replace(tiles, rows=max(tiles.rows, power_of_two(share)))
 
 
-def prefill_tiles(shape: PageShape, share: int) -> Tiles:
-    """For several tokens' heads: as many rows as registers and shared memory of most cards hold.
+def prefill_tiles(shape: PageShape, share: int, shared: int) -> Tiles:
+    """For several tokens' heads: as many rows as registers and ``shared`` bytes of memory hold.
 
     tests/cuda_compile.py checks that against what the compiler takes.
     """
@@ -46,11 +62,23 @@ def prefill_tiles(shape: PageShape, share: int) -> Tiles:
     if "fp32" in (shape.key_format.name, shape.value_format.name):
         tiles = Tiles(16, 32, 8, 1) if wide else Tiles(32, 32, 8, 1)
     else:
-        tiles = Tiles(64, 32, 8, 2) if wide else Tiles(64, 64, 4, 3)
+        narrow = Tiles(64, 64, 4, 3 if shared >= _ROOMY else 2)
+        tiles = Tiles(64, 32, 8, 2) if wide else narrow
     if shape.key_format.kind == "page":
         # Keys that share minima and steps; queries stay at hand in float32, to be scaled.
         tiles = replace(tiles, keys=GROUP, rows=32 if wide else tiles.rows)
     return replace(tiles, rows=max(tiles.rows, power_of_two(share)))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Tiles that are not those of :func:`decode_tiles` and :func:`prefill_tiles`, to be compared.
+
+    waves   programs a processor that contexts are split into, if they are long enough
+    """
+
+    tiles: Tiles | None = None
+    waves: int = _WAVES
 
 
 class Attention:
@@ -63,6 +91,7 @@ class Attention:
 
     def __init__(self, device: Device, exact: bool) -> None:
         self._device, self._exact = device, exact
+        self.chosen_tiles = Chosen()
 
     def __call__(self, query: Tensor, pool: CudaPool, step: Step, group: int) -> Tensor:
         """query [T, H, D] -> [T, H * value_dim]."""
@@ -86,18 +115,55 @@ class Attention:
     def _prefill(
         self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup
     ) -> None:
-        kv_heads, share = pool.shape.num_kv_heads, query.shape[1] // pool.shape.num_kv_heads
-        tiles = prefill_tiles(pool.shape, share)
-        sequences = step.batch.num_sequences
+        shape, sequences = pool.shape, step.batch.num_sequences
+        kv_heads, share = shape.num_kv_heads, query.shape[1] // shape.num_kv_heads
+        tiles = self._prefill_tiles(shape, share)
         count = len(query) // (tiles.rows // share) + sequences
+        length, splits = self._chunk_splits(group, tiles.rows // share, kv_heads)
+        into, best, total = out, out, out
+        if splits > 1:
+            rows = (count, kv_heads, splits, tiles.rows)
+            into = self._device.empty((*rows, shape.value_dim))
+            best, total = self._device.empty(rows), self._device.empty(rows)
         self._device.launch(
-            prefill_kernel, (count, kv_heads),
-            out, query, step.places, step.query_indptr, group.indptr, group.indices,
+            prefill_kernel, (count, kv_heads, splits),
+            into, best, total, query, step.places, step.query_indptr, group.indptr, group.indices,
             group.first_page, sequences, group.window, *_open_tables(group), pool.num_pages,
-            *_stored(pool), _unit(pool), **self._sizes(pool, share), G=kv_heads,
+            *_stored(pool), _unit(pool), length, **self._sizes(pool, share), G=kv_heads,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, SPLIT=SPLIT if self._exact else 0,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            PARTS=splits > 1, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+        if splits > 1:
+            self._device.launch(
+                merge_tiles_kernel, (count, kv_heads, tiles.rows // _MERGED),
+                out, into, best, total, step.places, step.query_indptr, group.first_page,
+                sequences, group.window, splits, length, G=kv_heads, SHARE=share,
+                DV=shape.value_dim, DVP=_padded(shape.value_dim), PAGE=shape.page_size,
+                BLOCK_M=tiles.rows, ROWS=_MERGED, num_warps=4,
+            )  # fmt: skip
+
+    def _prefill_tiles(self, shape: PageShape, share: int) -> Tiles:
+        chosen = self.chosen_tiles.tiles
+        return chosen or prefill_tiles(shape, share, self._device.shared_memory)
+
+    def _decode_tiles(self, shape: PageShape, share: int) -> Tiles:
+        if self._exact:
+            return self._prefill_tiles(shape, share)
+        return self.chosen_tiles.tiles or decode_tiles(shape, share)
+
+    def _chunk_splits(self, group: StepGroup, tokens: int, kv_heads: int) -> tuple[int, int]:
+        """Places of a split of prefill, and how many a tile of ``tokens`` has at most.
+
+        One that is longer than any context where tiles are enough for all processors, or where
+        bits must not depend on the batch.
+        """
+        tiles = int((-(-group.chunks[:, 0] // tokens)).sum())
+        if self._exact or tiles * kv_heads >= self._device.processors:
+            return EVERY, 1
+        longest = int(group.chunks[:, 1].max())
+        length = SPLIT * self._factor(-(-longest // SPLIT), tiles * kv_heads)
+        splits = -(-longest // length)
+        return (EVERY, 1) if splits == 1 else (length, splits + 1)  # the first may be cut
 
     def _decode(
         self,
@@ -111,7 +177,7 @@ class Attention:
         shape = pool.shape
         kv_heads = shape.num_kv_heads if kv_heads is None else kv_heads
         share, sequences = query.shape[1] // kv_heads, step.batch.num_sequences
-        tiles = (prefill_tiles if self._exact else decode_tiles)(shape, share)
+        tiles = self._decode_tiles(shape, share)
         split, splits = self._splits(step, group, sequences * kv_heads)
         parts = (sequences, kv_heads, splits, share)
         mixed = self._device.empty((*parts, shape.value_dim))
@@ -147,7 +213,7 @@ class Attention:
         return SPLIT * factor, -(-reach // factor) + begun
 
     def _factor(self, splits: int, programs: int) -> int:
-        wanted = max(1, _WAVES * self._device.processors // programs)
+        wanted = max(1, self.chosen_tiles.waves * self._device.processors // programs)
         return max(1, -(-splits // wanted))
 
     def _sizes(self, pool: CudaPool, share: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Attention over pages, in Triton: decode in two kernels, prefill of ragged batches in one.
+"""Attention over pages, in Triton: decode in two kernels, prefill of ragged batches in one or two.
 
 A tile of ``BLOCK_M`` rows holds the query heads of one KV head, for one token or several, so that a
 page is read once for all of them; how its blocks of keys are walked is in ``walking.py``. Decode is
-split along the context (flash-decoding: Dao et al., 2023) at multiples of ``SPLIT`` places; the
-parts are merged in order of place.
+split along the context (flash-decoding: Dao et al., 2023) at multiples of ``SPLIT`` places, and so
+is a prefill of few tiles; the parts are merged in order of place.
 
 What a row adds up, and in which order, follows from the places that it sees: a block, or split,
 that only its neighbours see adds exact zeros. With the same tile sizes and the same ``SPLIT`` a
@@ -21,7 +21,13 @@ import triton.language as tl
 from quire.backends.cuda.codec import narrow
 from quire.backends.cuda.walking import walk_pages, walk_three_parts
 
-__all__ = ["decode_kernel", "merge_kernel", "prefill_kernel"]
+__all__ = ["decode_kernel", "merge_kernel", "merge_tiles_kernel", "prefill_kernel"]
+
+# Slices of one array, which begin anywhere: else a kernel is compiled for each set of alignments.
+_TABLES = [
+    "places", "query_indptr", "indptr", "indices", "first_page",
+    "open_indptr", "open_indices", "open_first",
+]  # fmt: skip
 
 
 @triton.jit
@@ -68,6 +74,45 @@ def _merge(best, total, mixed, part_best, part_total, part_mixed):
 
 
 @triton.jit
+def _spans(
+    q, wide, at, at_min, at_max, low, high, window, sequence, head,
+    indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+    key, key_scale, key_least, value, value_scale, value_least,
+    open_key, open_key_scale, open_value, open_value_scale, unit,
+    G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
+    PAGE: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr,
+    OPEN_KEY: tl.constexpr, OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_span`; with SPLIT, the splits that ``low`` to ``high`` lie in, merged in order."""
+    if SPLIT == 0:
+        best, total, mixed = _span(
+            q, wide, at, at_min, at_max, low, high, window, sequence, head,
+            indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+            key, key_scale, key_least, value, value_scale, value_least,
+            open_key, open_key_scale, open_value, open_value_scale, unit,
+            G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
+            BLOCK_M, BLOCK_N, GROUP,
+        )  # fmt: skip
+    else:
+        best = tl.full((BLOCK_M,), -3.0e38, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        mixed = tl.zeros((BLOCK_M, DVP), tl.float32)
+        for split in range(low // SPLIT, at_max // SPLIT + 1):
+            part_b, part_t, part_x = _span(
+                q, wide, at, at_min, at_max, split * SPLIT, (split + 1) * SPLIT, window,
+                sequence, head,
+                indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+                key, key_scale, key_least, value, value_scale, value_least,
+                open_key, open_key_scale, open_value, open_value_scale, unit,
+                G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
+                BLOCK_M, BLOCK_N, GROUP,
+            )  # fmt: skip
+            best, total, mixed = _merge(best, total, mixed, part_b, part_t, part_x)
+    return best, total, mixed
+
+
+@triton.jit
 def _queries(
     query, token, head, rows, there,
     G: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
@@ -98,76 +143,157 @@ def _sequence_of(tile, query_indptr, num_sequences, TOKENS: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window", "num_pages"])
-def prefill_kernel(
-    out, query, places, query_indptr, indptr, indices, first_page, num_sequences, window,
-    open_indptr, open_indices, open_first, num_pages,
-    key, key_scale, key_least, value, value_scale, value_least,
-    open_key, open_key_scale, open_value, open_value_scale, unit,
-    G: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    DKP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr, OPEN_KEY: tl.constexpr,
-    OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Attention of all sequences with two new tokens or more; grid (tiles, G).
+@triton.jit
+def _tile(query_indptr, places, num_sequences, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What program_id(0) computes: sequence, first and last token, or -1 for none, and places.
 
-    out [T, G * SHARE, DV], query [T, G * SHARE, DK], places [T]; page tables as in GroupBatch.
-    SPLIT 0 walks the whole context in one go; else splits are merged as decode merges them.
     Tiles are started from the last, which sees the longest context.
     """
     TOKENS: tl.constexpr = BLOCK_M // SHARE
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
     sequence = _sequence_of(tile, query_indptr, num_sequences, TOKENS)
     start = tl.load(query_indptr + sequence)
     stop = tl.load(query_indptr + sequence + 1)
-    first_token = start + (tile - start // TOKENS - sequence) * TOKENS
-    if (first_token < stop) & (stop - start > 1):
-        last_token = tl.minimum(first_token + TOKENS, stop) - 1
+    first = start + (tile - start // TOKENS - sequence) * TOKENS
+    last = tl.minimum(first + TOKENS, stop) - 1
+    last = tl.where((first < stop) & (stop - start > 1), last, -1)
+    at_min = tl.load(places + tl.maximum(tl.minimum(first, last), 0)).to(tl.int32)
+    at_max = tl.load(places + tl.maximum(last, 0)).to(tl.int32)
+    return sequence, first, last, at_min, at_max
+
+
+@triton.jit
+def _put(
+    out, best, total, mixed, token, there, head, rows,
+    G: tl.constexpr, SHARE: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+):  # fmt: skip
+    """What rows have seen, divided by the sum of their weights, into out [T, G * SHARE, DV]."""
+    dims = tl.arange(0, DVP)
+    to = (token * (G * SHARE) + head * SHARE + rows % SHARE).to(tl.int64) * DV
+    mask = there[:, None] & (dims[None, :] < DV)
+    result = tl.div_rn(mixed, tl.broadcast_to(total[:, None], mixed.shape))
+    tl.store(out + to[:, None] + dims[None, :], result, mask=mask)
+
+
+@triton.jit
+def _put_part(
+    part_mixed, part_best, part_total, best, total, mixed, part, there,
+    DV: tl.constexpr, DVP: tl.constexpr,
+):  # fmt: skip
+    """Rows ``part`` of what splits have seen."""
+    dims = tl.arange(0, DVP)
+    tl.store(part_best + part, best, mask=there)
+    tl.store(part_total + part, total, mask=there)
+    mask = there[:, None] & (dims[None, :] < DV)
+    tl.store(part_mixed + part[:, None] * DV + dims[None, :], mixed, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences", "window", "num_pages", "length"],
+    do_not_specialize_on_alignment=_TABLES,
+)
+def prefill_kernel(
+    out, part_best, part_total, query, places, query_indptr, indptr, indices, first_page,
+    num_sequences, window, open_indptr, open_indices, open_first, num_pages,
+    key, key_scale, key_least, value, value_scale, value_least,
+    open_key, open_key_scale, open_value, open_value_scale, unit, length,
+    G: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    DKP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr, OPEN_KEY: tl.constexpr,
+    OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Attention of all sequences with two new tokens or more; grid (tiles, G, splits).
+
+    out [T, G * SHARE, DV], query [T, G * SHARE, DK], places [T]; page tables as in GroupBatch.
+    PARTS: each program walks ``length`` places, and out is [tiles, G, splits, BLOCK_M, DV], with
+    part_best and part_total [tiles, G, splits, BLOCK_M], for :func:`merge_tiles_kernel`. Else one
+    walks the whole context: in one go where SPLIT is 0, or merging splits as decode merges them.
+    """
+    sequence, first, last, at_min, at_max = _tile(
+        query_indptr, places, num_sequences, SHARE, BLOCK_M
+    )
+    head, nth = tl.program_id(1), tl.program_id(2)
+    stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
+    seen = tl.maximum(stored, tl.maximum(at_min - window + 1, 0))
+    low, high = seen // BLOCK_N * BLOCK_N, at_max // BLOCK_N * BLOCK_N + BLOCK_N
+    if PARTS:
+        low = (seen // length + nth) * length
+        high = low + length
+    if (last >= 0) & (low <= at_max):
         rows = tl.arange(0, BLOCK_M)
-        token = first_token + rows // SHARE
-        there = token <= last_token
-        token = tl.minimum(token, last_token)
+        token = first + rows // SHARE
+        there = token <= last
+        token = tl.minimum(token, last)
         at = tl.load(places + token).to(tl.int32)
-        at_min = tl.load(places + first_token).to(tl.int32)
-        at_max = tl.load(places + last_token).to(tl.int32)
-        stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
         q, wide = _queries(query, token, head, rows, there, G, SHARE, DK, DKP, KEY, HARDWARE)
-        if SPLIT == 0:
-            high = (at_max // BLOCK_N + 1) * BLOCK_N
-            best, total, mixed = _span(
-                q, wide, at, at_min, at_max, 0, high, window, sequence, head,
-                indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
-                key, key_scale, key_least, value, value_scale, value_least,
-                open_key, open_key_scale, open_value, open_value_scale, unit,
-                G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
-                BLOCK_M, BLOCK_N, GROUP,
-            )  # fmt: skip
+        best, total, mixed = _spans(
+            q, wide, at, at_min, at_max, low, high, window, sequence, head,
+            indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+            key, key_scale, key_least, value, value_scale, value_least,
+            open_key, open_key_scale, open_value, open_value_scale, unit,
+            G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
+            BLOCK_M, BLOCK_N, GROUP, SPLIT,
+        )  # fmt: skip
+        if PARTS:
+            tile = (tl.program_id(0) * G + head).to(tl.int64) * tl.num_programs(2) + nth
+            part = tile * BLOCK_M + rows
+            _put_part(out, part_best, part_total, best, total, mixed, part, there, DV, DVP)
         else:
-            best = tl.full((BLOCK_M,), -3.0e38, tl.float32)
-            total = tl.zeros((BLOCK_M,), tl.float32)
-            mixed = tl.zeros((BLOCK_M, DVP), tl.float32)
-            first = tl.maximum(stored, tl.maximum(at_min - window + 1, 0))
-            for split in range(first // SPLIT, at_max // SPLIT + 1):
-                part_best, part_total, part_mixed = _span(
-                    q, wide, at, at_min, at_max, split * SPLIT, (split + 1) * SPLIT, window,
-                    sequence, head,
-                    indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
-                    key, key_scale, key_least, value, value_scale, value_least,
-                    open_key, open_key_scale, open_value, open_value_scale, unit,
-                    G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
-                    BLOCK_M, BLOCK_N, GROUP,
-                )  # fmt: skip
-                best, total, mixed = _merge(best, total, mixed, part_best, part_total, part_mixed)
-        dims = tl.arange(0, DVP)
-        to = (token * (G * SHARE) + head * SHARE + rows % SHARE).to(tl.int64) * DV
-        mask = there[:, None] & (dims[None, :] < DV)
-        result = tl.div_rn(mixed, tl.broadcast_to(total[:, None], mixed.shape))
-        tl.store(out + to[:, None] + dims[None, :], result, mask=mask)
+            _put(out, best, total, mixed, token, there, head, rows, G, SHARE, DV, DVP)
 
 
-@triton.jit(do_not_specialize=["window", "num_pages"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "window", "splits", "length"],
+    do_not_specialize_on_alignment=["places", "query_indptr", "first_page"],
+)
+def merge_tiles_kernel(
+    out, part_mixed, part_best, part_total, places, query_indptr, first_page, num_sequences,
+    window, splits, length,
+    G: tl.constexpr, SHARE: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The parts of :func:`prefill_kernel`, merged in order; grid (tiles, G, BLOCK_M / ROWS)."""
+    sequence, first, last, at_min, at_max = _tile(
+        query_indptr, places, num_sequences, SHARE, BLOCK_M
+    )
+    head = tl.program_id(1)
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    token = first + rows // SHARE
+    there = token <= last
+    stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
+    seen = tl.maximum(stored, tl.maximum(at_min - window + 1, 0))
+    count = tl.where(last >= 0, at_max // length - seen // length + 1, 0)
+    tile = (tl.program_id(0) * G + head).to(tl.int64) * splits
+    best, total, mixed = _merged(
+        part_mixed, part_best, part_total, tile * BLOCK_M + rows, BLOCK_M, count, there,
+        DV, DVP, ROWS,
+    )  # fmt: skip
+    total = tl.where(there, total, 1.0)
+    _put(out, best, total, mixed, token, there, head, rows, G, SHARE, DV, DVP)
+
+
+@triton.jit
+def _merged(
+    part_mixed, part_best, part_total, part, stride, count, there,
+    DV: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows ``part`` of ``count`` splits that lie ``stride`` rows apart: best, total, mixed."""
+    dims = tl.arange(0, DVP)
+    mask = there[:, None] & (dims[None, :] < DV)
+    best = tl.full((ROWS,), -3.0e38, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, DVP), tl.float32)
+    for nth in range(0, count):
+        at = part + nth * stride
+        part_b = tl.load(part_best + at, mask=there, other=-3.0e38)
+        part_t = tl.load(part_total + at, mask=there, other=0.0)
+        part_x = tl.load(part_mixed + at[:, None] * DV + dims[None, :], mask=mask, other=0.0)
+        best, total, mixed = _merge(best, total, mixed, part_b, part_t, part_x)
+    return best, total, mixed
+
+
+@triton.jit(do_not_specialize=["window", "num_pages"], do_not_specialize_on_alignment=_TABLES)
 def decode_kernel(
     part_mixed, part_best, part_total, query, places, query_indptr, indptr, indices, first_page,
     window, open_indptr, open_indices, open_first, num_pages,
@@ -205,15 +331,14 @@ def decode_kernel(
             HEADS, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
             BLOCK_M, BLOCK_N, GROUP,
         )  # fmt: skip
-        dims = tl.arange(0, DVP)
         part = ((sequence * G + head).to(tl.int64) * tl.num_programs(2) + nth) * SHARE + rows
-        tl.store(part_best + part, best, mask=there)
-        tl.store(part_total + part, total, mask=there)
-        mask = there[:, None] & (dims[None, :] < DV)
-        tl.store(part_mixed + part[:, None] * DV + dims[None, :], mixed, mask=mask)
+        _put_part(part_mixed, part_best, part_total, best, total, mixed, part, there, DV, DVP)
 
 
-@triton.jit(do_not_specialize=["window", "splits"])
+@triton.jit(
+    do_not_specialize=["window", "splits"],
+    do_not_specialize_on_alignment=["places", "query_indptr", "first_page"],
+)
 def merge_kernel(
     out, part_mixed, part_best, part_total, places, query_indptr, first_page, window, splits, SPLIT,
     G: tl.constexpr, SHARE: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
@@ -226,19 +351,12 @@ def merge_kernel(
         place = tl.load(places + start).to(tl.int32)
         stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
         first = tl.maximum(stored, tl.maximum(place - window + 1, 0))
-        rows, dims = tl.arange(0, ROWS), tl.arange(0, DVP)
+        rows = tl.arange(0, ROWS)
         there = rows < SHARE
-        mask = there[:, None] & (dims[None, :] < DV)
-        best = tl.full((ROWS,), -3.0e38, tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        mixed = tl.zeros((ROWS, DVP), tl.float32)
-        for nth in range(0, place // SPLIT - first // SPLIT + 1):
-            part = ((sequence * G + head).to(tl.int64) * splits + nth) * SHARE + rows
-            part_m = tl.load(part_best + part, mask=there, other=-3.0e38)
-            part_l = tl.load(part_total + part, mask=there, other=0.0)
-            part_x = tl.load(part_mixed + part[:, None] * DV + dims[None, :], mask=mask, other=0.0)
-            best, total, mixed = _merge(best, total, mixed, part_m, part_l, part_x)
-        to = (start * (G * SHARE) + head * SHARE + rows).to(tl.int64) * DV
+        part = (sequence * G + head).to(tl.int64) * splits * SHARE + rows
+        count = place // SPLIT - first // SPLIT + 1
+        best, total, mixed = _merged(
+            part_mixed, part_best, part_total, part, SHARE, count, there, DV, DVP, ROWS
+        )
         total = tl.where(there, total, 1.0)
-        result = tl.div_rn(mixed, tl.broadcast_to(total[:, None], mixed.shape))
-        tl.store(out + to[:, None] + dims[None, :], result, mask=mask)
+        _put(out, best, total, mixed, start, there, head, rows, G, SHARE, DV, DVP)

@@ -15,15 +15,76 @@ import triton.language as tl
 __all__ = [
     "bits_of_line",
     "codes_on_line",
+    "codes_operand",
+    "decoded_operand",
     "encode_plain",
     "encode_token",
     "narrow",
-    "number_of",
     "operand",
     "scales",
-    "small_operand",
-    "unpacked",
 ]
+
+
+# Four bytes in a register to four bfloat16 numbers in two, in assembly: it has instructions for two
+# halves of a register at a time. ``x`` and ``y`` hold two of the bytes each, in the lower half of
+# 16 bits. Sums are fused multiply-adds, which all cards since 8.0 have; only the last is rounded.
+_HALVES = """{{
+    .reg .b32 w, x, y, a, b, one, bias;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 bias, {bias};
+    shr.b32 w, $2, {shift};
+    prmt.b32 x, w, 0, 0x4140;
+    prmt.b32 y, w, 0, 0x4342;
+"""
+# 0x4300 is 128 as bfloat16 with room for seven bits. The lower seven bits and 128, less 128, or 256
+# where the highest bit is set.
+_OF_INT8 = """
+    lop3.b32 a, {source}, 0x007F007F, 0x43004300, 0xEA;
+    lop3.b32 b, {source}, 0x00800080, bias, 0xEA;
+    fma.rn.bf16x2 {target}, a, one, b;
+"""
+# The exponent shifted into that of a bfloat16, which is then off by 2**120.
+_OF_FP8 = """
+    shl.b32 b, {source}, 8;
+    shl.b32 a, {source}, 4;
+    and.b32 a, a, 0x07F007F0;
+    lop3.b32 a, b, 0x80008000, a, 0xEA;
+    mov.b32 one, 0x7B807B80;
+    fma.rn.bf16x2 {target}, a, one, bias;
+"""
+_OF_CODES = """
+    lop3.b32 a, {source}, {mask}, 0x43004300, 0xEA;
+    fma.rn.bf16x2 {target}, a, one, bias;
+"""
+_OF_LINES = """
+    lop3.b32 a, {source}, {mask}, 0x43004300, 0xEA;
+    fma.rn.bf16x2 a, a, one, bias;
+    fma.rn.bf16x2 {target}, a, {step}, {least};
+"""
+_MINUS_128, _MINUS_0 = "0xC300C300", "0x80008000"
+
+
+def _assembly(each: str, bias: str, shift: int = 0, mask: str = "") -> str:
+    halves = (
+        {"source": "x", "target": "$0", "step": "$3", "least": "$5"},
+        {"source": "y", "target": "$1", "step": "$4", "least": "$6"},
+    )
+    lines = "".join(each.format(mask=mask, **half) for half in halves)
+    return _HALVES.format(bias=bias, shift=shift) + lines + "}"
+
+
+_INT8 = tl.constexpr(_assembly(_OF_INT8, _MINUS_128))
+_FP8 = tl.constexpr(_assembly(_OF_FP8, _MINUS_0))
+
+
+_PARTS = ((4, 0), (4, 1), (2, 0), (2, 1), (2, 2), (2, 3))  # bits, which of those in a byte
+_MASKS = {4: "0x000F000F", 2: "0x00030003"}
+_CODES, _LINES = (
+    tl.constexpr(
+        tuple(_assembly(e, _MINUS_128, bits * part, _MASKS[bits]) for bits, part in _PARTS)
+    )
+    for e in (_OF_CODES, _OF_LINES)
+)
 
 
 @triton.jit
@@ -47,15 +108,10 @@ def scales(raw):
 
 
 @triton.jit
-def unpacked(raw, KIND: tl.constexpr):
-    """Bytes [m, n] -> the codes in them, int32 [m, n * 8 / bits], the lowest bits first."""
-    wide = raw.to(tl.int32)
-    if KIND == "int4":
-        out = tl.interleave(wide & 15, wide >> 4)
-    else:
-        even = tl.interleave(wide & 3, (wide >> 4) & 3)
-        out = tl.interleave(even, tl.interleave((wide >> 2) & 3, wide >> 6))
-    return out
+def part_of(raw, PART: tl.constexpr, KIND: tl.constexpr):
+    """Codes ``PART`` of each byte as int32, the lowest bits are part 0: one of PER in a byte."""
+    BITS: tl.constexpr = 4 if KIND == "int4" else 2
+    return (raw.to(tl.int32) >> (BITS * PART)) & (2**BITS - 1)
 
 
 @triton.jit
@@ -65,13 +121,31 @@ def number_of(codes):
 
 
 @triton.jit
-def small_operand(codes, HARDWARE: tl.constexpr):
-    """Codes as what is multiplied with bfloat16 numbers; see :func:`operand`."""
+def codes_operand(raw, PART: tl.constexpr, KIND: tl.constexpr, HARDWARE: tl.constexpr):
+    """Codes ``PART`` of each byte as what is multiplied with bfloat16 numbers."""
     if HARDWARE:
-        held = (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        out = held - tl.full((1, 1), 0x4300, tl.int16).to(tl.bfloat16, bitcast=True)
+        TEXT: tl.constexpr = _CODES[PART if KIND == "int4" else 2 + PART]
+        out = tl.inline_asm_elementwise(TEXT, "=r,=r,r", [raw], tl.bfloat16, True, 4)
     else:
-        out = number_of(codes)
+        out = number_of(part_of(raw, PART, KIND))
+    return out
+
+
+@triton.jit
+def decoded_operand(
+    raw, step, least, PART: tl.constexpr, KIND: tl.constexpr, HARDWARE: tl.constexpr
+):  # fmt: skip
+    """``least + step * code`` of codes ``PART`` of each byte, rounded to bfloat16.
+
+    Bits of steps and minima have the shape of ``raw``.
+    """
+    if HARDWARE:
+        TEXT: tl.constexpr = _LINES[PART if KIND == "int4" else 2 + PART]
+        args = [raw, step, least]
+        out = tl.inline_asm_elementwise(TEXT, "=r,=r,r,r,r,r,r", args, tl.bfloat16, True, 4)
+    else:
+        codes = number_of(part_of(raw, PART, KIND))
+        out = narrow(tl.fma(scales(step), codes, scales(least)), KIND, HARDWARE)
     return out
 
 
@@ -90,12 +164,28 @@ def narrow(x, KIND: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr):
+def _from_bytes(raw, TEXT: tl.constexpr, INNER: tl.constexpr):
+    """Bytes to operands. INNER: their rows of memory run along the sums of the product.
+
+    Then they are decoded where the product wants them. Else it would gather them byte by byte, so
+    an argument that is not used keeps the compiler from that: they are decoded as they were read,
+    and turned as bfloat16, for which there are instructions.
+    """
+    if INNER:
+        out = tl.inline_asm_elementwise(TEXT, "=r,=r,r", [raw], tl.bfloat16, True, 4)
+    else:
+        none = tl.full((1, 1), 0, tl.int16).to(tl.bfloat16, bitcast=True)
+        args = [raw, none]
+        out = tl.inline_asm_elementwise(TEXT, "=r,=r,r,r,r", args, tl.bfloat16, True, 4)
+    return out
+
+
+@triton.jit
+def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr, INNER: tl.constexpr = False):
     """Stored numbers, without their scales -> what they are multiplied as.
 
     Integer conversion runs at a quarter of the rate at which a GPU reads bytes, so int8 and fp8
-    are put together from bits: with 0x4300, which is 128 as bfloat16 with room for seven bits,
-    and by shifting a byte's exponent into that of a bfloat16, which is then off by 2**120.
+    are put together from bits, four at a time; see the assembly.
     """
     if KIND == "bf16":
         if HARDWARE:
@@ -104,18 +194,12 @@ def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr):
             out = _from_bits(raw.to(tl.int32))
     elif KIND == "int8":
         if HARDWARE:
-            wide = raw.to(tl.int16)
-            low = ((wide & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-            sign = ((wide & 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
-            out = low - sign
+            out = _from_bytes(raw, _INT8, INNER)
         else:
             out = raw.to(tl.int8, bitcast=True).to(tl.float32)
     elif KIND == "fp8":
         if HARDWARE:
-            wide = raw.to(tl.int16)
-            shifted = ((wide & 0x80) << 8) | ((wide & 0x7F) << 4)
-            huge = tl.full((1, 1), 0x7B80, tl.int16).to(tl.bfloat16, bitcast=True)  # 2**120
-            out = shifted.to(tl.bfloat16, bitcast=True) * huge
+            out = _from_bytes(raw, _FP8, INNER)
         else:
             wide = raw.to(tl.int32)
             shifted = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)

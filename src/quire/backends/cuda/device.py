@@ -16,9 +16,10 @@ from quire.backends.cuda.streams import Streams
 from quire.config import format_bytes
 from quire.errors import BackendError
 
-__all__ = ["Device", "find_device", "why_there_is_none"]
+__all__ = ["LEAST_SHARED", "Device", "find_device", "why_there_is_none"]
 
 Array = npt.NDArray[Any]
+LEAST_SHARED = 101_376  # bytes of a program on cards of compute capability 8.6 and 8.9
 
 _INTERPRETING = threading.RLock()  # Triton's interpreter runs one kernel at a time
 
@@ -99,6 +100,13 @@ class Device:
         if not self.hardware:
             return 4
         return torch.cuda.get_device_properties().multi_processor_count
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that a program may have; where there is no card, the least."""
+        if not self.hardware:
+            return LEAST_SHARED
+        return int(torch.cuda.get_device_properties().shared_memory_per_block_optin)
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> Any:
         """A tensor of zeros."""

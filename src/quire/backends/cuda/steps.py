@@ -45,6 +45,8 @@ class StepGroup:
 
     at, first   int64 [n] on the host: of sequences with one new token, its place and the first
                 place that it sees
+    chunks      int64 [m, 2] on the host: of sequences with more, how many, and how many places they
+                see, all together
     """
 
     window: int
@@ -56,6 +58,7 @@ class StepGroup:
     open_first: torch.Tensor
     at: IntArray
     first: IntArray
+    chunks: IntArray
     known: dict[int, int] = field(default_factory=dict)
 
     def splits(self, length: int) -> int:
@@ -112,7 +115,12 @@ def to_device(batch: PagedBatch, device: Device) -> Step:
     counts = np.diff(batch.query_indptr)
     alone = np.flatnonzero(counts == 1)
     at = batch.places[batch.query_indptr[alone]]
-    groups = tuple(_group(group, held, at, alone) for group in batch.groups)
+    several = np.flatnonzero(counts > 1)
+    last = batch.places[batch.query_indptr[several + 1] - 1]
+    groups = tuple(
+        _group(group, held, at, alone, _chunks(group, several, counts[several], last))
+        for group in batch.groups
+    )
     return Step(batch, held, groups, len(alone) > 0, bool((counts > 1).any()))
 
 
@@ -121,12 +129,27 @@ def static_step(
 ) -> Step:
     """A step whose arrays, filled again and again, have these copies; one token of a sequence."""
     none, held = np.empty(0, np.int64), Held(copies)
-    groups = tuple(_group(group, held, none, none) for group in batch.groups)
+    chunks = np.empty((0, 2), np.int64)
+    groups = tuple(_group(group, held, none, none, chunks) for group in batch.groups)
     return Step(batch, held, groups, True, False, reach)
 
 
-def _group(group: GroupBatch, held: Held, at: IntArray, alone: IntArray) -> StepGroup:
-    window = EVERY if group.window is None else group.window
+def _chunks(group: GroupBatch, several: IntArray, new: IntArray, last: IntArray) -> IntArray:
+    """See StepGroup; of the sequences ``several``, their new tokens and the last one's place."""
+    begin = np.maximum(
+        group.first_page[several] * group.page_size, last + 1 - new - _window(group) + 1
+    )
+    return np.stack([new, last + 1 - np.maximum(begin, 0)], axis=1)
+
+
+def _window(group: GroupBatch) -> int:
+    return EVERY if group.window is None else group.window
+
+
+def _group(
+    group: GroupBatch, held: Held, at: IntArray, alone: IntArray, chunks: IntArray
+) -> StepGroup:
+    window = _window(group)
     stored = group.first_page[alone] * group.page_size
     opened = group.open
     return StepGroup(
@@ -139,6 +162,7 @@ def _group(group: GroupBatch, held: Held, at: IntArray, alone: IntArray) -> Step
         open_first=held[opened.first],
         at=at,
         first=np.maximum(stored, np.maximum(at - window + 1, 0)),
+        chunks=chunks,
     )
 
 

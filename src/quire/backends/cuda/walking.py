@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 
 from quire.backends.cuda.codec import (
+    codes_operand,
+    decoded_operand,
     narrow,
-    number_of,
     operand,
     scales,
-    small_operand,
-    unpacked,
 )
 
 __all__ = ["walk_pages", "walk_three_parts"]
@@ -39,8 +38,44 @@ def _load(pointers, there, inside, EDGE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def _side_by_side(one, other):
+    """Two tensors [m, n] -> [m, 2 * n], the first's columns in front."""
+    both = tl.permute(tl.join(one, other), (0, 2, 1))
+    return tl.reshape(both, (one.shape[0], 2 * one.shape[1]))
+
+
+@triton.jit
+def _apart(x, PER: tl.constexpr):
+    """Columns of x [m, n] in the order in which packed numbers come: by c % PER, then c // PER."""
+    by_byte = tl.reshape(x, (x.shape[0], x.shape[1] // PER, PER))
+    return tl.reshape(tl.permute(by_byte, (0, 2, 1)), x.shape)
+
+
+@triton.jit
+def _together(x, PER: tl.constexpr):
+    """What :func:`_apart` was given."""
+    by_part = tl.reshape(x, (x.shape[0], PER, x.shape[1] // PER))
+    return tl.reshape(tl.permute(by_part, (0, 2, 1)), x.shape)
+
+
+@triton.jit
+def _of_channels(pointer, DK: tl.constexpr, DKP: tl.constexpr, HARDWARE: tl.constexpr):
+    """DK scales as float32 [DKP]; two at a time, since asynchronous copies are of four bytes."""
+    if HARDWARE and DK % 2 == 0:
+        pairs = tl.arange(0, DKP // 2)
+        words = pointer.to(tl.pointer_type(tl.int32), bitcast=True) + pairs
+        raw = _load(words, pairs < DK // 2, pairs < DK // 2, False, DKP > DK)
+        low = (raw << 16).to(tl.float32, bitcast=True)
+        out = tl.interleave(low, (raw & -65536).to(tl.float32, bitcast=True))
+    else:
+        dims = tl.arange(0, DKP)
+        out = scales(_load(pointer + dims, dims < DK, dims < DK, False, DKP > DK))
+    return out
+
+
+@triton.jit
 def _packed_scores(
-    wide, block, pages, head, key, key_step, key_least,
+    wide, page, block, head, key, key_step, key_least,
     G: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, PAGE: tl.constexpr,
     KEY: tl.constexpr, HARDWARE: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -51,19 +86,28 @@ def _packed_scores(
     """
     PER: tl.constexpr = 2 if KEY == "int4" else 4
     dims = tl.arange(0, DKP)
-    row = tl.load(pages + block // PAGE) * G + head
-    at = (row * (PAGE // GROUP) + block % PAGE // GROUP) * DK + dims
-    step = scales(_load(key_step + at, dims < DK, dims < DK, False, DKP > DK))
-    least = scales(_load(key_least + at, dims < DK, dims < DK, False, DKP > DK))
+    row = page.to(tl.int64) * G + head
+    at = (row * (PAGE // GROUP) + block % PAGE // GROUP) * DK
+    step = _of_channels(key_step + at, DK, DKP, HARDWARE)
+    least = _of_channels(key_least + at, DK, DKP, HARDWARE)
     rows = row * (PAGE // PER) + block % PAGE // PER + tl.arange(0, BLOCK_N // PER)
     inside = dims[:, None] < DK
     raw = _load(key + rows[None, :] * DK + dims[:, None], inside, inside, False, DKP > DK)
-    codes = small_operand(unpacked(raw, KEY), HARDWARE)
     # All columns alike: a product sums in the same order wherever a kernel keeps its rows.
     minima = narrow(tl.broadcast_to(least[:, None], (DKP, 16)), KEY, HARDWARE)
     low = tl.max(tl.dot(narrow(wide, KEY, HARDWARE), minima, input_precision="ieee"), axis=1)
     scaled = narrow(wide * step[None, :], KEY, HARDWARE)
-    return tl.dot(scaled, codes, input_precision="ieee") + low[:, None]
+    out = _side_by_side(
+        tl.dot(scaled, codes_operand(raw, 0, KEY, HARDWARE), input_precision="ieee"),
+        tl.dot(scaled, codes_operand(raw, 1, KEY, HARDWARE), input_precision="ieee"),
+    )
+    if PER == 4:
+        rest = _side_by_side(
+            tl.dot(scaled, codes_operand(raw, 2, KEY, HARDWARE), input_precision="ieee"),
+            tl.dot(scaled, codes_operand(raw, 3, KEY, HARDWARE), input_precision="ieee"),
+        )
+        out = _side_by_side(out, rest)
+    return out + low[:, None]
 
 
 @triton.jit
@@ -72,7 +116,10 @@ def _packed_values(
     DV: tl.constexpr, DVP: tl.constexpr, VALUE: tl.constexpr, HARDWARE: tl.constexpr,
     BLOCK_N: tl.constexpr, EDGE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Packed values of tokens ``rows`` [BLOCK_N] as operands [BLOCK_N, DVP], rounded to them."""
+    """Packed values of tokens ``rows`` [BLOCK_N] as operands [BLOCK_N, DVP], rounded to them.
+
+    Columns are in the order of :func:`_apart`.
+    """
     PER: tl.constexpr = 2 if VALUE == "int4" else 4
     WIDTH: tl.constexpr = (DV + PER - 1) // PER
     GROUPS: tl.constexpr = (DV + GROUP - 1) // GROUP
@@ -86,19 +133,30 @@ def _packed_values(
     where, inside = rows[:, None] * GROUPS + groups[None, :], groups[None, :] < GROUPS
     step = _load(value_step + where, there[:, None], inside, EDGE, GP > GROUPS)
     least = _load(value_least + where, there[:, None], inside, EDGE, GP > GROUPS)
-    each = tl.reshape(
-        tl.broadcast_to(scales(step)[:, :, None], (BLOCK_N, GP, GROUP)), (BLOCK_N, DVP)
+    step = _widened(step, BLOCK_N, GP, GROUP // PER)
+    least = _widened(least, BLOCK_N, GP, GROUP // PER)
+    out = _side_by_side(
+        decoded_operand(raw, step, least, 0, VALUE, HARDWARE),
+        decoded_operand(raw, step, least, 1, VALUE, HARDWARE),
     )
-    low = tl.reshape(
-        tl.broadcast_to(scales(least)[:, :, None], (BLOCK_N, GP, GROUP)), (BLOCK_N, DVP)
-    )
-    numbers = tl.fma(each, number_of(unpacked(raw, VALUE)), low)
-    return narrow(numbers, VALUE, HARDWARE)
+    if PER == 4:
+        rest = _side_by_side(
+            decoded_operand(raw, step, least, 2, VALUE, HARDWARE),
+            decoded_operand(raw, step, least, 3, VALUE, HARDWARE),
+        )
+        out = _side_by_side(out, rest)
+    return out
+
+
+@triton.jit
+def _widened(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr):
+    """[ROWS, GROUPS] -> [ROWS, GROUPS * EACH], each number EACH times."""
+    return tl.reshape(tl.broadcast_to(x[:, :, None], (ROWS, GROUPS, EACH)), (ROWS, GROUPS * EACH))
 
 
 @triton.jit
 def _scores(
-    q, wide, rows, there, block, pages, head, key, key_scale, key_least,
+    q, wide, page, rows, there, block, head, key, key_scale, key_least,
     G: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, PAGE: tl.constexpr,
     KEY: tl.constexpr, HARDWARE: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, EDGE: tl.constexpr,
@@ -107,13 +165,13 @@ def _scores(
     dims = tl.arange(0, DKP)
     if KEY == "int4" or KEY == "int2":
         out = _packed_scores(
-            wide, block, pages, head, key, key_scale, key_least,
+            wide, page, block, head, key, key_scale, key_least,
             G, DK, DKP, PAGE, KEY, HARDWARE, BLOCK_N, GROUP,
         )  # fmt: skip
     else:
         at = key + rows[None, :] * DK + dims[:, None]
         raw = _load(at, there[None, :], dims[:, None] < DK, EDGE, DKP > DK)
-        out = tl.dot(q, operand(raw, KEY, HARDWARE), input_precision="ieee")
+        out = tl.dot(q, operand(raw, KEY, HARDWARE, True), input_precision="ieee")
     return out
 
 
@@ -133,7 +191,7 @@ def _values(
     else:
         at = value + rows[:, None] * DV + dims[None, :]
         raw = _load(at, there[:, None], dims[None, :] < DV, EDGE, DVP > DV)
-        out = operand(raw, VALUE, HARDWARE)
+        out = operand(raw, VALUE, HARDWARE, False)
     return out
 
 
@@ -158,6 +216,50 @@ def _mix(mixed, weights, values, seen, VALUE: tl.constexpr, HARDWARE: tl.constex
 
 
 @triton.jit
+def _order(KEY: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The order in which the keys of a block are multiplied: packed ones as in :func:`_apart`."""
+    order = tl.arange(0, BLOCK_N)
+    if KEY == "int4" or KEY == "int2":
+        PER: tl.constexpr = 2 if KEY == "int4" else 4
+        EACH: tl.constexpr = BLOCK_N // PER
+        order = order % EACH * PER + order // EACH
+    return order
+
+
+@triton.jit
+def _pages_of(
+    pages, block, first, end,
+    KEY: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """The id of the page that a block lies in, or of each place's [BLOCK_N]; 0 past ``end``."""
+    if PAGE % BLOCK_N == 0:
+        out = tl.load(pages + block // PAGE, mask=block < end, other=0).to(tl.int32)
+    else:
+        places = block + _order(KEY, BLOCK_N)
+        there = places < end
+        if EDGE:
+            there = there & (places >= first)
+        out = tl.load(pages + places // PAGE, mask=there, other=0).to(tl.int32)
+    return out
+
+
+@triton.jit
+def _rows_of(
+    page, block, head,
+    G: tl.constexpr, KEY: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where the tokens of a block lie in arrays of one row a token, int64 [BLOCK_N]."""
+    order = _order(KEY, BLOCK_N)
+    if BLOCK_N % PAGE == 0:
+        offset = order % PAGE
+    elif PAGE % BLOCK_N == 0:
+        offset = block % PAGE + order
+    else:
+        offset = (block + order) % PAGE
+    return page.to(tl.int64) * (G * PAGE) + (head * PAGE + offset)
+
+
+@triton.jit
 def _walk(
     best, total, mixed, q, wide, since, until, first, end, low, high, pages, shift, head,
     key, key_scale, key_least, value, value_scale, value_least, unit,
@@ -172,13 +274,15 @@ def _walk(
     Without EDGE all rows see all keys of these blocks; with it, keys outside ``[first, end)`` are
     not read.
     """
+    page = _pages_of(pages, low, first, end, KEY, PAGE, BLOCK_N, EDGE)
     for block in range(low, high, BLOCK_N):
-        places = block + tl.arange(0, BLOCK_N)
+        # Ids are read a block ahead: what waits for no other read can be read blocks ahead.
+        following = _pages_of(pages, block + BLOCK_N, first, end, KEY, PAGE, BLOCK_N, EDGE)
+        places = block + _order(KEY, BLOCK_N)
         there = (places >= first) & (places < end)
-        page = _load(pages + places // PAGE, there, there, EDGE, False) - shift
-        rows = (page * G + head) * PAGE + places % PAGE  # int64 [BLOCK_N]
+        rows = _rows_of(page - shift, block, head, G, KEY, PAGE, BLOCK_N)
         scores = unit * _scores(
-            q, wide, rows, there, block, pages, head, key, key_scale, key_least,
+            q, wide, page - shift, rows, there, block, head, key, key_scale, key_least,
             G, DK, DKP, PAGE, KEY, HARDWARE, BLOCK_N, GROUP, EDGE,
         )  # fmt: skip
         if KEY == "int8" or KEY == "fp8":
@@ -201,6 +305,7 @@ def _walk(
                 weights = tl.where(seen, weights, 0.0)
         mixed = _mix(mixed * shrink[:, None], weights, values, seen, VALUE, HARDWARE, EDGE)
         best = peak
+        page = following
     return best, total, mixed
 
 
@@ -293,6 +398,9 @@ def walk_three_parts(
         open_key, open_key_scale, open_key, open_value, open_value_scale, open_value, unit,
         G, DK, DV, DKP, DVP, PAGE, OPEN_KEY, OPEN_VALUE, HARDWARE, BLOCK_N, GROUP, True,
     )  # fmt: skip
+    PER: tl.constexpr = 2 if VALUE == "int4" else (4 if VALUE == "int2" else 1)
+    if PER > 1:
+        mixed = _apart(mixed, PER)
     inner = tl.maximum(tl.maximum(stored, sink), tl.maximum(at_max - window + 1, 0))
     best, total, mixed = _walk_range(
         best, total, mixed, q, wide, tl.maximum(since, sink), own - 1,
@@ -300,6 +408,8 @@ def walk_three_parts(
         low, pages, 0, head, key, key_scale, key_least, value, value_scale, value_least, unit,
         G, DK, DV, DKP, DVP, PAGE, KEY, VALUE, HARDWARE, BLOCK_N, GROUP,
     )  # fmt: skip
+    if PER > 1:
+        mixed = _together(mixed, PER)
     first = tl.maximum(first, tl.maximum(own_min, sink))
     end = tl.minimum(high, at_max + 1)
     return _walk(
