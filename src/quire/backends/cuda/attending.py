@@ -9,6 +9,7 @@ import torch
 from quire.backends.cuda.attention import decode_kernel, merge_kernel, prefill_kernel
 from quire.backends.cuda.device import Device
 from quire.backends.cuda.pool import CudaPool
+from quire.backends.cuda.products import KINDS, as_stored
 from quire.backends.cuda.steps import Step, StepGroup
 from quire.backends.cuda.stored import Side, power_of_two
 from quire.formats import GROUP
@@ -64,10 +65,12 @@ class Attention:
     def __init__(self, device: Device, exact: bool) -> None:
         self._device, self._exact = device, exact
 
-    def __call__(self, query: Tensor, pool: CudaPool, step: Step, group: int) -> Tensor:
-        """query [T, H, D] -> [T, H * value_dim]."""
+    def __call__(
+        self, query: Tensor, pool: CudaPool, step: Step, group: int, dtype: Any = torch.float32
+    ) -> Tensor:
+        """query [T, H, D] -> [T, H * value_dim], rounded to ``dtype`` once it is whole."""
         tokens, heads, _ = query.shape
-        out = self._device.empty((tokens, heads * pool.shape.value_dim))
+        out = self._device.empty((tokens, heads * pool.shape.value_dim), dtype)
         if step.several:
             self._prefill(out, query, pool, step, step.groups[group])
         if step.single:
@@ -92,10 +95,11 @@ class Attention:
         count = len(query) // (tiles.rows // share) + sequences
         self._device.launch(
             prefill_kernel, (count, kv_heads),
-            out, query, step.places, step.query_indptr, group.indptr, group.indices,
+            as_stored(out), query, step.places, step.query_indptr, group.indptr, group.indices,
             group.first_page, sequences, group.window, *_open_tables(group), pool.num_pages,
             *_stored(pool), _unit(pool), **self._sizes(pool, share), G=kv_heads,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, SPLIT=SPLIT if self._exact else 0,
+            OUT=KINDS[out.dtype],
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
@@ -126,10 +130,10 @@ class Attention:
         )  # fmt: skip
         self._device.launch(
             merge_kernel, (sequences, kv_heads),
-            out, mixed, best, total, step.places, step.query_indptr, group.first_page,
+            as_stored(out), mixed, best, total, step.places, step.query_indptr, group.first_page,
             group.window, splits, split, G=kv_heads, SHARE=share, DV=shape.value_dim,
             DVP=_padded(shape.value_dim), PAGE=shape.page_size, ROWS=power_of_two(share),
-            num_warps=2,
+            OUT=KINDS[out.dtype], HARDWARE=self._device.hardware, num_warps=2,
         )  # fmt: skip
 
     def _splits(self, step: Step, group: StepGroup, programs: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ begin at ``num_pages``; those that queries of sequence s stand in, from page num
 import triton
 import triton.language as tl
 
-from quire.backends.cuda.codec import narrow
+from quire.backends.cuda.codec import encode_plain, narrow
 from quire.backends.cuda.walking import walk_pages, walk_three_parts
 
 __all__ = ["decode_kernel", "merge_kernel", "prefill_kernel"]
@@ -109,10 +109,12 @@ def prefill_kernel(
     KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr, OPEN_KEY: tl.constexpr,
     OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    OUT: tl.constexpr,
 ):  # fmt: skip
     """Attention of all sequences with two new tokens or more; grid (tiles, G).
 
-    out [T, G * SHARE, DV], query [T, G * SHARE, DK], places [T]; page tables as in GroupBatch.
+    out [T, G * SHARE, DV], rounded to OUT; query [T, G * SHARE, DK], places [T]; page tables as in
+    GroupBatch.
     SPLIT 0 walks the whole context in one go; else splits are merged as decode merges them.
     Tiles are started from the last, which sees the longest context.
     """
@@ -164,7 +166,7 @@ def prefill_kernel(
         to = (token * (G * SHARE) + head * SHARE + rows % SHARE).to(tl.int64) * DV
         mask = there[:, None] & (dims[None, :] < DV)
         result = tl.div_rn(mixed, tl.broadcast_to(total[:, None], mixed.shape))
-        tl.store(out + to[:, None] + dims[None, :], result, mask=mask)
+        tl.store(out + to[:, None] + dims[None, :], encode_plain(result, OUT, HARDWARE), mask=mask)
 
 
 @triton.jit(do_not_specialize=["window", "num_pages"])
@@ -217,9 +219,12 @@ def decode_kernel(
 def merge_kernel(
     out, part_mixed, part_best, part_total, places, query_indptr, first_page, window, splits, SPLIT,
     G: tl.constexpr, SHARE: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """The splits of :func:`decode_kernel`, merged in order of place; grid (S, G)."""
+    """The splits of :func:`decode_kernel`, merged in order of place; rounded to OUT.
+
+    Grid (S, G).
+    """
     sequence, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_indptr + sequence)
     if tl.load(query_indptr + sequence + 1) - start == 1:
@@ -241,4 +246,4 @@ def merge_kernel(
         to = (start * (G * SHARE) + head * SHARE + rows).to(tl.int64) * DV
         total = tl.where(there, total, 1.0)
         result = tl.div_rn(mixed, tl.broadcast_to(total[:, None], mixed.shape))
-        tl.store(out + to[:, None] + dims[None, :], result, mask=mask)
+        tl.store(out + to[:, None] + dims[None, :], encode_plain(result, OUT, HARDWARE), mask=mask)
