@@ -306,9 +306,8 @@ def launches(
         table = made.projection(20, HIDDEN, False).weight
         network = Network(table, blocks, made.vector(HIDDEN), 1e-5, table)
         books = [Book(backend, case, len(counts)) for _ in range(layers)]
-        # The same tables for each, over pools of their own; sealed pages would add launches.
-        batch = [book.batch(counts) for book in books][0]
-        batch = replace(batch, group_of_layer=(0,) * layers)
+        # The same tables for all, over pools of their own; sealed pages would add launches.
+        batch = replace(books[0].batch(counts), group_of_layer=(0,) * layers)
         step = to_device(batch, backend.device)
         tokens = torch.zeros(batch.num_tokens, dtype=torch.int64)
         pools = [book.pool for book in books]

@@ -68,18 +68,21 @@ def norm_kernel(
 
 
 @triton.jit
+def _turned(x, dims, APART: tl.constexpr):
+    """Numbers that lie APART -> their sum and their difference."""
+    other = tl.gather(x, dims ^ APART, 0)
+    return tl.where((dims & APART) == 0, x + other, other - x)
+
+
+@triton.jit
 def _rotated(x, dims, factors, D: tl.constexpr, DP: tl.constexpr):
     """x [DP], of which D numbers count, as :func:`quire.rotation.rotate` turns it.
 
     ``factors`` float32 [D] is what the numbers of each block are multiplied with in the end.
     """
     for nth in tl.static_range(0, 8):
-        apart: tl.constexpr = 1 << nth
-        whole: tl.constexpr = D // (2 * apart) * (2 * apart)
-        if whole > 0:  # blocks that are longer lie in front
-            other = tl.gather(x, dims ^ apart, 0)
-            turned = tl.where((dims & apart) == 0, x + other, other - x)
-            x = tl.where(dims < whole, turned, x)
+        if D >> (nth + 1) > 0:  # blocks that are longer lie in front
+            x = tl.where(dims < (D >> (nth + 1) << (nth + 1)), _turned(x, dims, 1 << nth), x)
     return x * tl.load(factors + dims, mask=dims < D, other=0.0)
 
 
