@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import quire
+from checkpoints import tiny_config, write_checkpoint
 from conformance import activations
 from conformance.test_attention import Case, hard_vectors, lay_out, new_pool
 from conformance.test_packed_pages import Book
@@ -28,7 +29,7 @@ from quire.errors import BackendError
 from quire.format_choice import parse_formats
 from quire.pages import PageShape
 from recording import Recorder, same_bits
-from tiny import random_prompt, tiny_engine, write_llama
+from tiny import VOCAB, random_prompt, tiny_engine, write_llama
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 STATUS = {status.name: status for status in backend_status()}
@@ -196,6 +197,22 @@ def test_a_step_padded_to_its_bucket_gives_the_bits_of_one_that_is_not(
     on_cuda: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    require_bits_of_padding(models[kind], settings, monkeypatch)
+
+
+@runs
+def test_a_padded_step_of_a_model_that_goes_op_by_op(
+    tmp_path: Path, on_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2: what is captured is told by its ops alone."""
+    config = tiny_config("gpt2", vocab_size=VOCAB)
+    require_bits_of_padding(write_checkpoint(tmp_path / "gpt2", config), {}, monkeypatch)
+
+
+def require_bits_of_padding(
+    model: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of three sequences run in a bucket of four."""
     seen, inner = [], StepGraph.run
 
     def counted(self: StepGraph, tokens: Any, batch: Any) -> Any:
@@ -203,10 +220,10 @@ def test_a_step_padded_to_its_bucket_gives_the_bits_of_one_that_is_not(
         return inner(self, tokens, batch)
 
     monkeypatch.setattr(StepGraph, "run", counted)
-    padded = decoded(models[kind], 5, **settings)
+    padded = decoded(model, 5, **settings)
     assert (3, StepShape(4, 1, 64)) in seen
     monkeypatch.setattr("quire.backends.cuda.backend.shape_of", lambda batch: None)
-    plain = decoded(models[kind], 5, **settings)
+    plain = decoded(model, 5, **settings)
     assert [position for position, _ in padded] == [position for position, _ in plain]
     assert all(same_bits(a, b) for (_, a), (_, b) in zip(padded, plain, strict=True))
 
@@ -269,7 +286,9 @@ def test_steps_are_put_into_buckets() -> None:
     assert shape(3, 255) == StepShape(4, 1, 64)
     assert shape(5, 256) == StepShape(8, 2, 128)
     assert shape(64, 511) == StepShape(64, 2, 2048)
-    assert shape(65, 0) is None
+    assert shape(65, 0) == StepShape(128, 1, 128)
+    assert shape(256, 0) == StepShape(256, 1, 256)
+    assert shape(257, 0) is None
     assert shape_of(lay_out(Case(((0, 2), (3, 1)), (1, 1, 8))).batch) is None
     assert shape_of(lay_out(Case(((3, 1), (3, 0)), (1, 1, 8))).batch) is None
 

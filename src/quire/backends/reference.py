@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quire.backends.base import Compute
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
@@ -73,7 +74,7 @@ class ReferenceBackend:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
         return ReferencePool(shape, num_pages, open_pages)
 
-    def embed(self, table: Array, ids: Sequence[int]) -> Array:
+    def embed(self, table: Array, ids: Sequence[int] | Array) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""
         return np.asarray(table[np.asarray(ids, dtype=np.int64)])
 
@@ -218,6 +219,16 @@ class ReferenceBackend:
     ) -> npt.NDArray[np.float32]:
         """[T] -> [T, vocab], op by op."""
         return logits(self, tokens, network, batch, pools)
+
+    def whole_step(
+        self,
+        compute: Compute,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> npt.NDArray[np.float32]:
+        """[T] -> [T, vocab], computed anew."""
+        return self.to_host(compute(tokens, batch, pools))
 
     def to_host(self, x: Array) -> npt.NDArray[np.float32]:
         """The array itself."""

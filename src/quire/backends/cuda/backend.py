@@ -3,7 +3,8 @@
 import functools
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import numpy.typing as npt
 import torch
 import triton
 
+from quire.backends.base import Compute
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
     Network,
     attention_block,
     attention_rows,
-    logits,
     mlp_block,
 )
 from quire.backends.cuda import steps
@@ -102,7 +103,7 @@ class CudaBackend:
         """Zeroed pages in the device's memory."""
         return CudaPool(self.device, shape, num_pages, open_pages)
 
-    def embed(self, table: Tensor, ids: Sequence[int]) -> Tensor:
+    def embed(self, table: Tensor, ids: Sequence[int] | Array) -> Tensor:
         """[vocab, hidden], [T] -> [T, hidden]."""
         return table.index_select(0, self.device.integers(ids)).float()
 
@@ -283,31 +284,57 @@ class CudaBackend:
     def logits(
         self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
     ) -> npt.NDArray[np.float32]:
-        """[T] -> [T, vocab]; a step that only decodes is replayed, see ``graphs.py``."""
+        """[T] -> [T, vocab]."""
+        return self._stepped(network, partial(self._logits, network), tokens, batch, pools)
+
+    def whole_step(
+        self,
+        compute: Compute,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> npt.NDArray[np.float32]:
+        """[T] -> [T, vocab]."""
+        return self._stepped(compute, compute, tokens, batch, pools)
+
+    def _stepped(
+        self,
+        model: Hashable,
+        compute: Compute,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> npt.NDArray[np.float32]:
+        """A step that only decodes is replayed, see ``graphs.py``; any other is launched."""
         shape = shape_of(batch)
         if shape is None:
-            return logits(self, tokens, network, batch, pools)
+            self._step(batch)  # before its arrays are asked for one by one
+            return self.to_host(compute(tokens, batch, pools))
         ours = [pool for pool in pools if isinstance(pool, CudaPool)]
         for group, pool in dict(zip(batch.group_of_layer, ours, strict=True)).items():
             _require_slots(batch.groups[group].slots, pool)
             _require_readable(batch.groups[group], pool)
-        known, key = ours[0].graphs, (network, shape, self.exact)
+        known, key = ours[0].graphs, (model, shape, self.exact)
         if key not in known:
-            known[key] = StepGraph(self, network, ours, shape, batch)
+            known[key] = StepGraph(self, compute, ours, shape, batch)
         return self.to_host(known[key].run(tokens, batch))
 
-    def compute(
-        self, tokens: Tensor, network: Network, step: steps.Step, pools: Sequence[PagePool]
+    def computed(
+        self, compute: Compute, tokens: Any, step: steps.Step, pools: Sequence[PagePool]
     ) -> Tensor:
         """Logits of a step that is on the device, tokens too; copies nothing there or back."""
         self._take(step)
-        x = network.embed.index_select(0, tokens).float()
-        held = self._run(x, network.blocks, step.batch, pools)
-        kind = network.head.dtype
-        _, normed = self._layers.norm(held, network.norm, network.norm_eps, kind)
-        out = self._products(normed, network.head)
+        out = compute(tokens, step.batch, pools)
         self._last = self._angles = None  # the same arrays hold other numbers next time
         return out
+
+    def _logits(
+        self, network: Network, tokens: Any, batch: PagedBatch, pools: Sequence[PagePool]
+    ) -> Tensor:
+        held = self._run(self.embed(network.embed, tokens), network.blocks, batch, pools)
+        kind = network.head.dtype
+        _, normed = self._layers.norm(held, network.norm, network.norm_eps, kind)
+        return self._products(normed, network.head)
 
     def to_host(self, x: Tensor) -> npt.NDArray[np.float32]:
         """A copy in host memory; waits for what it depends on."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quire.backends.blocks import Network
+from quire.backends.base import Compute
 from quire.backends.cuda.attending import SPLIT
 from quire.backends.cuda.device import Device
 from quire.backends.cuda.pool import CudaPool
@@ -30,7 +30,7 @@ __all__ = ["MOST", "StepGraph", "StepShape", "shape_of"]
 IntArray = npt.NDArray[np.int64]
 Tensor = Any
 
-MOST = 64  # sequences of the largest bucket
+MOST = 256  # sequences of the largest bucket
 _PAGES = 64  # page ids of the smallest
 
 
@@ -62,8 +62,10 @@ class Computes(Protocol):
 
     device: Device
 
-    def compute(self, tokens: Tensor, network: Network, step: Step, pools: Sequence[Any]) -> Tensor:
-        """Logits float32 [T, vocab] of a step whose arrays and tokens are on the device."""
+    def computed(
+        self, compute: Compute, tokens: IntArray, step: Step, pools: Sequence[Any]
+    ) -> Tensor:
+        """Logits float32 [T, vocab] of a step whose arrays, tokens too, have copies there."""
 
 
 class StepGraph:
@@ -72,12 +74,12 @@ class StepGraph:
     def __init__(
         self,
         backend: Computes,
-        network: Network,
+        compute: Compute,
         pools: Sequence[CudaPool],
         shape: StepShape,
         like: PagedBatch,
     ) -> None:
-        self._backend, self._network, self._pools, self.shape = backend, network, pools, shape
+        self._backend, self._model, self._pools, self.shape = backend, compute, pools, shape
         self._buffers = _Buffers(backend.device, shape, like)
         self._graph: Any = None
         self._logits: Tensor = None
@@ -95,7 +97,7 @@ class StepGraph:
 
     def _compute(self) -> Tensor:
         held = self._buffers
-        return self._backend.compute(held.tokens, self._network, held.step, self._pools)
+        return self._backend.computed(self._model, held.tokens, held.step, self._pools)
 
     def _capture(self) -> Any:
         """Runs the step once, so that kernels are compiled and libraries ready, then captures it.
@@ -116,7 +118,7 @@ class StepGraph:
 class _Buffers:
     """A step's integers at fixed addresses: one array on the host, pinned, and its copy.
 
-    ``tokens`` are the device's; ``step`` is a batch whose arrays are parts of the host's.
+    ``tokens`` and the arrays of ``step.batch`` are parts of the host's, whose copies ``step`` has.
     """
 
     def __init__(self, device: Device, shape: StepShape, like: PagedBatch) -> None:
@@ -130,8 +132,8 @@ class _Buffers:
         self._host, self._there = device.mirrored(self._fixed + shape.pages)
         here, ends = self._host.numpy(), list(accumulate([0, *lengths, shape.pages]))
         copies = [(here[a:b], self._there[a:b]) for a, b in pairwise(ends)]
-        (_, self.tokens), parts = copies[0], iter([array for array, _ in copies])
-        self._new = next(parts)
+        parts = iter([array for array, _ in copies])
+        self.tokens = next(parts)
         self._indices = copies[-1][0]
         self.batch = self._static(parts, like)
         none = NO_OPEN_PAGES.indptr, self._there[:0]
@@ -152,7 +154,7 @@ class _Buffers:
     def fill(self, tokens: Sequence[int], batch: PagedBatch) -> None:
         """Put a step into the buffers, those of the device too: in one copy of what is used."""
         into, used = self.batch, 0
-        _put(self._new, tokens, 0)
+        _put(self.tokens, tokens, 0)
         _put(into.positions, batch.positions, 0)
         _put(into.places, batch.places, 0)
         _put(into.query_indptr, batch.query_indptr, len(tokens))

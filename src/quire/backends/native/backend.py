@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quire.backends.base import Compute
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
@@ -110,7 +111,7 @@ class NativeBackend:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
         return NativePool(self._native, shape, num_pages, open_pages)
 
-    def embed(self, table: Any, ids: Sequence[int]) -> Array:
+    def embed(self, table: Any, ids: Sequence[int] | Array) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""
         out = np.empty((len(ids), table.columns), np.float32)
         self._native.embed(table, np.asarray(ids, dtype=np.int64), out)
@@ -307,6 +308,16 @@ class NativeBackend:
     ) -> npt.NDArray[np.float32]:
         """[T] -> [T, vocab], all layers in one call."""
         return logits(self, tokens, network, batch, pools)
+
+    def whole_step(
+        self,
+        compute: Compute,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> npt.NDArray[np.float32]:
+        """[T] -> [T, vocab], computed anew."""
+        return self.to_host(compute(tokens, batch, pools))
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""
