@@ -493,15 +493,20 @@ QUICK = "test_large_scores or test_a_lone or test_append or smallest or 6x3x33 o
     "tests",
     [
         ["tests/test_cuda.py", "tests/test_cuda_shapes.py"],
+        ["tests/test_cuda_fused.py"],
         ["tests/conformance/test_ops.py", "-k", "cuda"],
         ["tests/conformance/test_attention.py", "-k", f"cuda and ({QUICK})"],
         [*PACKED, "-k", f"cuda and ({QUICK_PACKED})"],
-        pytest.param(["tests/test_cuda.py", "-m", "slow", "-k", "not compile"], marks=slow),
+        pytest.param(
+            ["tests/test_cuda.py", "tests/test_cuda_fused.py", "-m", "slow", "-k", "not compile"],
+            marks=slow,
+        ),
         pytest.param(["tests/conformance/test_attention.py", "-k", "cuda", "-n", "2"], marks=slow),
         pytest.param([*PACKED, "-k", "cuda", "-n", "2"], marks=slow),
     ],
     ids=[
         "cuda",
+        "fused",
         "ops",
         "attention",
         "packed",

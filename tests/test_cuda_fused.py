@@ -1,25 +1,30 @@
 """A decoder layer of the cuda backend: the bits of its ops one by one, in few launches."""
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import quire
 from conformance import activations
 from conformance.test_packed_pages import Book, Case
+from quire.analysis.memory import BOOKS
 from quire.backends import AttentionParams, Backend, MlpParams, Network, Projection, create_backend
 from quire.backends.blocks import attention_block, attention_rows, mlp_block
 from quire.backends.rope import inverse_frequencies
 from quire.batch import PagedBatch
 from quire.config import RopeConfig
 from test_cuda import RUNS, STATUS
+from tiny import random_prompt, tiny_engine, write_llama
 
 pytestmark = pytest.mark.skipif(not RUNS, reason=f"cuda: {STATUS['cuda'].detail}")
 
@@ -245,6 +250,68 @@ def _step(book: Book, counts: list[int]) -> tuple[PagedBatch, list[Any]]:
 
 def _one(book: Book, counts: list[int]) -> tuple[PagedBatch, Any]:
     return book.batch(counts), book.pool
+
+
+class Held(TorchDispatchMode if RUNS else object):
+    """The most bytes that tensors made meanwhile take at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.is_watching = True
+        self._users: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        if not self.is_watching:
+            return out
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                self._add(tensor, before)
+        return out
+
+    def _add(self, tensor: Any, before: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place in before and not self._users[place]:
+            return  # a view of what was there
+        self.now += 0 if self._users[place] else size
+        self.most = max(self.most, self.now)
+        self._users[place] += 1
+        weakref.finalize(tensor, self._drop, place, size)
+
+    def _drop(self, place: int, size: int) -> None:
+        self._users[place] -= 1
+        self.now -= 0 if self._users[place] else size
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_a_step_takes_no_more_than_is_planned(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prefill of as many tokens as a step may have; tables that any model needs left out."""
+    monkeypatch.setattr(
+        "quire.engine.engine.create_backend", lambda *asked: create_backend("cuda-exact")
+    )
+    monkeypatch.setattr("quire.backends.cuda.layer._ROWS", 16)
+    sizes = {"hidden_size": 48, "intermediate_size": 400, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24}
+    model = write_llama(tmp_path / "model", dtype=dtype, **sizes, **heads)
+    engine = tiny_engine(model, max_batch_tokens=90, max_sequences=1)
+    engine.submit(random_prompt(90), quire.SamplingParams(max_new_tokens=2))
+    planned = engine.plan.memory.workspace
+    device, inner, held = engine.backend.device, engine.backend.device.launch, Held()
+
+    def launch(*args: Any, **named: Any) -> None:
+        held.is_watching = False  # an interpreter copies arguments
+        inner(*args, **named)
+        held.is_watching = True
+
+    monkeypatch.setattr(device, "launch", launch)
+    with held:
+        engine.step()
+    assert 90 * 400 * 4 < held.most <= planned.activations - BOOKS + planned.logits
 
 
 # -- launches ------------------------------------------------------------------------------------
