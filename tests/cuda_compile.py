@@ -96,12 +96,13 @@ def types(kernel: Any, given: dict[str, Any]) -> tuple[dict[str, str], dict[Any,
     """Signature and alignments of a kernel's arguments, as a launch would find them."""
     known = {"num_sequences": "i32", "window": "i32", "SPLIT": "i32", "unit": "fp32"}
     known |= dict.fromkeys(("key_scale", "value_scale"), "*i16")
-    known |= dict.fromkeys(("out", "query", "part_mixed", "part_best", "part_total"), "*fp32")
+    known |= dict.fromkeys(("query", "part_mixed", "part_best", "part_total"), "*fp32")
     known |= {"num_pages": "i32", "first": "i32", "packed": "*u8"}
     known |= dict.fromkeys(("opened", "packed_step", "packed_least"), "*i16")
     known |= dict.fromkeys(
         ("key_least", "value_least", "open_key_scale", "open_value_scale"), "*i16"
     )
+    known["out"] = POINTERS[given.get("OUT", "fp32")]
     for name in ("key", "value", "open_key", "open_value"):
         known[name] = POINTERS.get(given.get(name.upper(), ""), "*u8")
     signature = {
