@@ -67,7 +67,11 @@ def launches(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], atten
         ("prefill, roomy", attention.prefill_kernel, roomy, 0),
     ):
         given = {**sizes, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys}
-        more = {"HEADS": KV_HEADS} if split is None else {"SPLIT": split, "PARTS": False}
+        more = (
+            {"HEADS": KV_HEADS}
+            if split is None
+            else {"SPLIT": split, "PARTS": False, "OUT": "bf16"}
+        )
         yield name, kernel, {**given, **more}, tiles
     yield from _seals(shape)
     moved = {"PUT": True, "WIDE": True, "BLOCK": 4096}
@@ -99,7 +103,8 @@ def types(kernel: Any, given: dict[str, Any]) -> tuple[dict[str, str], dict[Any,
     known = {"num_sequences": "i32", "window": "i32", "SPLIT": "i32", "unit": "fp32"}
     known["length"] = "i32"
     known |= dict.fromkeys(("key_scale", "value_scale"), "*i16")
-    known |= dict.fromkeys(("out", "query", "part_mixed", "part_best", "part_total"), "*fp32")
+    known |= dict.fromkeys(("query", "part_mixed", "part_best", "part_total"), "*fp32")
+    known["out"] = "*i16"
     known |= {"num_pages": "i32", "first": "i32", "packed": "*u8", "rows": "*i32", "words": "i32"}
     known |= dict.fromkeys(("opened", "packed_step", "packed_least"), "*i16")
     known |= dict.fromkeys(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import quire
+from checkpoints import tiny_config, write_checkpoint
 from conformance import activations
 from conformance.test_attention import Case, hard_vectors, lay_out, new_pool
 from conformance.test_packed_pages import Book
@@ -28,7 +29,7 @@ from quire.errors import BackendError
 from quire.format_choice import parse_formats
 from quire.pages import PageShape
 from recording import Recorder, same_bits
-from tiny import random_prompt, tiny_engine, write_llama
+from tiny import VOCAB, random_prompt, tiny_engine, write_llama
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 STATUS = {status.name: status for status in backend_status()}
@@ -215,6 +216,22 @@ def test_a_step_padded_to_its_bucket_gives_the_bits_of_one_that_is_not(
     on_cuda: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    require_bits_of_padding(models[kind], settings, monkeypatch)
+
+
+@runs
+def test_a_padded_step_of_a_model_that_goes_op_by_op(
+    tmp_path: Path, on_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2: what is captured is told by its ops alone."""
+    config = tiny_config("gpt2", vocab_size=VOCAB)
+    require_bits_of_padding(write_checkpoint(tmp_path / "gpt2", config), {}, monkeypatch)
+
+
+def require_bits_of_padding(
+    model: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of three sequences run in a bucket of four."""
     seen, inner = [], StepGraph.run
 
     def counted(self: StepGraph, tokens: Any, batch: Any) -> Any:
@@ -222,10 +239,10 @@ def test_a_step_padded_to_its_bucket_gives_the_bits_of_one_that_is_not(
         return inner(self, tokens, batch)
 
     monkeypatch.setattr(StepGraph, "run", counted)
-    padded = decoded(models[kind], 5, **settings)
+    padded = decoded(model, 5, **settings)
     assert (3, StepShape(4, 1, 64)) in seen
     monkeypatch.setattr("quire.backends.cuda.backend.shape_of", lambda batch: None)
-    plain = decoded(models[kind], 5, **settings)
+    plain = decoded(model, 5, **settings)
     assert [position for position, _ in padded] == [position for position, _ in plain]
     assert all(same_bits(a, b) for (_, a), (_, b) in zip(padded, plain, strict=True))
 
@@ -288,7 +305,9 @@ def test_steps_are_put_into_buckets() -> None:
     assert shape(3, 255) == StepShape(4, 1, 64)
     assert shape(5, 256) == StepShape(8, 2, 128)
     assert shape(64, 511) == StepShape(64, 2, 2048)
-    assert shape(65, 0) is None
+    assert shape(65, 0) == StepShape(128, 1, 128)
+    assert shape(256, 0) == StepShape(256, 1, 256)
+    assert shape(257, 0) is None
     assert shape_of(lay_out(Case(((0, 2), (3, 1)), (1, 1, 8))).batch) is None
     assert shape_of(lay_out(Case(((3, 1), (3, 0)), (1, 1, 8))).batch) is None
 
@@ -496,6 +515,7 @@ QUICK = "long_prefixes or large_scores or a_lone or test_append or smallest or 6
         ["tests/test_cuda.py", "tests/test_cuda_shapes.py", "tests/test_cuda_streams.py"],
         ["tests/test_cuda_sampling.py", "tests/conformance/test_choosing.py", "-k", "cuda"],
         ["tests/test_cuda_ahead.py"],
+        ["tests/test_cuda_fused.py"],
         ["tests/conformance/test_ops.py", "-k", "cuda"],
         ["tests/conformance/test_attention.py", "-k", f"cuda and ({QUICK})"],
         [*PACKED, "-k", f"cuda and ({QUICK_PACKED})"],
@@ -506,6 +526,8 @@ QUICK = "long_prefixes or large_scores or a_lone or test_append or smallest or 6
     ids=[
         "cuda",
         "sampling",
+        "ahead",
+        "fused",
         "ops",
         "attention",
         "packed",
@@ -529,8 +551,9 @@ def test_interpreted(tests: list[str]) -> None:
 
 @pytest.mark.slow  # about three minutes
 @pytest.mark.skipif(not INSTALLED, reason="the extra cuda is not installed")
-def test_attention_kernels_compile_and_fit_the_shared_memory_of_every_card() -> None:
-    script = Path(__file__).parent / "cuda_compile.py"
+@pytest.mark.parametrize("name", ["cuda_compile.py", "cuda_compile_between.py"])
+def test_kernels_compile_and_fit_the_shared_memory_of_every_card(name: str) -> None:
+    script = Path(__file__).parent / name
     env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script, "80", "90"],

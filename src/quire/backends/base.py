@@ -5,7 +5,7 @@ head_dim. An ``Array`` is whatever the backend computes with; only the backend l
 Activations are the backend's own precision (float32 on ``reference``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -15,10 +15,11 @@ from quire.batch import ChosenPages, PagedBatch
 from quire.pages import PageFormat, PagePool, PageShape
 from quire.sampling import Ask, Choice
 
-__all__ = ["Ahead", "Array", "Backend", "HostArray", "Logits"]
+__all__ = ["Ahead", "Array", "Backend", "Compute", "HostArray", "Logits"]
 
 Array: TypeAlias = Any
 HostArray: TypeAlias = npt.NDArray[Any]
+Compute: TypeAlias = Callable[[Sequence[int], PagedBatch, Sequence[PagePool]], Array]
 
 
 class Ahead(Protocol):
@@ -98,7 +99,7 @@ class Backend(Protocol):
         :meth:`require_formats` does.
         """
 
-    def embed(self, table: Array, ids: Sequence[int]) -> Array:
+    def embed(self, table: Array, ids: Sequence[int] | HostArray) -> Array:
         """Rows ``ids`` [T] of ``table`` [vocab, hidden] -> [T, hidden]. ids are in range."""
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -223,6 +224,21 @@ class Backend(Protocol):
         self, tokens: Sequence[int], network: Any, batch: PagedBatch, pools: Sequence[PagePool]
     ) -> Logits:
         """All of a step whose every row is wanted: see :func:`blocks.logits` and ``Network``."""
+
+    def whole_step(
+        self,
+        compute: Compute,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> Logits:
+        """``compute(tokens, batch, pools)``, logits [T, vocab] of every row.
+
+        A backend may keep what that launches and launch it again for another batch of the same
+        shape. So ``compute`` must be the same object for each step of a model, work by the
+        backend's ops alone, and hand the arrays of the batch that it is called with to them as
+        they are: what it reads of their numbers itself is that of some earlier step.
+        """
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """Rows ``indices`` of x [T, n] -> [len(indices), n]."""

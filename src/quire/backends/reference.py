@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.base import Logits
+from quire.backends.base import Compute, Logits
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
@@ -75,7 +75,7 @@ class ReferenceBackend:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
         return ReferencePool(shape, num_pages, open_pages)
 
-    def embed(self, table: Array, ids: Sequence[int]) -> Array:
+    def embed(self, table: Array, ids: Sequence[int] | Array) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""
         return np.asarray(table[np.asarray(ids, dtype=np.int64)])
 
@@ -220,6 +220,16 @@ class ReferenceBackend:
     ) -> Logits:
         """[T] -> [T, vocab], op by op."""
         return logits(self, tokens, network, batch, pools)
+
+    def whole_step(
+        self,
+        compute: Compute,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> Logits:
+        """[T] -> [T, vocab], computed anew."""
+        return self.to_logits(compute(tokens, batch, pools))
 
     def to_logits(self, x: Array) -> HostLogits:
         """The array itself."""

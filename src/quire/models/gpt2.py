@@ -28,13 +28,22 @@ class GPT2:
 
         ``rows`` ascend.
         """
+        if len(rows) == len(tokens) and isinstance(pools, tuple):
+            return self.backend.whole_step(self._logits, tokens, batch, pools)
+        attend = self._attending(batch)
+        return self.backend.to_logits(self._run((tokens, rows), batch, pools, attend))
 
+    def _logits(self, tokens: Sequence[int], batch: PagedBatch, pools: Sequence[PagePool]) -> Any:
+        """[T] -> [T, vocab], the backend's own."""
+        return self._run((tokens, range(len(tokens))), batch, pools, self._attending(batch))
+
+    def _attending(self, batch: PagedBatch) -> Callable[[int, Any, PagePool], Any]:
         groups = batch.group_of_layer
 
         def attend(layer: int, query: Any, pool: PagePool) -> Any:
             return self.backend.attend(query, pool, batch, groups[layer])
 
-        return self._run((tokens, rows), batch, pools, attend)
+        return attend
 
     def forward_with(
         self,
@@ -45,7 +54,8 @@ class GPT2:
         attend: Callable[[int, Any], Any],
     ) -> Logits:
         """See :class:`quire.models.CausalLM`."""
-        return self._run((tokens, rows), batch, pools, lambda layer, query, _: attend(layer, query))
+        mixed = self._run((tokens, rows), batch, pools, lambda layer, q, _: attend(layer, q))
+        return self.backend.to_logits(mixed)
 
     def _run(
         self,
@@ -53,13 +63,11 @@ class GPT2:
         batch: PagedBatch,
         pools: Sequence[PagePool],
         attend: Callable[[int, Any, PagePool], Any],
-    ) -> Logits:
-        """``asked``: tokens [T], and which of them want logits."""
+    ) -> Any:
+        """Logits [R, vocab]. ``asked``: tokens [T], and which of them want logits."""
         backend, params, (tokens, rows) = self.backend, self.params, asked
-        positions = batch.positions.tolist()
-        x = backend.add(
-            backend.embed(params["embed"], tokens), backend.embed(params["positions"], positions)
-        )
+        at = backend.embed(params["positions"], batch.positions)
+        x = backend.add(backend.embed(params["embed"], tokens), at)
         for layer, pool in enumerate(pools):
             at = f"layers.{layer}."
             query = self._place(layer, self._norm(at + "attn_norm", x), batch, pool)
@@ -67,7 +75,7 @@ class GPT2:
             x = backend.add(x, self._linear(at + "o", mixed))
             x = backend.add(x, self._mlp(at, self._norm(at + "mlp_norm", x)))
         x = self._norm("norm", backend.rows(x, rows))
-        return backend.to_logits(backend.linear(x, params.get("head", params["embed"])))
+        return backend.linear(x, params.get("head", params["embed"]))
 
     def _norm(self, key: str, x: Any) -> Any:
         weight, bias = self.params[key], self.params[f"{key}_bias"]

@@ -14,6 +14,7 @@ from quire.backends.cuda.attention import (
 )
 from quire.backends.cuda.device import Device
 from quire.backends.cuda.pool import CudaPool
+from quire.backends.cuda.products import KINDS, as_stored
 from quire.backends.cuda.steps import EVERY, Step, StepGroup
 from quire.backends.cuda.stored import Side, power_of_two
 from quire.formats import GROUP
@@ -93,10 +94,12 @@ class Attention:
         self._device, self._exact = device, exact
         self.chosen_tiles = Chosen()
 
-    def __call__(self, query: Tensor, pool: CudaPool, step: Step, group: int) -> Tensor:
-        """query [T, H, D] -> [T, H * value_dim]."""
+    def __call__(
+        self, query: Tensor, pool: CudaPool, step: Step, group: int, dtype: Any = torch.float32
+    ) -> Tensor:
+        """query [T, H, D] -> [T, H * value_dim], rounded to ``dtype`` once it is whole."""
         tokens, heads, _ = query.shape
-        out = self._device.empty((tokens, heads * pool.shape.value_dim))
+        out = self._device.empty((tokens, heads * pool.shape.value_dim), dtype)
         if step.several:
             self._prefill(out, query, pool, step, step.groups[group])
         if step.single:
@@ -120,7 +123,7 @@ class Attention:
         tiles = self._prefill_tiles(shape, share)
         count = len(query) // (tiles.rows // share) + sequences
         length, splits = self._chunk_splits(group, tiles.rows // share, kv_heads)
-        into, best, total = out, out, out
+        into = best = total = as_stored(out)
         if splits > 1:
             rows = (count, kv_heads, splits, tiles.rows)
             into = self._device.empty((*rows, shape.value_dim))
@@ -131,15 +134,17 @@ class Attention:
             group.first_page, sequences, group.window, *_open_tables(group), pool.num_pages,
             *_stored(pool), _unit(pool), length, **self._sizes(pool, share), G=kv_heads,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, SPLIT=SPLIT if self._exact else 0,
-            PARTS=splits > 1, num_warps=tiles.warps, num_stages=tiles.stages,
+            PARTS=splits > 1, OUT=KINDS[out.dtype], num_warps=tiles.warps,
+            num_stages=tiles.stages,
         )  # fmt: skip
         if splits > 1:
             self._device.launch(
                 merge_tiles_kernel, (count, kv_heads, tiles.rows // _MERGED),
-                out, into, best, total, step.places, step.query_indptr, group.first_page,
+                as_stored(out), into, best, total, step.places, step.query_indptr, group.first_page,
                 sequences, group.window, splits, length, G=kv_heads, SHARE=share,
                 DV=shape.value_dim, DVP=_padded(shape.value_dim), PAGE=shape.page_size,
-                BLOCK_M=tiles.rows, ROWS=_MERGED, num_warps=4,
+                BLOCK_M=tiles.rows, ROWS=_MERGED, OUT=KINDS[out.dtype],
+                HARDWARE=self._device.hardware, num_warps=4,
             )  # fmt: skip
 
     def _prefill_tiles(self, shape: PageShape, share: int) -> Tiles:
@@ -192,10 +197,10 @@ class Attention:
         )  # fmt: skip
         self._device.launch(
             merge_kernel, (sequences, kv_heads),
-            out, mixed, best, total, step.places, step.query_indptr, group.first_page,
+            as_stored(out), mixed, best, total, step.places, step.query_indptr, group.first_page,
             group.window, splits, split, G=kv_heads, SHARE=share, DV=shape.value_dim,
             DVP=_padded(shape.value_dim), PAGE=shape.page_size, ROWS=power_of_two(share),
-            num_warps=2,
+            OUT=KINDS[out.dtype], HARDWARE=self._device.hardware, num_warps=2,
         )  # fmt: skip
 
     def _splits(self, step: Step, group: StepGroup, programs: int) -> tuple[int, int]:

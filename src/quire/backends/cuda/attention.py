@@ -18,7 +18,7 @@ begin at ``num_pages``; those that queries of sequence s stand in, from page num
 import triton
 import triton.language as tl
 
-from quire.backends.cuda.codec import narrow
+from quire.backends.cuda.codec import encode_plain, narrow
 from quire.backends.cuda.walking import walk_pages, walk_three_parts
 
 __all__ = ["decode_kernel", "merge_kernel", "merge_tiles_kernel", "prefill_kernel"]
@@ -166,13 +166,14 @@ def _tile(query_indptr, places, num_sequences, SHARE: tl.constexpr, BLOCK_M: tl.
 def _put(
     out, best, total, mixed, token, there, head, rows,
     G: tl.constexpr, SHARE: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    OUT: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """What rows have seen, divided by the sum of their weights, into out [T, G * SHARE, DV]."""
+    """What rows have seen over the sum of their weights, as OUT, into out [T, G * SHARE, DV]."""
     dims = tl.arange(0, DVP)
     to = (token * (G * SHARE) + head * SHARE + rows % SHARE).to(tl.int64) * DV
     mask = there[:, None] & (dims[None, :] < DV)
     result = tl.div_rn(mixed, tl.broadcast_to(total[:, None], mixed.shape))
-    tl.store(out + to[:, None] + dims[None, :], result, mask=mask)
+    tl.store(out + to[:, None] + dims[None, :], encode_plain(result, OUT, HARDWARE), mask=mask)
 
 
 @triton.jit
@@ -201,12 +202,13 @@ def prefill_kernel(
     DKP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr, OPEN_KEY: tl.constexpr,
     OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """Attention of all sequences with two new tokens or more; grid (tiles, G, splits).
 
-    out [T, G * SHARE, DV], query [T, G * SHARE, DK], places [T]; page tables as in GroupBatch.
-    PARTS: each program walks ``length`` places, and out is [tiles, G, splits, BLOCK_M, DV], with
+    out [T, G * SHARE, DV], rounded to OUT, query [T, G * SHARE, DK], places [T]; page tables as in
+    GroupBatch. PARTS: each program walks ``length`` places, out is float32 [tiles, G, splits,
+    BLOCK_M, DV], with
     part_best and part_total [tiles, G, splits, BLOCK_M], for :func:`merge_tiles_kernel`. Else one
     walks the whole context: in one go where SPLIT is 0, or merging splits as decode merges them.
     """
@@ -240,7 +242,9 @@ def prefill_kernel(
             part = tile * BLOCK_M + rows
             _put_part(out, part_best, part_total, best, total, mixed, part, there, DV, DVP)
         else:
-            _put(out, best, total, mixed, token, there, head, rows, G, SHARE, DV, DVP)
+            _put(
+                out, best, total, mixed, token, there, head, rows, G, SHARE, DV, DVP, OUT, HARDWARE
+            )  # fmt: skip
 
 
 @triton.jit(
@@ -251,7 +255,7 @@ def merge_tiles_kernel(
     out, part_mixed, part_best, part_total, places, query_indptr, first_page, num_sequences,
     window, splits, length,
     G: tl.constexpr, SHARE: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """The parts of :func:`prefill_kernel`, merged in order; grid (tiles, G, BLOCK_M / ROWS)."""
     sequence, first, last, at_min, at_max = _tile(
@@ -270,7 +274,7 @@ def merge_tiles_kernel(
         DV, DVP, ROWS,
     )  # fmt: skip
     total = tl.where(there, total, 1.0)
-    _put(out, best, total, mixed, token, there, head, rows, G, SHARE, DV, DVP)
+    _put(out, best, total, mixed, token, there, head, rows, G, SHARE, DV, DVP, OUT, HARDWARE)
 
 
 @triton.jit
@@ -342,9 +346,12 @@ def decode_kernel(
 def merge_kernel(
     out, part_mixed, part_best, part_total, places, query_indptr, first_page, window, splits, SPLIT,
     G: tl.constexpr, SHARE: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """The splits of :func:`decode_kernel`, merged in order of place; grid (S, G)."""
+    """The splits of :func:`decode_kernel`, merged in order of place; rounded to OUT.
+
+    Grid (S, G).
+    """
     sequence, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_indptr + sequence)
     if tl.load(query_indptr + sequence + 1) - start == 1:
@@ -359,4 +366,4 @@ def merge_kernel(
             part_mixed, part_best, part_total, part, SHARE, count, there, DV, DVP, ROWS
         )
         total = tl.where(there, total, 1.0)
-        _put(out, best, total, mixed, start, there, head, rows, G, SHARE, DV, DVP)
+        _put(out, best, total, mixed, start, there, head, rows, G, SHARE, DV, DVP, OUT, HARDWARE)

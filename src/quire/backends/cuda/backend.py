@@ -3,7 +3,8 @@
 import functools
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +13,35 @@ import numpy.typing as npt
 import torch
 import triton
 
-from quire.backends.base import Logits
+from quire.backends.base import Compute, Logits
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
     Network,
     attention_block,
     attention_rows,
-    logits,
     mlp_block,
 )
 from quire.backends.cuda import steps
 from quire.backends.cuda.attending import Attention
 from quire.backends.cuda.device import find_device
 from quire.backends.cuda.graphs import StepGraph, shape_of
+from quire.backends.cuda.layer import At, Layers, Residual, fused
 from quire.backends.cuda.memory import tells_of_memory
 from quire.backends.cuda.pool import CudaPool, require_formats
-from quire.backends.cuda.rows import (
-    layer_norm_kernel,
-    linear_kernel,
-    rms_norm_kernel,
-    rope_kernel,
-)
+from quire.backends.cuda.products import Products
+from quire.backends.cuda.rows import layer_norm_kernel, rope_kernel
 from quire.backends.cuda.sampling import CudaLogits
 from quire.backends.cuda.stored import power_of_two
 from quire.backends.selecting import score_bounds, score_signatures
 from quire.batch import ChosenPages, GroupBatch, PagedBatch
 from quire.errors import BackendError
 from quire.pages import PageFormat, PagePool, PageShape
-from quire.rotation import blocks
 
 __all__ = ["CudaBackend"]
 
 Array = npt.NDArray[Any]
 Tensor = Any
-
-_KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_EXACT_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
 
 
 @tells_of_memory
@@ -70,6 +63,8 @@ class CudaBackend:
     def __init__(self, exact: bool = False) -> None:
         self.exact, self.device = exact, find_device()
         self._attention = Attention(self.device, exact)
+        self._products = Products(self.device, exact)
+        self._layers = Layers(self.device, self._products, self._attention)
         self._last: steps.Step | None = None
         self._angles: tuple[Array, Array, Tensor, Tensor] | None = None
         self._frequencies: tuple[Array, Tensor] | None = None
@@ -97,8 +92,9 @@ class CudaBackend:
         with warnings.catch_warnings():  # read-only memory is only read
             warnings.simplefilter("ignore", UserWarning)
             tensor = torch.from_numpy(bits)
-        tensor = tensor.to(self.device.kind, copy=True)
-        return tensor.view(torch.bfloat16) if array.dtype.name == "bfloat16" else tensor
+        if array.dtype.name == "bfloat16":
+            tensor = tensor.view(torch.bfloat16)  # here: a view there would hold its own memory
+        return tensor.to(self.device.kind, copy=True)
 
     def require_formats(self, key: PageFormat, value: PageFormat) -> None:
         """All formats, keys and values apart."""
@@ -108,43 +104,17 @@ class CudaBackend:
         """Zeroed pages in the device's memory."""
         return CudaPool(self.device, shape, num_pages, open_pages)
 
-    def embed(self, table: Tensor, ids: Sequence[int]) -> Tensor:
+    def embed(self, table: Tensor, ids: Sequence[int] | Array) -> Tensor:
         """[vocab, hidden], [T] -> [T, hidden]."""
         return table.index_select(0, self.device.integers(ids)).float()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """[T, in], [out, in], [out] -> [T, out]."""
-        if self.exact:
-            return self._exact_linear(x, weight, bias)
-        narrow = x.to(weight.dtype)
-        if weight.dtype == torch.float32:
-            return torch.nn.functional.linear(narrow, weight, bias)
-        if self.device.hardware:
-            out = torch.mm(narrow, weight.t(), out_dtype=torch.float32)
-        else:
-            out = torch.nn.functional.linear(narrow.float(), weight.float())
-        return out if bias is None else out + bias
-
-    def _exact_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        (rows, inner), columns, tiles = x.shape, len(weight), _EXACT_TILES
-        out = self.device.empty((rows, columns))
-        kind = _KINDS[weight.dtype]
-        grid = -(-columns // tiles["BLOCK_N"]), -(-rows // tiles["BLOCK_M"])
-        self.device.launch(
-            linear_kernel, grid,
-            out, x.contiguous(), weight.view(torch.int16) if kind == "bf16" else weight,
-            out if bias is None else bias, rows, columns, inner,
-            KIND=kind, BIAS=bias is not None, HARDWARE=self.device.hardware, **tiles,
-        )  # fmt: skip
-        return out
+        return self._products(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[..., n], [n] -> [..., n]."""
-        x, n = x.contiguous(), x.shape[-1]
-        out = torch.empty_like(x)
-        grid = (x.numel() // n,)
-        self.device.launch(rms_norm_kernel, grid, out, x, weight, eps, n, BLOCK=power_of_two(n))
-        return out
+        return self._layers.norm(Residual(x), weight, eps, torch.float32)[1]
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """[..., n], [n], [n] -> [..., n]."""
@@ -168,24 +138,11 @@ class CudaBackend:
 
     def hadamard(self, x: Tensor) -> Tensor:
         """[T, heads, D] -> [T, heads, D]."""
-        out = torch.empty_like(x)
-        for block in blocks(x.shape[-1]):
-            part, size, apart = x[..., block], block.stop - block.start, 1
-            while apart < size:
-                pairs = part.reshape(*part.shape[:-1], size // (2 * apart), 2, apart)
-                low, high = pairs.unbind(-2)
-                part = torch.stack((low + high, low - high), -2).reshape(part.shape)
-                apart *= 2
-            out[..., block] = part * float(np.float32(1 / np.sqrt(size)))
-        return out
+        return self._layers.hadamard(x)
 
     def activate(self, x: Tensor, kind: str) -> Tensor:
         """Any shape -> the same."""
-        if kind == "relu":
-            return torch.relu(x)
-        if kind == "silu":
-            return torch.nn.functional.silu(x)
-        return torch.nn.functional.gelu(x, approximate="none" if kind == "gelu" else "tanh")
+        return self._layers.activate(x, kind)
 
     def multiply(self, x: Tensor, y: Tensor) -> Tensor:
         """Equal shapes -> the same."""
@@ -250,15 +207,16 @@ class CudaBackend:
         return x.index_select(0, self.device.integers(indices))
 
     def block(self, params: AttentionParams | MlpParams) -> Any:
-        """The parameters as they are."""
-        return params
+        """Matrices that meet the same numbers become one, of which the parameters are rows."""
+        joined = fused(params)
+        self.device.give_back()  # what they lay in
+        return joined
 
     def attention_block(
         self, x: Tensor, block: Any, batch: PagedBatch, pool: PagePool, group: int
     ) -> Tensor:
-        """[T, hidden] -> [T, hidden], op by op."""
-        self._step(batch)  # before its positions and slots are asked for one by one
-        return attention_block(self, x, block, batch, pool, group=group)
+        """[T, hidden] -> [T, hidden]."""
+        return self._attend(Residual(x), block, batch, pool, group).sum()
 
     def attention_rows(
         self,
@@ -270,13 +228,21 @@ class CudaBackend:
         group: int,
         rows: Sequence[int],
     ) -> Tensor:
-        """[T, hidden] -> [R, hidden], op by op."""
-        self._step(batch)
-        return attention_rows(self, x, block, batch, pool, group=group, rows=rows)
+        """[T, hidden] -> [R, hidden]."""
+        step = self._step(batch)
+        if isinstance(block, AttentionParams):
+            return attention_rows(self, x, block, batch, pool, group=group, rows=rows)
+        _require(step, pool, group, len(x))
+        params, layers = block.params, self._layers
+        _, normed = layers.norm(Residual(x), params.norm, params.norm_eps, block.whole.dtype)
+        layers.keep(normed, block, self._at(step, pool, group, params.inv_freq))
+        some = self._step(batch.select(np.asarray(rows, dtype=np.int64)))
+        at = self._at(some, pool, group, params.inv_freq)
+        return self.rows(x, rows) + layers.mix(self.rows(normed, rows), block, at)
 
     def mlp_block(self, x: Tensor, block: Any) -> Tensor:
-        """[T, hidden] -> [T, hidden], op by op."""
-        return mlp_block(self, x, block)
+        """[T, hidden] -> [T, hidden]."""
+        return self._transform(Residual(x), block).sum()
 
     def layers(
         self,
@@ -285,41 +251,95 @@ class CudaBackend:
         batch: PagedBatch,
         pools: Sequence[PagePool],
     ) -> Tensor:
-        """[T, hidden] -> [T, hidden], half by half."""
+        """[T, hidden] -> [T, hidden]."""
+        return self._run(x, blocks, batch, pools).sum()
+
+    def _run(
+        self,
+        x: Tensor,
+        blocks: Sequence[tuple[Any, Any]],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> Residual:
+        held = Residual(x)
         for (attention, mlp), pool, group in zip(blocks, pools, batch.group_of_layer, strict=False):
-            x = self.mlp_block(self.attention_block(x, attention, batch, pool, group), mlp)
-        return x
+            held = self._attend(held, attention, batch, pool, group)
+            held = self._transform(held, mlp)
+        return held
+
+    def _attend(
+        self, held: Residual, block: Any, batch: PagedBatch, pool: PagePool, group: int
+    ) -> Residual:
+        step = self._step(batch)  # before its positions and slots are asked for one by one
+        if isinstance(block, AttentionParams):
+            return Residual(attention_block(self, held.sum(), block, batch, pool, group=group))
+        _require(step, pool, group, len(held.x))
+        at = self._at(step, pool, group, block.params.inv_freq)
+        return self._layers.attention(held, block, at)
+
+    def _transform(self, held: Residual, block: Any) -> Residual:
+        if isinstance(block, MlpParams):
+            return Residual(mlp_block(self, held.sum(), block))
+        return self._layers.mlp(held, block)
 
     def logits(
         self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
     ) -> Logits:
-        """[T] -> [T, vocab]; a step that only decodes is replayed, see ``graphs.py``."""
+        """[T] -> [T, vocab]."""
+        return self._stepped(network, partial(self._logits, network), tokens, batch, pools)
+
+    def whole_step(
+        self,
+        compute: Compute,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> Logits:
+        """[T] -> [T, vocab]."""
+        return self._stepped(compute, compute, tokens, batch, pools)
+
+    def _stepped(
+        self,
+        model: Hashable,
+        compute: Compute,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> Logits:
+        """A step that only decodes is replayed, see ``graphs.py``; any other is launched."""
         shape = shape_of(batch)
         if shape is None:
-            return logits(self, tokens, network, batch, pools)
+            self._step(batch)  # before its arrays are asked for one by one
+            return self.to_logits(compute(tokens, batch, pools))
         ours = [pool for pool in pools if isinstance(pool, CudaPool)]
         for group, pool in dict(zip(batch.group_of_layer, ours, strict=True)).items():
             _require_slots(batch.groups[group].slots, pool)
             _require_readable(batch.groups[group], pool)
-        known, key = ours[0].graphs, (network, shape, self.exact)
+        known, key = ours[0].graphs, (model, shape, self.exact)
         if key not in known:
-            known[key] = StepGraph(self, network, ours, shape, batch)
+            known[key] = StepGraph(self, compute, ours, shape, batch)
         return known[key].run(tokens, batch)
 
-    def compute(
-        self, tokens: Tensor, network: Network, step: steps.Step, pools: Sequence[PagePool]
+    def computed(
+        self, compute: Compute, tokens: Any, step: steps.Step, pools: Sequence[PagePool]
     ) -> Tensor:
         """Logits of a step that is on the device, tokens too; copies nothing there or back."""
         self._take(step)
-        x = network.embed.index_select(0, tokens).float()
-        x = self.layers(x, network.blocks, step.batch, pools)
-        out = self.linear(self.rms_norm(x, network.norm, network.norm_eps), network.head)
+        out = compute(tokens, step.batch, pools)
         self._last = self._angles = None  # the same arrays hold other numbers next time
         return out
 
     def to_logits(self, x: Tensor) -> CudaLogits:
         """[n, vocab] where they are."""
         return CudaLogits(self.device, x)
+
+    def _logits(
+        self, network: Network, tokens: Any, batch: PagedBatch, pools: Sequence[PagePool]
+    ) -> Tensor:
+        held = self._run(self.embed(network.embed, tokens), network.blocks, batch, pools)
+        kind = network.head.dtype
+        _, normed = self._layers.norm(held, network.norm, network.norm_eps, kind)
+        return self._products(normed, network.head)
 
     def to_host(self, x: Tensor) -> npt.NDArray[np.float32]:
         """A copy in host memory; waits for what it depends on."""
@@ -336,6 +356,10 @@ class CudaBackend:
         self._last, self._angles = step, None
         self.device.hold(step.held)
 
+    def _at(self, step: steps.Step, pool: PagePool, group: int, inv_freq: Array) -> At:
+        assert isinstance(pool, CudaPool)
+        return At(pool, step, group, self._cos_and_sin(step.batch.positions, inv_freq))
+
     def _cos_and_sin(self, positions: Array, inv_freq: Array) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [T, D/2] of a step's tokens: of float32 products, in float64."""
         last = self._angles
@@ -351,6 +375,16 @@ class CudaBackend:
         if self._frequencies is None or self._frequencies[0] is not inv_freq:
             self._frequencies = inv_freq, self.device.to_device(inv_freq)
         return self._frequencies[1]
+
+
+def _require(step: steps.Step, pool: PagePool, group: int, tokens: int) -> None:
+    """Raise BackendError for what a step cannot store or read; known already if it is static."""
+    assert isinstance(pool, CudaPool)
+    if tokens != step.batch.num_tokens:
+        raise BackendError(f"{tokens} rows for {step.batch.num_tokens} tokens")
+    if step.reach is None:
+        _require_slots(step.batch.groups[group].slots, pool)
+        _require_readable(step.batch.groups[group], pool)
 
 
 def _require_slots(slots: Array, pool: CudaPool) -> None:

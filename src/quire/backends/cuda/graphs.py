@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quire.backends.blocks import Network
+from quire.backends.base import Compute
 from quire.backends.cuda.attending import SPLIT
 from quire.backends.cuda.device import Device
 from quire.backends.cuda.pool import CudaPool
@@ -31,7 +31,7 @@ __all__ = ["MOST", "StepGraph", "StepShape", "shape_of"]
 IntArray = npt.NDArray[np.int64]
 Tensor = Any
 
-MOST = 64  # sequences of the largest bucket
+MOST = 256  # sequences of the largest bucket
 _PAGES = 64  # page ids of the smallest
 
 
@@ -63,8 +63,10 @@ class Computes(Protocol):
 
     device: Device
 
-    def compute(self, tokens: Tensor, network: Network, step: Step, pools: Sequence[Any]) -> Tensor:
-        """Logits float32 [T, vocab] of a step whose arrays and tokens are on the device."""
+    def computed(
+        self, compute: Compute, tokens: IntArray, step: Step, pools: Sequence[Any]
+    ) -> Tensor:
+        """Logits float32 [T, vocab] of a step whose arrays, tokens too, have copies there."""
 
 
 class StepGraph:
@@ -73,12 +75,12 @@ class StepGraph:
     def __init__(
         self,
         backend: Computes,
-        network: Network,
+        compute: Compute,
         pools: Sequence[CudaPool],
         shape: StepShape,
         like: PagedBatch,
     ) -> None:
-        self._backend, self._network, self._pools, self.shape = backend, network, pools, shape
+        self._backend, self._model, self._pools, self.shape = backend, compute, pools, shape
         self._buffers = _Buffers(backend.device, shape, like)
         self._graph: Any = None
         self._out: tuple[Tensor, Tensor] | None = None
@@ -102,7 +104,7 @@ class StepGraph:
     def _compute(self) -> tuple[Tensor, Tensor]:
         """Logits, and which of each row is the largest: most steps need no more of them."""
         held = self._buffers
-        logits = self._backend.compute(held.tokens, self._network, held.step, self._pools)
+        logits = self._backend.computed(self._model, held.tokens, held.step, self._pools)
         return logits, best_of(self._backend.device, logits)
 
     def _capture(self) -> Any:
@@ -128,7 +130,7 @@ class StepGraph:
 class _Buffers:
     """A step's integers at fixed addresses: one array on the host, pinned, and its copy.
 
-    ``tokens`` are the device's; ``step`` is a batch whose arrays are parts of the host's.
+    ``tokens`` and the arrays of ``step.batch`` are parts of the host's, whose copies ``step`` has.
     """
 
     def __init__(self, device: Device, shape: StepShape, like: PagedBatch) -> None:
@@ -142,8 +144,8 @@ class _Buffers:
         self._host, self._there = device.mirrored(self._fixed + shape.pages)
         here, ends = self._host.numpy(), list(accumulate([0, *lengths, shape.pages]))
         copies = [(here[a:b], self._there[a:b]) for a, b in pairwise(ends)]
-        (_, self.tokens), parts = copies[0], iter([array for array, _ in copies])
-        self._new = next(parts)
+        parts = iter([array for array, _ in copies])
+        self.tokens = next(parts)
         self._indices = copies[-1][0]
         self.batch = self._static(parts, like)
         none = NO_OPEN_PAGES.indptr, self._there[:0]
@@ -166,7 +168,7 @@ class _Buffers:
         self._device.wait(self._copied)
         into, used = self.batch, 0
         there = isinstance(tokens, torch.Tensor)  # chosen by the step before
-        _put(self._new, () if there else tokens, 0)
+        _put(self.tokens, () if there else tokens, 0)
         _put(into.positions, batch.positions, 0)
         _put(into.places, batch.places, 0)
         _put(into.query_indptr, batch.query_indptr, len(tokens))
@@ -186,7 +188,7 @@ class _Buffers:
         self._device.renew(self._there, self._host, self._fixed + used)
         self._copied = self._device.mark()
         if there:
-            self.tokens[: len(tokens)].copy_(tokens)
+            self._there[: len(tokens)].copy_(tokens)
 
 
 def _put(into: IntArray, numbers: Any, rest: int) -> None:

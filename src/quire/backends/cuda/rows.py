@@ -1,23 +1,11 @@
-"""Dense work whose sums Quire orders itself, in Triton: norms, rotary embedding, exact products."""
+"""Dense work op by op, in Triton: layer norms, rotary embedding, products of one order."""
 
 import triton
 import triton.language as tl
 
 from quire.backends.cuda.codec import narrow, operand
 
-__all__ = ["layer_norm_kernel", "linear_kernel", "rms_norm_kernel", "rope_kernel"]
-
-
-@triton.jit
-def rms_norm_kernel(out, x, weight, eps, n: tl.constexpr, BLOCK: tl.constexpr):
-    """x [rows, n] / sqrt(mean(x²) + eps) * weight; one program a row."""
-    row = tl.program_id(0).to(tl.int64) * n
-    dims = tl.arange(0, BLOCK)
-    numbers = tl.load(x + row + dims, mask=dims < n, other=0.0)
-    mean = tl.div_rn(tl.sum(numbers * numbers, axis=0), n * 1.0)
-    scaled = tl.div_rn(numbers, tl.sqrt_rn(mean + eps))
-    scaled *= tl.load(weight + dims, mask=dims < n, other=0.0)
-    tl.store(out + row + dims, scaled, mask=dims < n)
+__all__ = ["layer_norm_kernel", "linear_kernel", "rope_kernel"]
 
 
 @triton.jit
@@ -55,10 +43,12 @@ def rope_kernel(out, x, cos, sin, heads, HALF: tl.constexpr, BLOCK: tl.constexpr
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     out, x, weight, bias, rows, columns, inner,
-    KIND: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+    KIND: tl.constexpr, ROUNDED: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x float32 [rows, inner] times weight [columns, inner] transposed, plus bias [columns].
+    """x [rows, inner] times weight [columns, inner] transposed, plus bias [columns].
+
+    x is float32, or stored as the weights are where ROUNDED.
 
     Every number is summed over ``inner`` from the front in blocks of BLOCK_K, by one program, in
     tiles of one size: its bits do not depend on ``rows``. Grid (tiles of columns, of rows).
@@ -69,10 +59,14 @@ def linear_kernel(
     for first in range(0, inner, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         mask = (m[:, None] < rows) & (k[None, :] < inner)
-        a = tl.load(x + m[:, None].to(tl.int64) * inner + k[None, :], mask=mask, other=0.0)
+        a = tl.load(x + m[:, None].to(tl.int64) * inner + k[None, :], mask=mask, other=0)
         mask = (k[:, None] < inner) & (n[None, :] < columns)
         raw = tl.load(weight + n[None, :].to(tl.int64) * inner + k[:, None], mask=mask, other=0)
-        a, b = narrow(a, KIND, HARDWARE), operand(raw, KIND, HARDWARE)
+        if ROUNDED:
+            a = operand(a, KIND, HARDWARE)
+        else:
+            a = narrow(a, KIND, HARDWARE)
+        b = operand(raw, KIND, HARDWARE)
         total = tl.dot(a, b, total, input_precision="ieee")
     if BIAS:
         total += tl.load(bias + n, mask=n < columns, other=0.0)[None, :]

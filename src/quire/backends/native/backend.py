@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.base import Logits
+from quire.backends.base import Compute, Logits
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
@@ -110,7 +110,7 @@ class NativeBackend:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
         return NativePool(self._native, shape, num_pages, open_pages)
 
-    def embed(self, table: Any, ids: Sequence[int]) -> Array:
+    def embed(self, table: Any, ids: Sequence[int] | Array) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""
         out = np.empty((len(ids), table.columns), np.float32)
         self._native.embed(table, np.asarray(ids, dtype=np.int64), out)
@@ -307,6 +307,16 @@ class NativeBackend:
     ) -> Logits:
         """[T] -> [T, vocab], all layers in one call."""
         return logits(self, tokens, network, batch, pools)
+
+    def whole_step(
+        self,
+        compute: Compute,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+    ) -> Logits:
+        """[T] -> [T, vocab], computed anew."""
+        return self.to_logits(compute(tokens, batch, pools))
 
     def rows(self, x: Array, indices: Sequence[int]) -> Array:
         """[T, n], [R] -> [R, n]."""
