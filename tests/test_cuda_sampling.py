@@ -50,13 +50,13 @@ def on_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of what goes to the host."""
-    shapes, inner = [], Device.to_host
+    shapes, inner = [], Device.fetch
 
     def counted(self: Device, tensor: Any) -> Any:
         shapes.append(tuple(tensor.shape))
         return inner(self, tensor)
 
-    monkeypatch.setattr(Device, "to_host", counted)
+    monkeypatch.setattr(Device, "fetch", counted)
     return shapes
 
 
@@ -99,19 +99,20 @@ def test_an_engine_chooses_what_it_would_from_logits_on_the_host(
 def test_no_row_of_logits_goes_to_the_host(
     models: dict[str, Path], on_cuda: None, fetched: list[tuple[int, ...]]
 ) -> None:
-    """Greedy, a number for each row; else a few. One transfer a step."""
+    """Greedy, a key and a token for each row; else a few numbers. One transfer a step."""
     greedy = tiny_engine(models["full"], num_pages=60)
     for length in (3, 9):
         params = SamplingParams(max_new_tokens=4, ignore_eos=True)
         greedy.submit(random_prompt(length), params)
     for _ in range(4):
-        fetched.clear()
         greedy.step()
-        assert fetched == [(2,)]
     assert not greedy.has_work
+    assert len(fetched) == 4
+    assert set(fetched) <= {(2,), (2, 2)}
+    fetched.clear()
     served(tiny_engine(models["full"], num_pages=60))
     # Seven samples at most: two numbers each, and logprobs of two: two logits, a sum, two others.
-    assert all(len(shape) == 1 and shape[0] <= 7 * 3 + 2 * 5 for shape in fetched)
+    assert all(np.prod(shape) <= 7 * 3 + 2 * 5 for shape in fetched)
     assert 2 * VOCAB > 7 * 3 + 2 * 5
 
 
@@ -143,7 +144,8 @@ def test_logits_that_a_later_step_has_overwritten_are_refused(
         return held[-1]
 
     monkeypatch.setattr(engine._loaded.model, "forward", kept)
-    engine.submit([1, 2, 3], SamplingParams(max_new_tokens=4, ignore_eos=True))
+    waits = SamplingParams(max_new_tokens=4, ignore_eos=True, logprobs=0)  # none runs ahead
+    engine.submit([1, 2, 3], waits)
     for _ in range(3):
         engine.step()
     ask = Ask(0, SamplingParams(), 0.0, [1], 1)
