@@ -157,6 +157,31 @@ def test_logits_that_a_later_step_has_overwritten_are_refused(
     assert held[2].host().shape == (1, VOCAB)  # fetched in time
 
 
+def test_logits_that_another_graph_may_have_overwritten_are_refused(
+    models: dict[str, Path], on_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured steps share memory, also those of other numbers of sequences."""
+    engine = tiny_engine(models["full"])
+    held: list[CudaLogits] = []
+    inner = engine._loaded.model.forward
+
+    def kept(*args: Any) -> Any:
+        held.append(inner(*args))  # type: ignore[arg-type]
+        return held[-1]
+
+    monkeypatch.setattr(engine._loaded.model, "forward", kept)
+    waits = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=0)
+    engine.submit([1, 2, 3], waits)
+    for _ in range(2):
+        engine.step()  # the second replays a step of one sequence
+    engine.submit([4, 5], waits)
+    engine.step()  # launched kernel by kernel
+    engine.step()  # replays one of two
+    assert held[3].shape[0] == 2
+    with pytest.raises(BackendError, match="these logits are gone"):
+        held[1].host()
+
+
 @pytest.mark.parametrize("name", ["cuda", "cuda-exact"])
 def test_a_second_round_comes_only_where_the_largest_were_not_enough(
     name: str, fetched: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch

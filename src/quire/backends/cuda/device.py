@@ -62,6 +62,7 @@ class Device:
     def __init__(self, kind: str, hardware: bool) -> None:
         self.kind, self.hardware = kind, hardware
         self._known: Known | None = None
+        self.replays = 0  # of steps: they share memory, so one may overwrite what any other gave
 
     @property
     def name(self) -> str:

@@ -84,13 +84,12 @@ class StepGraph:
         self._buffers = _Buffers(backend.device, shape, like)
         self._graph: Any = None
         self._out: tuple[Tensor, Tensor] | None = None
-        self._runs = 0
 
     def run(self, tokens: Sequence[int] | Tensor, batch: PagedBatch) -> CudaLogits:
-        """Logits of ``batch`` [T, vocab], on the device until the next run. Waits for nothing."""
+        """Logits of ``batch`` [T, vocab], on the device until any graph runs. Waits for nothing."""
+        device = self._backend.device
         self._buffers.fill(tokens, batch)
-        self._runs += 1
-        if not self._backend.device.hardware:
+        if not device.hardware:
             self._out = self._compute()
         else:
             if self._graph is None:
@@ -98,8 +97,9 @@ class StepGraph:
             self._graph.replay()
         assert self._out is not None
         logits, best = (each[: len(tokens)] for each in self._out)
-        run = self._runs
-        return CudaLogits(self._backend.device, logits, best, lambda: self._runs != run)
+        device.replays += 1
+        now = device.replays
+        return CudaLogits(device, logits, best, lambda: device.replays != now)
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         """Logits, and which of each row is the largest: most steps need no more of them."""
