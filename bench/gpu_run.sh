@@ -5,8 +5,8 @@
 #     OUT=folder bash bench/gpu_run.sh [tests] [bench] [tune] [more]
 #
 # Without a part: tests and bench, within 570 seconds. Nothing of the checkout must be built; what
-# is missing of Python packages is installed in place. Written to $OUT: machine.txt, install.log,
-# tests.log (pytest -m gpu), gpu.json and bench.log (bench/gpu.py), roofline.png, tune.json and
+# is missing of Python packages goes into an environment of its own, which sees the machine's.
+# Written to $OUT: machine.txt, install.log, tests.log (pytest -m gpu), gpu.json and bench.log (bench/gpu.py), roofline.png, tune.json and
 # tune.log (bench/gpu_tune.py), more.log (the cuda backend's other tests).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -15,7 +15,15 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 parts=("$@")
 [ $# -eq 0 ] && parts=(tests bench)
+for part in "${parts[@]}"; do
+  [[ " tests bench tune more " == *" $part "* ]] && continue
+  echo "no part is called $part; there are tests, bench, tune and more" >&2
+  exit 2
+done
+environment=$(mktemp -d)
+trap 'rm -rf "$environment"' EXIT
 python=python3
+python3 -m venv --system-site-packages "$environment" && python=$environment/bin/python
 limit=570
 left() { echo $((limit - SECONDS)); }
 step() { printf '\n== %s (%ss, %ss left)\n' "$1" "$SECONDS" "$(left)"; }
@@ -30,9 +38,7 @@ command -v gcc >/dev/null || command -v clang >/dev/null || command -v cc >/dev/
 
 step "what is missing"
 install() {
-  timeout 240 "$python" -m pip install --quiet --disable-pip-version-check "$1" ||
-    timeout 240 "$python" -m pip install --quiet --disable-pip-version-check \
-      --break-system-packages "$1"
+  timeout 240 "$python" -m pip install --quiet --disable-pip-version-check "$1"
 }
 missing=()
 "$python" -c 'import torch; assert torch.cuda.is_available()' >/dev/null 2>&1 ||
@@ -60,7 +66,7 @@ for status in backend_status():
 PY
 workers=()
 has xdist && workers=(-n 4)
-tested=(-p no:cacheprovider "${workers[@]}" --durations=10 tests/test_cuda.py tests/test_cuda_shapes.py)
+tested=(-p no:cacheprovider -p no:benchmark "${workers[@]}" --durations=10 tests/test_cuda*.py)
 
 within() { # seconds, log, command: runs it, at most so long, and shows the end of what it says
   local seconds=$1 log=$2
@@ -89,7 +95,6 @@ for part in "${parts[@]}"; do
     within $(($(left) - 5)) tune.log "$python" bench/gpu_tune.py --json "$out/tune.json" \
       --seconds $(($(left) - 40))
     ;;
-  *) echo "no part is called $part; there are tests, bench, tune and more" >&2 && exit 2 ;;
   esac
 done
 step "done: $out"
