@@ -6,7 +6,8 @@
 #
 # Without a part: tests and bench, within 570 seconds. Nothing of the checkout must be built; what
 # is missing of Python packages goes into an environment of its own, which sees the machine's.
-# Written to $OUT: machine.txt, install.log, tests.log (pytest -m gpu), gpu.json and bench.log (bench/gpu.py), roofline.png, tune.json and
+# Written to $OUT: machine.txt, install.log, tests.log (pytest -m gpu), gpu.json and bench.log
+# (bench/gpu.py), roofline.png, tune.json and
 # tune.log (bench/gpu_tune.py), more.log (the cuda backend's other tests).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1

@@ -1,7 +1,7 @@
 """Compiles the cuda backend's sampling kernels for cards that are not there; needs no GPU.
 
-Run as ``python tests/cuda_compile_choosing.py 80 90``: one line a kernel with the shared memory and
-the local memory (spilled registers) that a program takes, at the vocabulary of Llama 3.
+Run as ``python tests/cuda_compile_choosing.py 80 90``: one line a kernel with what a program takes
+(see ``cuda_compile.py``), at the vocabulary of Llama 3.
 """
 
 import sys
@@ -10,8 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cuda_compile import spilled
-from quire.backends.cuda import choosing
+from cuda_compile import described
+from quire.backends.cuda import attending, choosing
 from quire.backends.cuda.sampling import BLOCK, MOST
 from quire.backends.cuda.stored import power_of_two
 
@@ -39,8 +39,8 @@ def main(capabilities: list[int]) -> None:
         for capability in capabilities:
             target, options = GPUTarget("cuda", capability, 32), {"enable_fp_fusion": False}
             built = triton.compile(source, target=target, options=options)
-            shared, local = built.metadata.shared, spilled(built.asm["cubin"])
-            print(f"{capability} {name}: {shared:,} B shared, {local:,} B local", flush=True)
+            tiles = attending.Tiles(0, 0, 4, 1)
+            print(f"{capability} {name}: {described(built, tiles, capability, 0)}", flush=True)
 
 
 if __name__ == "__main__":
