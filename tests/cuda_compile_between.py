@@ -53,9 +53,9 @@ def launches_between() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str
         given = {"n": 8192, "ACTIVATION": activation, **bf16, "BLOCK": 1024}
         yield f"gated {activation}", fused.gated_kernel, given, floats | {"out": "*i16"}, 4
     more = {"rows": "i32", "columns": "i32", "inner": "i32", "out": "*fp32", "bias": "*fp32"}
-    for rounded, x in ((True, "*i16"), (False, "*fp32")):
-        given = {**bf16, "ROUNDED": rounded, "BIAS": False, **products._TILES}
-        name = f"exact product{', rounded before' if rounded else ''}"
+    for rounded, x, parts in ((True, "*i16", False), (True, "*i16", True), (False, "*fp32", True)):
+        given = {**bf16, "ROUNDED": rounded, "BIAS": False, "PARTS": parts, **products._TILES}
+        name = f"exact product{', rounded before' if rounded else ''}{', in spans' * parts}"
         yield name, rows.linear_kernel, given, more | {"x": x, "weight": "*i16"}, 4
     given = {"G": KV_HEADS, "SHARE": SHARE, "DV": 128, "DVP": 128, "PAGE": 16, "ROWS": SHARE}
     known = dict.fromkeys(("part_mixed", "part_best", "part_total"), "*fp32") | {"out": "*i16"}
@@ -76,8 +76,11 @@ def build(
 ) -> Any:
     """The kernel as a launch would build it."""
     names = {n: "constexpr" if n in given else others.get(n, "*i64") for n in kernel.arg_names}
-    pointers = [i for i, kind in enumerate(names.values()) if kind.startswith("*")]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(names.items())
+        if kind.startswith("*") or name in ("inner", "columns")
+    }
     consts = {(kernel.arg_names.index(n),): v for n, v in given.items()}
     source = ASTSource(kernel, names, consts, aligned)
     options = {"num_warps": warps, "enable_fp_fusion": False}

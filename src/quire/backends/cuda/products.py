@@ -5,14 +5,15 @@ from typing import Any
 import torch
 
 from quire.backends.cuda.device import Device
-from quire.backends.cuda.rows import linear_kernel
+from quire.backends.cuda.rows import add_spans_kernel, linear_kernel
 
 __all__ = ["KINDS", "Products", "as_stored"]
 
 Tensor = Any
 
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPAN": 1024}
+_ADDED = 1024  # numbers that a program adds the spans of
 
 
 def as_stored(tensor: Tensor) -> Tensor:
@@ -44,13 +45,23 @@ class Products:
         return out if bias is None else out + bias
 
     def _in_order(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Tiles that are fewer than the card's processors are split along what is summed over."""
         (rows, inner), columns = x.shape, len(weight)
         out = self._device.empty((rows, columns))
-        grid = -(-columns // _TILES["BLOCK_N"]), -(-rows // _TILES["BLOCK_M"])
+        tiles = -(-columns // _TILES["BLOCK_N"]), -(-rows // _TILES["BLOCK_M"])
+        spans = -(-inner // _TILES["SPAN"]) if tiles[0] * tiles[1] < self._device.processors else 1
+        into = out if spans == 1 else self._device.empty((spans, rows, columns))
+        added = out if bias is None else bias
         self._device.launch(
-            linear_kernel, grid,
-            out, as_stored(x), as_stored(weight), out if bias is None else bias,
+            linear_kernel, (*tiles, spans),
+            into, as_stored(x), as_stored(weight), added,
             rows, columns, inner, KIND=KINDS[weight.dtype], ROUNDED=x.dtype == weight.dtype,
-            BIAS=bias is not None, HARDWARE=self._device.hardware, **_TILES,
+            BIAS=bias is not None and spans == 1, PARTS=spans > 1,
+            HARDWARE=self._device.hardware, **_TILES,
         )  # fmt: skip
+        if spans > 1:
+            self._device.launch(
+                add_spans_kernel, (-(-out.numel() // _ADDED),), out, into, added, out.numel(),
+                columns, spans, BIAS=bias is not None, BLOCK=_ADDED,
+            )  # fmt: skip
         return out

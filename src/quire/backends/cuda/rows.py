@@ -5,7 +5,7 @@ import triton.language as tl
 
 from quire.backends.cuda.codec import narrow, operand
 
-__all__ = ["layer_norm_kernel", "linear_kernel", "rope_kernel"]
+__all__ = ["add_spans_kernel", "layer_norm_kernel", "linear_kernel", "rope_kernel"]
 
 
 @triton.jit
@@ -44,31 +44,56 @@ def rope_kernel(out, x, cos, sin, heads, HALF: tl.constexpr, BLOCK: tl.constexpr
 def linear_kernel(
     out, x, weight, bias, rows, columns, inner,
     KIND: tl.constexpr, ROUNDED: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+    PARTS: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [rows, inner] times weight [columns, inner] transposed, plus bias [columns].
 
     x is float32, or stored as the weights are where ROUNDED.
 
-    Every number is summed over ``inner`` from the front in blocks of BLOCK_K, by one program, in
-    tiles of one size: its bits do not depend on ``rows``. Grid (tiles of columns, of rows).
+    Every number is summed over ``inner`` in spans of SPAN, each from the front in blocks of
+    BLOCK_K, and the spans are added up from the front, in tiles of one size: its bits do not depend
+    on ``rows``. PARTS: a program has one span, and out is [spans, rows, columns], for
+    :func:`add_spans_kernel`. Grid (tiles of columns, of rows, spans or 1).
     """
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    low, high = 0, inner
+    if PARTS:
+        low = tl.program_id(2) * SPAN
+        high = tl.minimum(low + SPAN, inner)
+        out += tl.program_id(2).to(tl.int64) * rows * columns
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, inner, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        mask = (m[:, None] < rows) & (k[None, :] < inner)
-        a = tl.load(x + m[:, None].to(tl.int64) * inner + k[None, :], mask=mask, other=0)
-        mask = (k[:, None] < inner) & (n[None, :] < columns)
-        raw = tl.load(weight + n[None, :].to(tl.int64) * inner + k[:, None], mask=mask, other=0)
-        if ROUNDED:
-            a = operand(a, KIND, HARDWARE)
-        else:
-            a = narrow(a, KIND, HARDWARE)
-        b = operand(raw, KIND, HARDWARE)
-        total = tl.dot(a, b, total, input_precision="ieee")
+    for span in range(low, high, SPAN):
+        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in range(span, tl.minimum(span + SPAN, inner), BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            mask = (m[:, None] < rows) & (k[None, :] < inner)
+            a = tl.load(x + m[:, None].to(tl.int64) * inner + k[None, :], mask=mask, other=0)
+            mask = (k[:, None] < inner) & (n[None, :] < columns)
+            raw = tl.load(weight + n[None, :].to(tl.int64) * inner + k[:, None], mask=mask, other=0)
+            if ROUNDED:
+                a = operand(a, KIND, HARDWARE)
+            else:
+                a = narrow(a, KIND, HARDWARE)
+            part = tl.dot(a, operand(raw, KIND, HARDWARE), part, input_precision="ieee")
+        total += part
     if BIAS:
         total += tl.load(bias + n, mask=n < columns, other=0.0)[None, :]
     to = m[:, None].to(tl.int64) * columns + n[None, :]
     tl.store(out + to, total, mask=(m[:, None] < rows) & (n[None, :] < columns))
+
+
+@triton.jit(do_not_specialize=["numbers", "spans"])
+def add_spans_kernel(
+    out, parts, bias, numbers, columns, spans, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What :func:`linear_kernel` left of ``numbers`` sums, [spans, numbers], added in its order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for nth in range(0, spans):
+        there = parts + nth * numbers.to(tl.int64) + at
+        total += tl.load(there, mask=at < numbers, other=0.0)
+    if BIAS:
+        total += tl.load(bias + at % columns, mask=at < numbers, other=0.0)
+    tl.store(out + at, total, mask=at < numbers)
