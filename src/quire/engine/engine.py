@@ -249,7 +249,8 @@ class Engine:
         """One forward pass over a batch of prefill chunks and decodes; what it brought.
 
         If it raises, the cache and the queues are as before the pass, and a later step repeats it.
-        With ``shadow`` it then reads one chunk of a shadow.
+        Where a device chooses tokens, a step that only decodes has launched the next one when it
+        returns (``ahead.py``). With ``shadow`` it then reads one chunk of a shadow.
         """
         outputs = self._serve()
         if self._shadow is not None:
