@@ -5,11 +5,13 @@
 #     OUT=folder bash bench/gpu_run.sh [tests] [bench] [tune] [more]
 #
 # Without a part: tests and bench, within 570 seconds. Nothing of the checkout must be built; what
-# is missing of Python packages goes into an environment of its own, which sees the machine's.
+# is missing of Python packages goes into an environment of its own, which sees the machine's; from
+# WHEELS=folder where the machine reaches no registry.
 # Written to $OUT: machine.txt, install.log, tests.log (pytest -m gpu), gpu.json and bench.log
-# (bench/gpu.py), roofline.png, tune.json and
-# tune.log (bench/gpu_tune.py), more.log (the cuda backend's other tests).
+# (bench/gpu.py), roofline.png, tune.json and tune.log (bench/gpu_tune.py), more.log (the cuda
+# backend's other tests).
 set -uo pipefail
+[ -n "${WHEELS:-}" ] && WHEELS=$(cd "$WHEELS" && pwd)
 cd "$(dirname "$0")/.." || exit 1
 out=${OUT:-$PWD/gpu-out}
 mkdir -p "$out"
@@ -38,8 +40,10 @@ command -v gcc >/dev/null || command -v clang >/dev/null || command -v cc >/dev/
   echo "no C compiler: Triton needs one to build its launcher" >&2
 
 step "what is missing"
+from=() # a folder of wheels, for a machine without a registry
+[ -n "${WHEELS:-}" ] && from=(--no-index --find-links "$WHEELS")
 install() {
-  timeout 240 "$python" -m pip install --quiet --disable-pip-version-check "$1"
+  timeout 240 "$python" -m pip install --quiet --disable-pip-version-check "${from[@]}" "$1"
 }
 missing=()
 "$python" -c 'import torch; assert torch.cuda.is_available()' >/dev/null 2>&1 ||
