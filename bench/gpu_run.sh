@@ -4,9 +4,9 @@
 #
 #     OUT=folder bash bench/gpu_run.sh [tests] [bench] [tune] [more]
 #
-# Without a part: tests and bench, within 570 seconds. Nothing of the checkout must be built; what
-# is missing of Python packages goes into an environment of its own, which sees the machine's; from
-# WHEELS=folder where the machine reaches no registry.
+# Without a part: tests and bench, within 570 seconds. Nothing of the checkout must be built. What is
+# missing of Python packages is installed in place, so that what is there stays visible: run it in an
+# environment, or on a machine that goes back. From WHEELS=folder where no registry can be reached.
 # Written to $OUT: machine.txt, install.log, tests.log (pytest -m gpu), gpu.json and bench.log
 # (bench/gpu.py), roofline.png, tune.json and tune.log (bench/gpu_tune.py), more.log (the cuda
 # backend's other tests).
@@ -23,10 +23,7 @@ for part in "${parts[@]}"; do
   echo "no part is called $part; there are tests, bench, tune and more" >&2
   exit 2
 done
-environment=$(mktemp -d)
-trap 'rm -rf "$environment"' EXIT
 python=python3
-python3 -m venv --system-site-packages "$environment" && python=$environment/bin/python
 limit=570
 left() { echo $((limit - SECONDS)); }
 step() { printf '\n== %s (%ss, %ss left)\n' "$1" "$SECONDS" "$(left)"; }
@@ -43,7 +40,9 @@ step "what is missing"
 from=() # a folder of wheels, for a machine without a registry
 [ -n "${WHEELS:-}" ] && from=(--no-index --find-links "$WHEELS")
 install() {
-  timeout 240 "$python" -m pip install --quiet --disable-pip-version-check "${from[@]}" "$1"
+  timeout 240 "$python" -m pip install --quiet --disable-pip-version-check "${from[@]}" "$1" ||
+    timeout 240 "$python" -m pip install --quiet --disable-pip-version-check "${from[@]}" \
+      --break-system-packages "$1"
 }
 missing=()
 "$python" -c 'import torch; assert torch.cuda.is_available()' >/dev/null 2>&1 ||
