@@ -1,5 +1,7 @@
 """Corners of the engine that a review found broken."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +256,17 @@ def test_pages_do_not_pile_up_for_a_disk_that_takes_none(
     engine.generate([random_prompt(40, 99)], GREEDY)
     assert not engine._tiers._fresh
     engine.close()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_engine_that_nobody_holds_is_gone_at_once(models: dict[str, Path], backend: str) -> None:
+    """With the files that its weights are mapped from, before any collection of cycles."""
+    engine = quire.Engine(models["full"], backend=backend)
+    engine.generate([random_prompt(5)], GREEDY)
+    watched = weakref.ref(engine), weakref.ref(engine._loaded.model)
+    gc.disable()
+    try:
+        del engine
+        assert [each() for each in watched] == [None, None]
+    finally:
+        gc.enable()

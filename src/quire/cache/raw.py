@@ -22,6 +22,8 @@ class RawPages:
 
     def read(self, group: int, pages: Sequence[int]) -> Bytes:
         """Copies of pages, uint8 ``[n, page_bytes(group, page)]``; all are open, or none is."""
+        if not pages:
+            return np.empty((0, self._layout.page_bytes(group)), np.uint8)
         piece = self.piece(group, pages[0])
         starts = range(0, len(pages), piece)
         parts = (self.begin_read(group, pages[start : start + piece]).take() for start in starts)

@@ -8,7 +8,7 @@ a stop token or its text, has then computed one token more than it needed; its k
 those of that token, and leave the sequence with the others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quire.backends import Ahead, Logits
@@ -47,21 +47,11 @@ class _Flight:
 
 
 class StepsAhead:
-    """The step that an engine's device computes while the host is elsewhere; at most one.
+    """The step that an engine's device computes while the host is elsewhere; at most one."""
 
-    count   called with each sample that takes a page in such a step
-    """
-
-    def __init__(
-        self,
-        cache: KVCache,
-        model: CausalLM,
-        queues: Queues,
-        max_sequences: int,
-        count: Callable[[Sample], None],
-    ) -> None:
+    def __init__(self, cache: KVCache, model: CausalLM, queues: Queues, max_sequences: int) -> None:
         self._cache, self._model, self._queues = cache, model, queues
-        self._most, self._count = max_sequences, count
+        self._most = max_sequences
         self._flight: _Flight | None = None
 
     @property
@@ -120,7 +110,7 @@ class StepsAhead:
         try:
             for sample, grows in zip(flight.samples, reservation.grows, strict=True):
                 if grows:
-                    self._count(sample)
+                    sample.count_bytes(self._cache)
             rows = range(len(flight.samples))
             step = flight.ahead.tokens, reservation.batch, self._cache.pools, rows
             logits = self._model.forward(*step)

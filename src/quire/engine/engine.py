@@ -165,10 +165,7 @@ class Engine:
         self._texts: dict[Sample, TextStream] = {}
         self._arrivals = 0
         self._limits = Limits(config.max_batch_tokens, config.max_sequences)
-        self._ahead = StepsAhead(
-            *(self.cache, self._loaded.model, self._queues, config.max_sequences),
-            count=self._count_bytes,
-        )
+        self._ahead = StepsAhead(self.cache, self._loaded.model, self._queues, config.max_sequences)
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -703,7 +700,7 @@ class Engine:
         try:
             for sample, grows in zip(samples, reservation.grows, strict=False):
                 if grows or not sample.counted:
-                    self._count_bytes(sample)
+                    sample.count_bytes(self.cache)
             tokens: list[int] = []
             rows: list[int] = []
             for _, chunk, wanted in parts:
@@ -743,12 +740,6 @@ class Engine:
         for sample in evicting:
             assert sample.sequence is not None
             sample.evicted_tokens = self.cache.dropped(sample.sequence)
-
-    def _count_bytes(self, sample: Sample) -> None:
-        assert sample.sequence is not None
-        held = self.cache.allocated_bytes(sample.sequence)
-        sample.kv_bytes_peak = max(sample.kv_bytes_peak, held)
-        sample.counted = True
 
     def _affordable(self, sequence: int, tokens: int) -> int:
         """``tokens``, halved until free pages are enough for them; at least 1."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Literal
 
-from quire.cache import PrefixQuery
+from quire.cache import KVCache, PrefixQuery
 from quire.engine.reading import ReadUsage
 from quire.engine.tiering import Load
 from quire.evict_choice import EvictChoice
@@ -163,6 +163,12 @@ class Sample:
     def uncomputed(self) -> int:
         """Tokens whose keys and values are not there yet."""
         return len(self.tokens) - self.computed
+
+    def count_bytes(self, cache: KVCache) -> None:
+        """Note what it holds there now, if that is more than ever before."""
+        assert self.sequence is not None
+        self.kv_bytes_peak = max(self.kv_bytes_peak, cache.allocated_bytes(self.sequence))
+        self.counted = True
 
     @property
     def new_tokens(self) -> list[int]:
