@@ -1,0 +1,20 @@
+"""A card in software: runs what Triton compiled for an NVIDIA GPU on CPU tensors, for tests.
+
+Triton's interpreter runs a kernel's source. It says nothing of what the compiler makes of it, and
+does not run inline assembly. Here the compiled program itself is run, the PTX of a real launch:
+instruction by instruction, all programs of a grid side by side, each register an array with a
+number for every thread.
+
+    parse       PTX text -> statements in basic blocks
+    computing   instructions that compute on registers
+    memory      device and shared memory, asynchronous copies
+    matrices    instructions of a warp, or of four: shuffles, products, their operands
+    machine     basic blocks -> Python functions, and running them
+    card        compiles a launch as Triton would for a card, and runs it
+
+What it finds that a card may hide: reads and writes outside of tensors, misaligned ones, reads of
+asynchronous copies that nobody waited for (they have not arrived), shared memory that nobody wrote
+(NaN). What it cannot find: threads that race between barriers, because all run in step; what a
+card's own arithmetic rounds differently (``ex2.approx``, sums inside a product, which are exact
+here until they are rounded once).
+"""
