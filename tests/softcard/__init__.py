@@ -9,6 +9,7 @@ number for every thread.
     computing   instructions that compute on registers
     memory      device and shared memory, asynchronous copies
     matrices    instructions of a warp, or of four: shuffles, products, their operands
+    counting    what a launch asks of memory
     machine     basic blocks -> Python functions, and running them
     card        compiles a launch as Triton would for a card, and runs it
 

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 import quire.backends.cuda
 from quire.backends.cuda import backend
 from quire.backends.cuda import device as devices
+from softcard.counting import Counts
 from softcard.machine import Code, Launch, translate
 from softcard.memory import DeviceMemory
 from softcard.parse import parse
@@ -44,10 +45,12 @@ class Card:
 
     launched   names of kernels, and how often each was launched
     compiled   how many programs were compiled
+    counts     of each kernel by name, while ``counting``
     """
 
     def __init__(self, capability: int) -> None:
-        self.capability = capability
+        self.capability, self.counting = capability, False
+        self.counts: dict[str, Counts] = {}
         self.launched: dict[str, int] = {}
         self._codes: dict[str, tuple[Code, list[str]]] = {}
         self._memory = DeviceMemory()
@@ -77,7 +80,8 @@ class Card:
         whole = (*grid, 1, 1)[:3]
         threads = 32 * built.metadata.num_warps
         given = dict(zip(parameters, values, strict=True))
-        code.run(Launch(memory, given, whole, threads, built.metadata.shared))
+        counts = self.counts.setdefault(name, Counts()) if self.counting else None
+        code.run(Launch(memory, given, whole, threads, built.metadata.shared, counts))
 
     def _values(
         self, kernel: Any, built: Any, args: Sequence[Any], named: Any, memory: DeviceMemory

@@ -13,6 +13,7 @@ import numpy as np
 
 from softcard import matrices
 from softcard.computing import bits_of, immediate, pure, size_of
+from softcard.counting import Counts
 from softcard.memory import Copies, DeviceMemory, Fault, Shared
 from softcard.parse import ENDS, Program, Register, Statement
 
@@ -32,6 +33,7 @@ class Launch:
     """What all programs of a grid have in common.
 
     parameters   bits of each, [1]
+    counts       where what is done is counted, or None
     """
 
     memory: DeviceMemory
@@ -39,6 +41,7 @@ class Launch:
     grid: tuple[int, int, int]
     threads: int
     shared: int
+    counts: Counts | None = None
 
 
 class State:
@@ -55,6 +58,17 @@ class State:
         lanes = np.repeat(chosen, self.launch.threads)
         shared = Shared(self.shared.data[chosen])
         return State(self.launch, self.programs[chosen], shared, self.copies.of(lanes))
+
+    def count(self, space: str, what: str, lanes: Array, at: Array, width: int) -> None:
+        """An access of ``width`` bytes at addresses [n] by lanes [n], or by all (a slice)."""
+        counts = self.launch.counts
+        if counts is None or not len(at):
+            return
+        who = np.arange(self.lanes)[lanes]
+        if space == "global":
+            counts.device(what, who // 32, at, width)
+        else:
+            counts.shared(what, who, at, width)
 
     def full(self, x: Array) -> Array:
         """A register with a number for every lane."""
@@ -86,11 +100,13 @@ class Code:
 
     registers   each one before anything is written: all bits are set, [1]
     meets       for each block, the first one that all ways from it come to
+    sizes       instructions of each block
     """
 
     blocks: list[Callable[[State, list[Array]], Any]]
     registers: list[Array]
     meets: list[int]
+    sizes: list[int]
 
     def run(self, launch: Launch, most: int = 1 << 16) -> None:
         """All programs of the grid, as many at a time as have ``most`` threads together."""
@@ -105,12 +121,18 @@ class Code:
                 while groups:
                     self._go(*groups.pop(), _DONE, groups)
 
+    def _count(self, state: State, at: int) -> None:
+        counts = state.launch.counts
+        if counts is not None:
+            counts.instructions += self.sizes[at] * (state.lanes // 32)
+
     def _go(
         self, state: State, registers: list[Array], at: int, stop: int, groups: list[Any]
     ) -> list[Array]:
         """From block ``at`` to block ``stop``; registers there. Programs that part go to groups."""
         while at != stop:
             following = self.blocks[at](state, registers)
+            self._count(state, at)
             if following is None:
                 at += 1
             elif isinstance(following, int):
@@ -191,7 +213,8 @@ def translate(program: Program) -> Code:
     meets = [_DONE if each == len(blocks) else each for each in _meets(ways)]
     blocks.append(lambda state, registers: _DONE)
     unwritten = [~np.zeros(1, bits_of(kind)) for kind in program.registers]
-    return Code(blocks, unwritten, meets)
+    sizes = [len(block.statements) for block in program.blocks]
+    return Code(blocks, unwritten, meets, [*sizes, 0])
 
 
 def _ways(program: Program, nth: int) -> list[int]:
@@ -387,6 +410,7 @@ def _load(statement: Statement) -> Step:
         at, some = address(state, registers), mask(state, registers)
         lanes = slice(None) if some is None else np.flatnonzero(some)
         taken = at[lanes]
+        state.count(space, "read", lanes, taken, width * count)
         if not len(taken):
             data = np.empty((0, width * count), np.uint8)
         elif space == "global":
@@ -418,7 +442,7 @@ def _store(statement: Statement) -> Step:
     space, count, kind = _form(statement.name)
     address, mask = _address(statement.operands[0]), _mask(statement)
     sources = [_value(each, kind) for each in _targets(statement.operands[1])]
-    small = bits_of(kind)
+    small, width = bits_of(kind), size_of(kind) // 8
     assert len(sources) == count
 
     def run(state: State, registers: list[Array]) -> None:
@@ -427,6 +451,7 @@ def _store(statement: Statement) -> Step:
         taken = at[lanes]
         if not len(taken):
             return
+        state.count(space, "write", lanes, taken, width * count)
         held = [state.full(source(state, registers))[lanes].astype(small) for source in sources]
         data = np.stack(held, axis=1).view(np.uint8)
         if space == "global":
@@ -467,8 +492,12 @@ def _copy(statement: Statement) -> Step:
         if (bytes_of[reads] != width).any():
             raise NotImplementedError("a copy of less than all bytes")
         if reads.any():
-            data[reads] = state.launch.memory.load(there(state, registers)[reads], width)
-        state.copies.open.append((here(state, registers).copy(), data, some))
+            source = there(state, registers)[reads]
+            state.count("global", "read", reads, source, width)
+            data[reads] = state.launch.memory.load(source, width)
+        target = here(state, registers).copy()
+        state.count("shared", "write", some, target[some], width)
+        state.copies.open.append((target, data, some))
 
     return run
 
@@ -497,12 +526,20 @@ def _reduce(statement: Statement) -> Step:
     return run
 
 
+def _rows(at: Array, matrices: int) -> tuple[Array, Array]:
+    """Lanes that name rows of matrices, and the rows' addresses."""
+    lanes = np.flatnonzero(np.arange(len(at)) % 32 < 8 * matrices)
+    return lanes, at[lanes]
+
+
 def _load_matrices(statement: Statement) -> Step:
     targets, address = _targets(statement.operands[0]), _address(statement.operands[1])
     turned = ".trans" in statement.name
 
     def run(state: State, registers: list[Array]) -> None:
-        args = state.shared, state.whose, address(state, registers), len(targets), turned
+        at = address(state, registers)
+        state.count("shared", "read", *_rows(at, len(targets)), 16)
+        args = state.shared, state.whose, at, len(targets), turned
         for target, held in zip(targets, matrices.load_matrices(*args), strict=True):
             registers[target.nth] = held
 
@@ -517,6 +554,7 @@ def _store_matrices(statement: Statement) -> Step:
     def run(state: State, registers: list[Array]) -> None:
         pairs = [source(state, registers) for source in sources]
         at = address(state, registers)
+        state.count("shared", "write", *_rows(at, len(pairs)), 16)
         matrices.store_matrices(state.shared, state.whose, at, pairs, turned)
 
     return run
