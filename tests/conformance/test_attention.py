@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -63,13 +64,20 @@ class Case:
 
     def numbers(self, sequence: int) -> tuple[Array, Array, Array]:
         """Query [new, H, D], key and value [stored + new, G, D]: a function of the position."""
-        query_heads, kv_heads, dim = self.heads
         stored, new = self.sequences[sequence]
-        rng = np.random.default_rng([sequence, *self.heads])
-        tokens = rng.standard_normal((512, query_heads + 2 * kv_heads, dim)).astype(np.float32)
-        tokens = tokens[: stored + new]
-        query, key, value = np.split(tokens, [query_heads, query_heads + kv_heads], axis=1)
+        query, key, value = (a[: stored + new] for a in drawn(sequence, self.heads))
         return query[stored:], key, value
+
+
+@cache  # subjects, page sizes and formats meet the same numbers, and drawing them takes longest
+def drawn(seed: int, heads: tuple[int, int, int]) -> tuple[Array, Array, Array]:
+    """Query [512, H, D], key and value [512, G, D]; not to be written to."""
+    query_heads, kv_heads, dim = heads
+    rng = np.random.default_rng([seed, *heads])
+    tokens = rng.standard_normal((512, query_heads + 2 * kv_heads, dim)).astype(np.float32)
+    tokens.setflags(write=False)
+    query, key, value = np.split(tokens, [query_heads, query_heads + kv_heads], axis=1)
+    return query, key, value
 
 
 @dataclass
