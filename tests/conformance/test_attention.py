@@ -17,6 +17,7 @@ from conformance import (
     activations,
     assert_as_good_as_plain,
     backend_of,
+    combinations,
     naive,
 )
 from quire.backends import Backend, reference
@@ -230,9 +231,10 @@ def test_attention_for_every_page_size_and_format(
     check(subject, Case(RAGGED, page_size=page_size, format=format))
 
 
-@pytest.mark.parametrize("drop", [True, False], ids=["given back", "kept"])
-@pytest.mark.parametrize("page_size", [1, 3, 16, 100])
-@pytest.mark.parametrize("window", [1, 2, 7, 16, 17, 30, 64, 1000])
+@pytest.mark.parametrize(
+    ("window", "page_size", "drop"),
+    combinations([1, 2, 7, 16, 17, 30, 64, 1000], [1, 3, 16, 100], [True, False]),
+)
 def test_attention_in_a_sliding_window(
     subject: Subject, window: int, page_size: int, drop: bool
 ) -> None:
@@ -440,10 +442,10 @@ def test_copied_pages_hold_the_same_bits(subject: Subject) -> None:
 # -- what is not seen ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("page_size", [3, 16, 64])
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("format", ["fp32", "k=int8,v=fp8"])
+@pytest.mark.parametrize(
+    ("garbage", "page_size", "window", "format"),
+    combinations([np.nan, np.inf, -np.inf], [3, 16, 64], [None, 7], ["fp32", "k=int8,v=fp8"]),
+)
 def test_garbage_in_other_slots_never_leaks(
     subject: Subject, garbage: float, page_size: int, window: int | None, format: str
 ) -> None:
@@ -454,16 +456,21 @@ def test_garbage_in_other_slots_never_leaks(
     assert all(np.array_equal(a, b) for a, b in zip(clean, dirty, strict=True))
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize("where", ["key", "value"])
-@pytest.mark.parametrize(("window", "at"), [(None, 21), (7, 21), (7, 3), (20, 0)])
-@pytest.mark.parametrize("format", ["fp32", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("poison", "where", "seen", "format"),
+    combinations(
+        [np.nan, np.inf],
+        ["key", "value"],
+        [(None, 21), (7, 21), (7, 3), (20, 0)],
+        ["fp32", "int8", "fp8"],
+    ),
+)
 def test_a_poisoned_token_reaches_only_the_queries_that_see_it(
-    subject: Subject, poison: float, where: str, window: int | None, at: int, format: str
+    subject: Subject, poison: float, where: str, seen: tuple[int | None, int], format: str
 ) -> None:
     """A value that overflowed its page format must not spoil the tokens before it, nor those
     whose window is past it: what a token gets depends on what it sees, on nothing else."""
-    backend = backend_of(subject)
+    (window, at), backend = seen, backend_of(subject)
     case = Case(((0, 40),), window=window, format=format)
     laid = lay_out(case)
     query, key, value = case.numbers(0)
