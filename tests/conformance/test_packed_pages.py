@@ -17,6 +17,7 @@ from conformance import (
     backend_of,
     naive,
 )
+from conformance.test_attention import drawn
 from quire.backends import Backend, keep
 from quire.batch import GroupBatch, OpenPages, PagedBatch
 from quire.errors import BackendError
@@ -54,14 +55,10 @@ class Case:
 
     def numbers(self, seed: int = 0) -> tuple[Array, Array, Array]:
         """Query [total, H, D], key and value [total, G, D], each a function of the place."""
-        query_heads, kv_heads, dim = self.heads
-        rng = np.random.default_rng([seed, *self.heads])
-        tokens = rng.standard_normal((512, query_heads + 2 * kv_heads, dim)).astype(np.float32)
-        tokens[:, query_heads, 3] += 20  # a channel of outliers
-        query, key, value = np.split(
-            tokens[: self.total], [query_heads, query_heads + kv_heads], axis=1
-        )
-        return query, key, value
+        query, key, value = drawn(seed, self.heads)
+        key = key.copy()
+        key[:, 0, 3] += 20  # a channel of outliers
+        return query[: self.total], key[: self.total], value[: self.total]
 
     def kept(self, key: Array, value: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """Keys and values [total, G, D] float32, each as (open, packed) pages have them.
