@@ -57,7 +57,7 @@ class Outcomes:
         outputs: list[StepOutput] = []
         choosing: list[tuple[Sample, int]] = []
         for row, sample in enumerate(deciding):
-            if sample.request in self._searches:
+            if sample.request.params.beam_width > 1:
                 outputs += self._searches.advance(sample, logits.row(row))
                 self._undecided.remove(sample)
                 continue

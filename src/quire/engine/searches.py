@@ -23,10 +23,8 @@ class Searches:
         self._groups: dict[Request, BeamGroup] = {}
 
     def __len__(self) -> int:
+        """How many have not ended."""
         return len(self._groups)
-
-    def __contains__(self, request: Request) -> bool:
-        return request in self._groups
 
     def begin(self, request: Request) -> None:
         """The search of a request begins, with its first sample as the only beam."""
@@ -37,8 +35,13 @@ class Searches:
         return self._groups.pop(request, None) is not None
 
     def advance(self, sample: Sample, logits: npt.NDArray[np.float32]) -> list[StepOutput]:
-        """Give a beam its logits float32 [vocab]; what the search gives back when it ends."""
+        """Give a beam its logits float32 [vocab]; what the search gives back when it ends.
+
+        Nothing of a search that failed in this step, by the logits of another beam.
+        """
         request = sample.request
+        if request not in self._groups:
+            return []
         try:
             likeliest(logits, len(sample.tokens) - 1)  # raises if they are not finite
         except QuireError as error:
