@@ -33,8 +33,8 @@ class Recorder:
     rows: list[tuple[Sample, int, Array]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._inner = self.engine._forward
-        self.engine._forward = self._forward  # type: ignore[method-assign]
+        self._inner = self.engine._forward.run
+        self.engine._forward.run = self._forward  # type: ignore[method-assign]
 
     def _forward(self, parts: Any, samples: Any = ()) -> HostLogits:
         wider = parts

@@ -780,6 +780,20 @@ def test_damaged_logits_end_that_sample_and_no_other(
     assert_idle(engine)
 
 
+def test_damaged_logits_of_all_beams_end_their_search_and_nothing_else(
+    llama: Path, monkeypatch: Patch
+) -> None:
+    engine = tiny_engine(llama)
+    poison(monkeypatch, engine, 12, np.nan)
+    bad = engine.submit(random_prompt(10), greedy(9, beam_width=3, n=2))
+    good = engine.submit([1, 2], greedy(9))
+    run_all(engine)
+    assert [completion.finish_reason for completion in bad.completions] == ["error"] * 2
+    assert all("at position 12 are NaN" in str(c.error) for c in bad.completions)
+    assert good.completions[0].token_ids == alone(llama, [1, 2], greedy(9)).token_ids
+    assert_idle(engine)
+
+
 def test_a_stream_that_ends_in_an_error_raises_it_after_its_text(
     text_model: Path, monkeypatch: Patch
 ) -> None:

@@ -93,7 +93,7 @@ def test_more_beams_than_tokens_are_refused(models: dict[str, Path]) -> None:
     params = quire.SamplingParams(max_new_tokens=2, beam_width=VOCAB + 1, n=VOCAB + 1)
     with pytest.raises(RequestError, match=f"{VOCAB + 1} beams cannot begin with different tokens"):
         engine.submit([1, 2], params)
-    assert not engine._texts
+    assert len(engine._replies) == 0
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
@@ -103,14 +103,14 @@ def test_an_interrupt_between_two_choices_leaves_samples_that_go_on(
     engine = tiny_engine(models["full"], num_pages=60)
     requests = [engine.submit(random_prompt(5, seed), GREEDY) for seed in range(3)]
     engine.step()
-    decide, calls = engine._decide, iter(range(1, 1000))
+    decide, calls = engine._replies.decide, iter(range(1, 1000))
 
     def interrupted(sample: Any, logits: Any) -> Any:
         if next(calls) == at:
             raise KeyboardInterrupt
         return decide(sample, logits)
 
-    monkeypatch.setattr(engine, "_decide", interrupted)
+    monkeypatch.setattr(engine._replies, "decide", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     run_all(engine)
@@ -127,14 +127,14 @@ def test_an_interrupt_between_the_choices_of_forks_leaves_them_all_going_on(
     law = tiny_engine(models["full"], num_pages=60).generate([random_prompt(5)], params)
     engine = tiny_engine(models["full"], num_pages=60)
     request = engine.submit(random_prompt(5), params)
-    decide, calls = engine._decide, iter(range(1, 1000))
+    decide, calls = engine._replies.decide, iter(range(1, 1000))
 
     def interrupted(sample: Any, choice: Any) -> Any:
         if next(calls) == at:
             raise KeyboardInterrupt
         return decide(sample, choice)
 
-    monkeypatch.setattr(engine, "_decide", interrupted)
+    monkeypatch.setattr(engine._replies, "decide", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     run_all(engine)
@@ -175,14 +175,14 @@ def test_an_interrupt_before_a_streamed_token_is_chosen_loses_nothing(
 ) -> None:
     engine = streaming_engine(models["full"], host_cache="4MiB")
     request = engine.submit(random_prompt(60), GREEDY)
-    decide, calls = engine._decide, iter(range(100))
+    decide, calls = engine._replies.decide, iter(range(100))
 
     def interrupted(sample: Any, logits: Any) -> Any:
         if next(calls) % 2 == 0:
             raise KeyboardInterrupt
         return decide(sample, logits)
 
-    monkeypatch.setattr(engine, "_decide", interrupted)
+    monkeypatch.setattr(engine._replies, "decide", interrupted)
     interrupts = 0
     while engine.has_work:
         try:

@@ -131,8 +131,8 @@ class Stress:
         while engine._pins.drop_one():
             pass
         assert engine.cache.sequences == ()
-        assert not engine._texts
-        assert not engine._searches
+        assert len(engine._replies) == 0
+        assert len(engine._searches) == 0
         for usage in engine.status().tiers:
             assert usage.bytes_used <= usage.budget
         engine.cache.clear()

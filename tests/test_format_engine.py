@@ -244,7 +244,7 @@ def test_exported_arrays_are_decoded(models: dict[str, Path], kv_format: str) ->
     found = []
     for each in (engine, exact):
         sequence = each.cache.create()
-        each._prefill(sequence, tokens)
+        each._forward.prefill(sequence, tokens)
         found.append(each.cache.to_arrays(sequence).layers[0])
     key, value = (np.abs(getattr(found[1], side)).max(axis=-1) for side in ("key", "value"))
     for mine, theirs, peak in zip(

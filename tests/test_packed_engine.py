@@ -198,7 +198,7 @@ def test_a_hit_ends_before_a_packed_page_and_inside_an_open_one(
         [done] = engine.generate([[*tokens[:shared], *random_prompt(6, seed=shared + 7)]], ONE)
         assert abs(done.cached_tokens - hit) <= 1, shared  # the next token may be equal, too
         assert_warm_is_cold(long["full"], recorder)
-        engine._forward = recorder._inner  # type: ignore[method-assign]
+        engine._forward.run = recorder._inner  # type: ignore[method-assign]
     explained = engine.explain_prefix([*tokens[:90], 60, 59, 58, 57])
     assert explained.cached_tokens == 64
     assert "in the middle of a page that is packed" in str(explained)
@@ -349,7 +349,7 @@ def test_bytes_are_counted_exactly(long: dict[str, Path]) -> None:
     assert layout.area_bytes == (int8 + 2 * int4, int8 + 2 * bf16)
     assert (packed, opened) == (20, min(50 // SIZE + 3 * 3 + 0, 20 // 2 + 3))
     sequence = engine.cache.create()
-    engine._prefill(sequence, random_prompt(100, seed=1))
+    engine._forward.prefill(sequence, random_prompt(100, seed=1))
     usage = engine.cache.usage(sequence)
     assert usage.allocated_bytes == 2 * layout.area_bytes[0] + 2 * layout.area_bytes[1]
     assert usage.used_bytes == 2 * layout.area_bytes[0] + 36 * layout.area_bytes[1] // SIZE
@@ -425,7 +425,7 @@ def test_exported_arrays_show_both_kinds_of_pages(long: dict[str, Path]) -> None
     for kv_format in ("int4", "bf16"):
         engine = engine_with(long["full"], kv_format=kv_format, page_size=SIZE, prefix_cache=False)
         sequence = engine.cache.create()
-        engine._prefill(sequence, tokens)
+        engine._forward.prefill(sequence, tokens)
         found.append(engine.cache.to_arrays(sequence, "BSHD").layers[0])
         engine.cache.truncate(sequence, 20)  # open pages alone
         assert engine.cache.to_arrays(sequence).layers[0].key.dtype == found[-1].key.dtype

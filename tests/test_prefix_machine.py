@@ -19,6 +19,7 @@ from caches import Windows, cache_over, layout_of
 from quire.backends.reference import ReferencePool
 from quire.cache import KVCache, PrefixQuery
 from quire.cache.prefix import PrefixIndex
+from quire.cache.truncating import shortest
 from quire.errors import CacheFull
 
 Array = npt.NDArray[Any]
@@ -139,7 +140,7 @@ class History:
     def go_back(self) -> None:
         sequence = self.pick()
         tokens, salt = self.live[sequence]
-        least = max(0, self.cache._shortest(self.cache._sequences[sequence]))
+        least = max(0, shortest(self.cache.layout, self.cache._sequences[sequence]))
         length = int(self.random.integers(min(least, len(tokens)), len(tokens) + 1))
         size = self.cache.layout.page_size
         if self.cache.layout.packs[0] and size < length < len(tokens) // size * size:

@@ -171,7 +171,7 @@ def test_arrays_are_given_in_the_basis_of_the_model(
     for name in ("fp32", kv_format + ":rotated"):
         engine = engine_over(wide, backend, kv_format=name, page_size=32)
         sequence = engine.cache.create()
-        engine._prefill(sequence, tokens)
+        engine._forward.prefill(sequence, tokens)
         found.append(engine.cache.to_arrays(sequence, "BSHD").layers[0].key[0])
     assert found[1].dtype == np.float32
     exact, turned_back = (key.astype(np.float64) for key in found)

@@ -6,9 +6,7 @@ pages of the model's own heads and format, and two tiny models that the engine r
 """
 
 import itertools
-import json
 import math
-import shutil
 import statistics
 import tempfile
 import time
@@ -20,24 +18,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
 
 from quire.analysis.hardware import Hardware
 from quire.analysis.memory import weight_bytes
+from quire.analysis.overhead import Overhead, measure_overheads
 from quire.analysis.roofline import Limit
 from quire.analysis.shape import LayerShape, ModelShape
 from quire.analysis.steps import Op, Work
 from quire.backends import Backend, MlpParams, Projection, create_backend
 from quire.backends.native import NativeBackend
 from quire.cache import KVCache
-from quire.config import CacheConfig
-from quire.engine import Engine, SamplingParams
 from quire.layout import CacheLayout, lay_out
 from quire.machine import this_machine
-from quire.models import resolve_model
 from quire.sampler import likeliest
 
-__all__ = ["Measured", "Profile", "calibrate", "measure_machine", "measured_hardware"]
+__all__ = ["Measured", "Overhead", "Profile", "calibrate", "measure_machine", "measured_hardware"]
 
 Array = npt.NDArray[Any]
 Table = Mapping[tuple[int, int], float]
@@ -56,19 +51,6 @@ COLD_BYTES = 64 << 20  # of weights, at most, are read between steps of tiny mod
 FEW_ROWS = 8  # up to which a linear layer is as fast as weights come
 POOL_BYTES = 384 << 20  # at most, of pages that probes attend to
 REPEATS, SECONDS = 3, 0.12  # of each probe, at least
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """Seconds of a step outside its operations: fixed, for each sequence, for each layer."""
-
-    step: float
-    sequence: float
-    layer: float
-
-    def of(self, layers: int, sequences: int) -> float:
-        """Of one step."""
-        return max(0.0, self.step + self.sequence * sequences + self.layer * layers)
 
 
 @dataclass(frozen=True)
@@ -192,7 +174,7 @@ def calibrate(shape: ModelShape, layout: CacheLayout, backend: NativeBackend) ->
     probe, directory = _Attending(backend, layer, layout, index), _directory(shape)
     text = directory is None or (directory / "tokenizer.json").is_file()
     cold = min(COLD_BYTES, round(sum(weight_bytes(shape).values())))
-    decoding, prefilling = _overheads(backend, text, cold)
+    decoding, prefilling = measure_overheads(backend, cold, text=text)
     linear, cached = _linear_times(backend, shape.dtype, _largest_file(directory))
     return Profile(
         dtype=shape.dtype,
@@ -405,99 +387,3 @@ class _Attending:
         for start in range(0, tokens, self.size):
             new = min(self.size, tokens - start)
             cache.commit(cache.reserve([(sequence, new) for sequence in sequences]))
-
-
-# -- what steps take outside operations ------------------------------------------------------------
-
-
-def _overheads(backend: NativeBackend, text: bool, cold: int) -> tuple[Overhead, Overhead]:
-    """Of steps that decode, and of those that prefill: two tiny models, one and many sequences.
-
-    Between steps ``cold`` bytes are read, as a model does, which leaves little of the engine's own
-    code and books in the processor's caches.
-    """
-    few, many, layers = 1, 16, (2, 10)
-    decode, prefill = {}, {}
-    for count in layers:
-        with tempfile.TemporaryDirectory() as directory:
-            _write_tiny(Path(directory), count, text)
-            for sequences in (few, many):
-                decode[count, sequences] = _decode_step(directory, backend, sequences, cold)
-            prefill[count] = _prefill_step(directory, backend, cold)
-    first, last = layers
-    per_layer = (decode[last, few] - decode[first, few]) / (last - first)
-    per_sequence = (decode[first, many] - decode[first, few]) / (many - few)
-    fixed = decode[first, few] - first * per_layer - few * per_sequence
-    layer = (prefill[last] - prefill[first]) / (last - first)
-    begin = prefill[first] - first * layer - per_sequence
-    return Overhead(fixed, per_sequence, per_layer), Overhead(begin, per_sequence, layer)
-
-
-def _write_tiny(directory: Path, layers: int, text: bool) -> None:
-    """A checkpoint with nothing to compute."""
-    if text:
-        for path in resolve_model(None).glob("tokenizer*.json"):
-            shutil.copy(path, directory)
-    hidden, vocab = 32, 64
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "head_dim": hidden,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    }
-    square, row = np.ones((hidden, hidden), DTYPES["bf16"]), np.ones(hidden, DTYPES["bf16"])
-    tensors = {"model.embed_tokens.weight": np.ones((vocab, hidden), DTYPES["bf16"])}
-    for layer in range(layers):
-        at = f"model.layers.{layer}."
-        for name in ("q", "k", "v", "o"):
-            tensors[f"{at}self_attn.{name}_proj.weight"] = square
-        for name in ("gate", "up", "down"):
-            tensors[f"{at}mlp.{name}_proj.weight"] = square
-        tensors[f"{at}input_layernorm.weight"] = row
-        tensors[f"{at}post_attention_layernorm.weight"] = row
-    tensors["model.norm.weight"] = row
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file(tensors, directory / "model.safetensors")
-
-
-def _tiny_engine(directory: str, backend: NativeBackend, chunk: int) -> Engine:
-    cache = CacheConfig(num_pages=1024, prefix_cache=False)
-    return Engine(
-        resolve_model(directory),
-        backend=backend.name,
-        threads=backend.threads,
-        cache=cache,
-        max_batch_tokens=chunk,
-    )
-
-
-def _steps(engine: Engine, backend: NativeBackend, cold: int) -> list[float]:
-    """Seconds of each step."""
-    found, buffer = [], np.ones(cold >> 20 << 20, np.uint8)
-    while engine.has_work:
-        backend.probe_read(buffer)
-        started = time.perf_counter()
-        engine.step()
-        found.append(time.perf_counter() - started)
-    return found
-
-
-def _decode_step(directory: str, backend: NativeBackend, sequences: int, cold: int) -> float:
-    engine = _tiny_engine(directory, backend, CHUNK)
-    for _ in range(sequences):
-        engine.submit([1, 2, 3], SamplingParams(max_new_tokens=100, ignore_eos=True))
-    return statistics.median(_steps(engine, backend, cold)[2:])
-
-
-def _prefill_step(directory: str, backend: NativeBackend, cold: int) -> float:
-    engine = _tiny_engine(directory, backend, 2)
-    engine.submit([1] * 200, SamplingParams(max_new_tokens=1))
-    return statistics.median(_steps(engine, backend, cold)[1:-1])

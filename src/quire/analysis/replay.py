@@ -329,10 +329,8 @@ class Replay:
             self._start(plan)
 
     def _start(self, plan: StepPlan) -> None:
-        for preemption in plan.preempt:
-            self._queues.preempt(preemption.sample, preemption.reason)
-        for sample, match in zip(plan.admit, plan.matches, strict=True):
-            self._queues.admit(sample, self.cache.create(match))
+        self._queues.start(plan)
+        for sample in plan.admit:
             job = self._jobs[sample]
             if job.started is None:
                 job.started = self._now

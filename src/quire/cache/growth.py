@@ -4,10 +4,11 @@ In a group that packs its pages new tokens go into open ones; a page that become
 first of a sequence, takes a packed one as well, which is its place in the table from then on.
 """
 
+import operator
 from collections.abc import Sequence
 
 from quire.cache.allocator import OPEN, PageAllocator
-from quire.cache.prefix import PrefixIndex
+from quire.cache.prefix import PrefixIndex, PrefixMatch
 from quire.cache.sequence import Growth, Growths, SequenceState, extended, sealed
 from quire.errors import CacheFull
 from quire.layout import CacheLayout, packed_pages, pages_for
@@ -60,6 +61,45 @@ class Grower:
         if not needs:
             return self._nothing
         return tuple([n for group, need in enumerate(needs) for n in self._by_area(group, need)])
+
+    def cost_of_new(self, count: int) -> tuple[int, ...]:
+        """Pages of each area that ``count`` tokens take of a sequence that begins with them."""
+        groups = range(len(self._layout.groups))
+        return tuple(n for g in groups for n in self._layout.pages_between(g, 0, count))
+
+    def cost_of_whole(self, match: PrefixMatch, pages: int) -> tuple[int, ...]:
+        """Pages of each area that whole ones behind those of ``match`` take, and those of the match
+        that no sequence holds.
+        """
+        counts: list[int] = []
+        for group, (allocator, held) in enumerate(zip(self._allocators, match.pages, strict=True)):
+            new = self.whole(group, match.tokens, pages)
+            taken = allocator.count(page for page in held if allocator.references(page) == 0)
+            counts += map(operator.add, new, taken)
+        return tuple(counts)
+
+    def growth(self, state: SequenceState | None, count: int) -> tuple[int, ...]:
+        """As :meth:`cost`, growing token by token so that windows give pages back on the way.
+
+        None stands for a sequence that is yet to be created. Pages that others hold, too, do not
+        count as held.
+        """
+        layout, groups = self._layout, range(len(self._layout.groups))
+        if state is None:
+            held, own, cost = 0, self._nothing, self.cost_of_new(count)
+        else:
+            held, own, cost = state.length, self.freed_by_release(state), self.cost(state, count)
+        peaks = (n for g in groups for n in layout.most_pages(g, held + count, 1))
+        most = (max(0, peak - holds) for peak, holds in zip(peaks, own, strict=True))
+        return tuple(map(min, most, cost))
+
+    def freed_by_release(self, state: SequenceState) -> tuple[int, ...]:
+        """Pages of each area that only this sequence holds."""
+        return tuple(
+            count
+            for allocator, table in zip(self._allocators, state.tables, strict=True)
+            for count in allocator.count(p for p in table.pages if allocator.references(p) == 1)
+        )
 
     def take(
         self,

@@ -10,7 +10,6 @@ Not thread-safe.
 """
 
 import operator
-from array import array
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,11 +24,13 @@ from quire.cache.export import KVArrays, layer_arrays, require_layout
 from quire.cache.growth import Grower
 from quire.cache.prefix import PrefixIndex, PrefixMatch, PrefixQuery
 from quire.cache.raw import RawPages
+from quire.cache.restoring import fill_tables
 from quire.cache.sequence import Growths, Reservation, SequenceState
 from quire.cache.sharing import PrefixSharing
 from quire.cache.table import PageTable
+from quire.cache.truncating import require_truncatable
 from quire.cache.usage import CacheUsage, count_bytes, filled_pages
-from quire.errors import CacheError, CacheFull
+from quire.errors import CacheError
 from quire.layout import CacheLayout, LayerGroup, pages_for
 from quire.pages import PagePool
 
@@ -121,31 +122,7 @@ class KVCache:
         """
         if self._sharing is None:
             raise CacheError("this cache has no prefix index to restore a sequence into")
-        for area, place, pages in zip(self.layout.areas, self._areas, data, strict=True):
-            if len(pages) > place.available:
-                raise CacheFull(
-                    f"{query.num_tokens} saved tokens need {len(pages)} "
-                    f"{'open ' if area.is_open else ''}pages of {self.layout.page_size} tokens "
-                    f"({self.layout.groups[area.group].name()}), but {place.available} of "
-                    f"{place.num_pages} are free; raise kv_memory"
-                )
-        tables: list[PageTable] = []
-        rest = list(data)
-        try:
-            for group, allocator in enumerate(self._allocators):
-                numbers = self.layout.held_pages(group, query.num_tokens)
-                first = self.layout.groups[group].first_needed(query.num_tokens)
-                found: dict[int, int] = {}
-                tables.append(PageTable(first_page=first // self.layout.page_size))
-                for kind, wanted in enumerate(numbers):
-                    ids = allocator.allocate(len(wanted), kind)
-                    found |= zip(wanted, ids, strict=True)
-                    tables[-1].pages = array("q", [found[n] for n in sorted(found)])
-                    self.raw.write(group, ids, rest.pop(0))
-        except BaseException:
-            for allocator, table in zip(self._allocators, tables, strict=False):
-                allocator.release(table.pages)
-            raise
+        tables = fill_tables(self.layout, self._allocators, self.raw, query.num_tokens, data)
         return self._add(self._sharing.restore(query, tables))
 
     def fork(self, sequence: int) -> int:
@@ -169,33 +146,8 @@ class KVCache:
         left may lie behind ``length`` for some heads and not for others.
         """
         state = self._idle(sequence)
-        if not 0 <= length <= state.length:
-            raise CacheError(
-                f"cannot truncate sequence {sequence} to {length} tokens: it has {state.length}"
-            )
-        if state.dropped and length < state.length:
-            raise CacheError(
-                f"cannot truncate sequence {sequence}: it dropped {state.dropped} tokens, and "
-                "heads keep different ones; release it and compute it anew instead"
-            )
-        shortest = self._shortest(state)
-        if length < shortest:
-            raise CacheError(
-                f"cannot truncate sequence {sequence} to {length} tokens: pages that the next "
-                "token would see fell out of a sliding window and were given back; the shortest "
-                f"possible length is {shortest}; release it and compute it anew instead"
-            )
+        require_truncatable(self.layout, sequence, state, length)
         size = self.layout.page_size
-        if (
-            True in self.layout.packs
-            and size < length < state.length // size * size
-            and length % size
-        ):
-            before = length // size * size
-            raise CacheError(
-                f"cannot truncate sequence {sequence} to {length} tokens: they end inside a page "
-                f"of {size} tokens that is packed; possible are {before} and {before + size}"
-            )
         end_page = pages_for(length, size)
         for allocator, table in zip(self._allocators, state.tables, strict=True):
             allocator.release(table.drop_back(max(end_page, table.first_page)))
@@ -280,23 +232,14 @@ class KVCache:
                 return self._sharing.cost(sequence, new_tokens)
             sequence = None
         if sequence is None:
-            groups = range(len(self.layout.groups))
-            return tuple(n for g in groups for n in self.layout.pages_between(g, 0, new_tokens))
+            return self._grower.cost_of_new(new_tokens)
         return self._grower.cost(self._get(sequence), new_tokens)
 
     def cost_of_whole(self, match: PrefixMatch, pages: int) -> tuple[int, ...]:
         """Pages of each area that :meth:`reserve_whole` would take, behind a match of whole ones,
         those of the match that nobody holds included.
         """
-        new = [
-            self._grower.whole(group, match.tokens, pages)
-            for group in range(len(self.layout.groups))
-        ]
-        return tuple(
-            more + held
-            for counts, held_of in zip(new, self._held_by_nobody(match), strict=True)
-            for more, held in zip(counts, held_of, strict=True)
-        )
+        return self._grower.cost_of_whole(match, pages)
 
     def shareable(self, tokens: int) -> int:
         """How many of ``tokens`` leading tokens others can use while their sequence is open."""
@@ -312,21 +255,11 @@ class KVCache:
             if self._sharing is not None:
                 return self._sharing.growth(sequence, new_tokens)
             sequence = None
-        layout, groups = self.layout, range(len(self.layout.groups))
-        held = 0 if sequence is None else self.length(sequence)
-        own = [0] * len(layout.areas) if sequence is None else self.freed_by_release(sequence)
-        peaks = (n for g in groups for n in layout.most_pages(g, held + new_tokens, 1))
-        most = (max(0, peak - holds) for peak, holds in zip(peaks, own, strict=True))
-        return tuple(min(pair) for pair in zip(most, self.cost(sequence, new_tokens), strict=True))
+        return self._grower.growth(None if sequence is None else self._get(sequence), new_tokens)
 
     def freed_by_release(self, sequence: int) -> tuple[int, ...]:
         """Pages of each area that only this sequence holds."""
-        tables = self._get(sequence).tables
-        return tuple(
-            count
-            for allocator, table in zip(self._allocators, tables, strict=True)
-            for count in allocator.count(p for p in table.pages if allocator.references(p) == 1)
-        )
+        return self._grower.freed_by_release(self._get(sequence))
 
     def reserve(self, chunks: Sequence[tuple[int, int]]) -> Reservation:
         """Set pages aside for ``(sequence, new_tokens)`` pairs, all or none.
@@ -511,14 +444,6 @@ class KVCache:
             raise CacheError(f"sequence {sequence} has an open reservation; commit or roll back")
         return state
 
-    def _shortest(self, state: SequenceState) -> int:
-        """The least length at which no token that the next one sees was given back."""
-        size = self.layout.page_size
-        return max(
-            (table.first_page * size + group.window - 1 if group.window and table.first_page else 0)
-            for group, table in zip(self.layout.groups, state.tables, strict=True)
-        )
-
     def _validated(self, chunks: Sequence[tuple[int, int]]) -> list[SequenceState]:
         states = []
         seen = set[int]()
@@ -536,13 +461,6 @@ class KVCache:
             state.growth = growths
         self._reservations.append(reservation)
         return reservation
-
-    def _held_by_nobody(self, match: PrefixMatch) -> list[tuple[int, ...]]:
-        """For each group, pages of ``match`` in each area that no sequence holds."""
-        return [
-            allocator.count(page for page in pages if allocator.references(page) == 0)
-            for allocator, pages in zip(self._allocators, match.pages, strict=True)
-        ]
 
     def _leave_window(self, state: SequenceState, index: int, group: LayerGroup) -> bool:
         """Give back the pages behind a window; True if there were any."""

@@ -10,13 +10,15 @@ from quire.engine.beam import Beam, BeamSearch, Step
 from quire.engine.queues import Queues
 from quire.engine.request import Request, Sample, Status
 from quire.errors import RequestError
+from quire.sampling import SamplingParams
 
-__all__ = ["BeamGroup", "search_of"]
+__all__ = ["BeamGroup", "require_searchable", "search_of"]
 
 
-def search_of(request: Request, max_sequences: int, vocab: int) -> BeamSearch:
-    """The search that a request asks for; RequestError, with the numbers, if it cannot be."""
-    params, prompt = request.params, len(request.prompt_tokens)
+def require_searchable(params: SamplingParams, max_sequences: int, vocab: int) -> None:
+    """Raise RequestError, with the numbers, for a search that cannot be."""
+    if params.beam_width == 1:
+        return
     if params.beam_width > max_sequences:
         raise RequestError(
             f"{params.beam_width} beams do not fit {max_sequences} sequences at a time; raise "
@@ -27,7 +29,11 @@ def search_of(request: Request, max_sequences: int, vocab: int) -> BeamSearch:
             f"{params.beam_width} beams cannot begin with different tokens of a vocabulary of "
             f"{vocab}; lower beam_width"
         )
-    most = request.most_tokens - prompt
+
+
+def search_of(request: Request) -> BeamSearch:
+    """The search that a request asks for."""
+    params, most = request.params, request.most_tokens - len(request.prompt_tokens)
     return BeamSearch(params.beam_width, params.length_penalty, request.stop_tokens, most)
 
 

@@ -8,6 +8,7 @@ from quire.batch import PagedBatch
 from quire.cache import KVCache
 from quire.config import CacheConfig
 from quire.engine.evicting import Evictor, Part, Watch, require_evictable
+from quire.engine.queues import Queues
 from quire.engine.reading import Reader, SparseStep, read_layers, require_readable
 from quire.engine.request import Request, Sample
 from quire.errors import ConfigError, RequestError
@@ -128,6 +129,24 @@ class Policies:
     def settle(self, parts: Sequence[Part]) -> None:
         """``parts`` were committed: drop what is above budgets."""
         self.evictor.settle(parts, self._watch)
+
+    def evict(self, parts: Sequence[Part], samples: Sequence[Sample], queues: Queues) -> None:
+        """Drop what is above the budgets of ``samples``, whose ``parts`` were committed.
+
+        If it raises, those with a budget wait to be computed again.
+        """
+        evicting = [sample for sample in samples if sample.request.eviction is not None]
+        if not evicting:
+            return
+        try:
+            self.settle(parts)
+        except BaseException:  # their numbers may be halfway from one place to another
+            for sample in evicting:
+                queues.preempt(sample, "a step was interrupted while tokens were dropped")
+            raise
+        for sample in evicting:
+            assert sample.sequence is not None
+            sample.evicted_tokens = self._cache.dropped(sample.sequence)
 
     def count(self, samples: Sequence[Sample]) -> None:
         """A step of ``samples`` was committed: add what they read."""

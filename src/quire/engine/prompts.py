@@ -88,9 +88,12 @@ class PromptReader:
         """Tokens that the longest reply leaves in the cache; the last one is never fed back."""
         return min(len(tokens) + params.max_new_tokens, self.config.max_position) - 1
 
-    def require_kept_fit(self, tokens: Sequence[int], params: SamplingParams, kept: int) -> None:
-        """Raise RequestError if the ``kept`` tokens that eviction leaves do not fit the pool."""
-        size, most = self.cache.layout.page_size, min(self.most_tokens(tokens, params), kept)
+    def require_kept_fit(self, tokens: Sequence[int], params: SamplingParams, budget: int) -> None:
+        """Raise RequestError if the tokens that eviction leaves, a page above ``budget`` included,
+        do not fit the pool.
+        """
+        size = self.cache.layout.page_size
+        most = min(self.most_tokens(tokens, params), budget + size)
         [pages] = self.cache.num_pages
         if pages_for(most, size) > pages:
             raise RequestError(

@@ -1,6 +1,6 @@
 """A conversation's pages to a file and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from quire.cache.session import (
     read_session,
 )
 from quire.config import ModelConfig
+from quire.engine.request import Request
 from quire.errors import CacheFull, SessionError
 from quire.layout import CacheLayout
 
-__all__ = ["Session", "load_session", "pages_of"]
+__all__ = ["Session", "load_session", "no_pages", "pages_of", "pages_to_save"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,34 @@ class Session:
 def no_pages(layout: CacheLayout) -> tuple[GroupPages, ...]:
     """The pages of no tokens."""
     return tuple(GroupPages(0, np.empty((0, size), np.uint8)) for size in layout.area_bytes)
+
+
+def pages_to_save(
+    cache: KVCache, request: Request, prefill: Callable[[int, Sequence[int]], None]
+) -> tuple[tuple[int, ...], tuple[GroupPages, ...]]:
+    """The tokens of a request's first sample that a session keeps, and their pages in each area.
+
+    All but the last token; none of a context larger than the pool. Pages that are gone are computed
+    again: ``prefill(sequence, tokens)`` does what a sequence lacks of tokens. Raises SessionError
+    if there is nothing that could be saved, CacheFull if running requests leave too few pages.
+    """
+    first = request.samples[0]
+    tokens = first.tokens[:-1]
+    if first.evicted_tokens:
+        raise SessionError(
+            f"eviction dropped {first.evicted_tokens} tokens of this request, and "
+            "a session keeps all of them; use evict='none' for what is to be saved"
+        )
+    if first.stream is not None:
+        return (), no_pages(cache.layout)
+    if not tokens:
+        raise SessionError("a session needs at least two tokens, and this request has one")
+    sequence = cache.create(cache.match(PrefixQuery(tokens, request.salt)))
+    try:
+        prefill(sequence, tokens)
+        return tuple(tokens), pages_of(cache, sequence)
+    finally:
+        cache.release(sequence)
 
 
 def pages_of(cache: KVCache, sequence: int) -> tuple[GroupPages, ...]:

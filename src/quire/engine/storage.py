@@ -8,13 +8,15 @@ from quire.backends import Backend
 from quire.cache import CacheUsage, KVCache
 from quire.cache.tiers import HostTier, Tier
 from quire.config import CacheConfig, EngineConfig, format_bytes
+from quire.engine.tiering import PrefixTiers, compute_pace
 from quire.errors import ConfigError
 from quire.format_choice import AUTO, parse_formats
 from quire.layout import CacheLayout, cache_layout, pages_for
+from quire.machine import this_machine
 from quire.models import LoadedModel
 from quire.pages import page_format
 
-__all__ = ["exact_config", "layout_of", "make_cache", "open_tiers", "require_formats"]
+__all__ = ["exact_config", "layout_of", "make_cache", "prefix_tiers", "require_formats"]
 
 
 def require_formats(settings: CacheConfig, backend: Backend) -> None:
@@ -74,14 +76,32 @@ def exact_config(
     return dataclasses.replace(exact, cache=dataclasses.replace(cache, num_pages=pages))
 
 
-def open_tiers(
-    settings: CacheConfig, layout: CacheLayout, identity: Callable[[], Mapping[str, str]]
-) -> list[Tier]:
-    """Tiers below the pool, the fastest first; ``identity`` is asked for only by those on disk.
+def prefix_tiers(
+    settings: CacheConfig,
+    cache: KVCache,
+    backend: Backend,
+    loaded: LoadedModel,
+    identity: Callable[[], Mapping[str, str]],
+) -> PrefixTiers | None:
+    """The tiers below a cache's pool; None if there are none. ``identity`` is of its pages, and
+    asked for only by tiers on disk.
 
     Raises ConfigError for a budget that is too small for this model's pages, TierError for a
     directory that cannot be used.
     """
+    tiers = _open_tiers(settings, cache.layout, identity)
+    if not tiers:
+        return None
+    width = page_format(loaded.page_format).dtype.itemsize
+    weights = loaded.bytes_read_a_step // width
+    pace = compute_pace(backend.name, this_machine().threads, weights)
+    return PrefixTiers(cache, tiers, pace)
+
+
+def _open_tiers(
+    settings: CacheConfig, layout: CacheLayout, identity: Callable[[], Mapping[str, str]]
+) -> list[Tier]:
+    """The fastest first."""
     largest = max(layout.area_bytes)
     for name in ("host_cache", "disk_cache"):
         budget = getattr(settings, name)
