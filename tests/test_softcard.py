@@ -186,6 +186,27 @@ def test_products_with_a_matrix_that_lies_turned(card: Card) -> None:
     assert torch.equal(out, (a.double() @ b.double().T).float())
 
 
+@pytest.mark.parametrize("columns", [8, 16])
+def test_products_of_bytes(card: Card, columns: int) -> None:
+    a, b = (torch.randint(-128, 128, size).to(torch.int8) for size in ((16, 64), (64, columns)))
+    out = torch.zeros(16, columns, dtype=torch.int32)
+    sizes = {"M": 16, "N": columns, "K": 64, "num_warps": 1}
+    card.launch(_product, (1,), (out, a, b), sizes)
+    assert torch.equal(out, a.int() @ b.int())
+
+
+@triton.jit
+def _summed_up(out, x, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, tl.cumsum(tl.load(x + at), axis=0))
+
+
+def test_sums_of_all_before(card: Card) -> None:
+    x, out = torch.randint(0, 1000, (256,)).double(), torch.zeros(256, dtype=torch.float64)
+    card.launch(_summed_up, (1,), (out, x), {"BLOCK": 256, "num_warps": 2})
+    assert torch.equal(out, x.cumsum(0))
+
+
 @triton.jit
 def _ragged(out, x, lengths, BLOCK: tl.constexpr):
     """Programs of different lengths; erf takes different ways by the size of a number."""

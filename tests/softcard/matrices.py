@@ -27,9 +27,14 @@ def _warps(x: Array, lanes: int) -> Array:
 
 
 def shuffled(how: str, x: Array, by: Array, lanes: int) -> Array:
-    """``shfl.sync`` of whole warps: lane i reads lane i ^ by, or lane ``by``."""
+    """``shfl.sync`` of whole warps: lane i reads lane i ^ by, i - by, i + by, or lane ``by``.
+
+    One that would read a lane that is not there keeps its own.
+    """
     held, by = _warps(x, lanes), _warps(by, lanes).astype(np.int64)
-    source = _LANE[None, :] ^ by if how == "bfly" else by & 31
+    lane = np.broadcast_to(_LANE, by.shape)
+    source = {"bfly": lane ^ by, "up": lane - by, "down": lane + by, "idx": by & 31}[how]
+    source = np.where((source < 0) | (source > 31), lane, source)
     return np.take_along_axis(held, source, axis=1).reshape(-1)
 
 
@@ -127,10 +132,34 @@ def _added(left: Array, right: Array, sums: Array) -> Array:
         return (np.matmul(left, right) + sums.astype(np.float64)).astype(np.float32)
 
 
+def _bytes(parts: list[Array], lanes: int) -> Array:
+    """Fragments of int8 as int64 [warps, rows, 32]: 16 rows from four registers, 8 from two."""
+    across = len(parts) // 2
+    out = np.empty((lanes // 32, 8 * across, 32), np.int64)
+    for nth, part in enumerate(parts):
+        held = np.ascontiguousarray(_warps(part, lanes)).view(np.int8).reshape(-1, 32, 4)
+        for one in range(4):
+            columns = _PAIR * 2 + one + 16 * (nth // across)
+            out[:, _ROW + 8 * (nth % across), columns] = held[:, :, one]
+    return out
+
+
+def _product_of_bytes(
+    left: list[Array], right: list[Array], sums: list[Array], lanes: int
+) -> list[Array]:
+    """``mma.sync.m16n8k32`` of int8, which stops at the largest int32."""
+    held = _sums(sums, lanes).view(np.int32)
+    total = _bytes(left, lanes) @ _bytes(right, lanes).transpose(0, 2, 1) + held
+    limits = np.iinfo(np.int32)
+    return _parts(np.clip(total, limits.min, limits.max).astype(np.int32).view(np.float32))
+
+
 def product(
     name: str, left: list[Array], right: list[Array], sums: list[Array], lanes: int
 ) -> list[Array]:
-    """``mma.sync.m16n8k16`` with float32 sums."""
+    """``mma.sync``: m16n8k16 with float32 sums, or m16n8k32 of int8."""
+    if name == "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32":
+        return _product_of_bytes(left, right, sums, lanes)
     found = re.fullmatch(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)\.\1\.f32", name)
     if found is None:
         raise NotImplementedError(name)
