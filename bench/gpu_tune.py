@@ -33,8 +33,8 @@ FORMATS = {"decode": ("bf16", "int8", "int4", "fp8", "int2"), "prefill": ("bf16"
 WAVES = (2, 3, 6, 8)
 # Keys, warps, stages; then rows, keys, warps, stages. The likelier ones first.
 DECODE = (
-    (32, 2, 4), (32, 4, 4), (64, 4, 3), (64, 4, 4), (32, 2, 3), (32, 1, 4), (64, 2, 3), (32, 1, 3),
-    (64, 8, 3), (128, 8, 3), (128, 4, 2), (32, 2, 5), (32, 4, 3), (64, 2, 2),
+    (32, 1, 4), (32, 1, 3), (32, 2, 4), (32, 1, 2), (32, 1, 6), (64, 1, 3), (64, 2, 3), (32, 2, 3),
+    (64, 2, 4), (64, 4, 3), (32, 4, 4), (64, 4, 4), (128, 4, 2), (64, 2, 2),
 )  # fmt: skip
 PREFILL = (
     (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3),
@@ -67,7 +67,7 @@ def trials(dims: tuple[int, ...], only: set[str]) -> Iterator[Trial]:
 
 def tiles_to_try(trial: Trial, most: int) -> list[tuple[int, int, int, int]]:
     """Rows, keys, warps, stages of up to ``most`` tiles; packed keys come 32 at a time."""
-    found = [(16, *rest) for rest in DECODE] if trial.kind == "decode" else list(PREFILL)
+    found = [(8, *rest) for rest in DECODE] if trial.kind == "decode" else list(PREFILL)
     if trial.format in ("int4", "int2"):
         found = [(rows, 32, warps, stages) for rows, _, warps, stages in found]
     return list(dict.fromkeys(found))[:most]

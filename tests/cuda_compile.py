@@ -68,7 +68,7 @@ def launches(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], atten
     ):
         given = {**sizes, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys}
         more = (
-            {"HEADS": KV_HEADS}
+            {"HEADS": KV_HEADS, "COLUMNS": name == "decode" and attending.in_columns(shape, SHARE)}
             if split is None
             else {"SPLIT": split, "PARTS": False, "OUT": "bf16"}
         )

@@ -78,39 +78,42 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, check=True, text=True).stdout
 
 
-def _unmasked_call() -> int:
-    """The line of ``walking.py`` that walks blocks without masks: the second call in that order."""
-    lines, start = inspect.getsourcelines(walking._walk_range.fn)
-    calls = [start + i for i, line in enumerate(lines) if "_walk(" in line and "def" not in line]
-    return calls[1]
+def _unmasked_calls() -> set[tuple[str, int]]:
+    """The lines that walk blocks without masks: the second calls of the functions that do."""
+    found = set()
+    for function in (walking._walk_range, walking._walk_range_of_columns):
+        lines, start = inspect.getsourcelines(function.fn)
+        calls = [start + i for i, text in enumerate(lines) if " = _walk" in text]
+        found.add((Path(walking.__file__).name, calls[1]))
+    return found
 
 
 def _main_loop(code: str) -> Counter[str]:
     """Instructions of the shortest loop with products that mostly comes from that call."""
     instructions, labels = _parsed(code)
-    wanted, found = _unmasked_call(), list[Counter[str]]()
+    wanted, found = _unmasked_calls(), list[Counter[str]]()
     for end, (text, _) in enumerate(instructions):
         target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)
         begin = labels.get(target[1], end + 1) if target else end + 1
         body = instructions[begin : end + 1]
         names = Counter(_name(each) for each, _ in body)
-        ours = sum(wanted in lines for _, lines in body)
+        ours = sum(not wanted.isdisjoint(lines) for _, lines in body)
         if any("MMA" in name for name in names) and ours > 0.3 * len(body):
             found.append(names)
     return min(found, key=lambda names: names.total(), default=Counter())
 
 
-def _parsed(code: str) -> tuple[list[tuple[str, set[int]]], dict[str, int]]:
-    """Instructions, each with the lines of ``walking.py`` that it comes from; labels."""
-    instructions: list[tuple[str, set[int]]] = []
+def _parsed(code: str) -> tuple[list[tuple[str, set[tuple[str, int]]]], dict[str, int]]:
+    """Instructions, each with the lines (file and number) that it comes from; labels."""
+    instructions: list[tuple[str, set[tuple[str, int]]]] = []
     labels: dict[str, int] = {}
-    lines, open_group = set[int](), False
+    lines, open_group = set[tuple[str, int]](), False
     for text in map(str.strip, code.splitlines()):
         if place := _LINE.match(text):
             if not open_group:
                 lines, open_group = set(), True
             pairs = (place[1], place[2]), (place[3], place[4])
-            lines |= {int(n) for file, n in pairs if file and file.endswith("/walking.py")}
+            lines |= {(Path(file).name, int(n)) for file, n in pairs if file}
         elif label := re.match(r"(\.L_x_\d+):", text):
             labels[label[1]] = len(instructions)
         elif instruction := _INSTRUCTION.match(text):

@@ -18,8 +18,8 @@ import pytest
 
 import quire
 from checkpoints import tiny_config, write_checkpoint
-from conformance import activations
-from conformance.test_attention import Case, hard_vectors, lay_out, new_pool
+from conformance import Subject, activations
+from conformance.test_attention import Case, check, hard_vectors, lay_out, new_pool
 from conformance.test_packed_pages import Book
 from conformance.test_packed_pages import Case as Packed
 from quire.backends import Backend, backend_status, create_backend, keep
@@ -126,6 +126,15 @@ def test_exact_attention_over_several_splits_is_the_same_bits_in_prefill_and_dec
         one = replace(laid.batch.select(np.array([row])), query_indptr=np.array([0, 1], np.int64))
         taken = activations(backend, query[row : row + 1])
         assert same_bits(backend.to_host(backend.attend(taken, pool, one, 0))[0], whole[row])
+
+
+@runs
+@pytest.mark.parametrize("share", [9, 16, 17])
+@pytest.mark.parametrize("format", ["bf16", "int8", "fp16"])
+def test_decode_of_many_heads_that_share_keys(share: int, format: str) -> None:
+    """Up to 16 of them are columns of products, more are rows."""
+    subject = Subject("cuda", lambda: create_backend("cuda"), exact=False, narrow=True, half=True)
+    check(subject, Case(((40, 1), (7, 1), (31, 1)), (share, 1, 32), format=format))
 
 
 @runs

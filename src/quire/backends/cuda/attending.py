@@ -17,22 +17,23 @@ from quire.backends.cuda.pool import CudaPool
 from quire.backends.cuda.products import KINDS, as_stored
 from quire.backends.cuda.steps import EVERY, Step, StepGroup
 from quire.backends.cuda.stored import Side, power_of_two
+from quire.backends.cuda.walking import parts_of
 from quire.formats import GROUP
 from quire.pages import PageShape
 
-__all__ = ["SPLIT", "Attention", "Chosen", "Tiles", "decode_tiles", "prefill_tiles"]
+__all__ = ["SPLIT", "Attention", "Chosen", "Tiles", "decode_tiles", "in_columns", "prefill_tiles"]
 
 Tensor = Any
 
 SPLIT = 256  # places; a multiple of every block of keys
-_WAVES = 4  # programs a processor that contexts are split into, if they are long enough
+_WAVES = 4  # programs of 4 warps a processor that contexts are split into, if long enough
 _MERGED = 16  # rows of a tile that one program merges
 _ROOMY = 160 << 10  # bytes of shared memory that cards for data centres have
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of queries and keys that a program multiplies at a time; warps; blocks in flight."""
+    """Rows (or columns) of queries and keys of a block; warps; blocks in flight."""
 
     rows: int
     keys: int
@@ -40,14 +41,25 @@ class Tiles:
     stages: int
 
 
+def in_columns(shape: PageShape, share: int) -> bool:
+    """True where decode has the ``share`` heads of a KV head for columns: see ``walking.py``."""
+    key, value = shape.key_format, shape.value_format
+    whole = shape.value_dim % parts_of(value.name) == 0
+    fours = key.kind != "page" or shape.key_dim % 4 == 0
+    return share <= 16 and whole and fours and "fp32" not in (key.name, value.name)
+
+
 def decode_tiles(shape: PageShape, share: int) -> Tiles:
     """For the ``share`` heads of one token: few rows; bytes on their way are what counts.
 
-    A block of 32 keys for two warps, three blocks ahead: programs are small, so that several run on
-    a processor, and what each warp does for all keys at once, it does for many.
+    In columns, of which products have eight: a warp is a program, so that warps wait for nothing
+    of each other's, and what each of them does for all dims at once, it does once a block.
     """
     wide = max(shape.key_dim, shape.value_dim) > 128
-    if "fp32" in (shape.key_format.name, shape.value_format.name):
+    if in_columns(shape, share):
+        plain = 16 in (shape.key_format.bits, shape.value_format.bits)
+        tiles = Tiles(8, 32, 2 if wide or share > 8 else 1, 3 if plain else 4)
+    elif "fp32" in (shape.key_format.name, shape.value_format.name):
         tiles = Tiles(16, 32, 8, 1)
     else:
         tiles = Tiles(16, 32, 4, 2) if wide else Tiles(16, 32, 2, 4)
@@ -75,7 +87,7 @@ def prefill_tiles(shape: PageShape, share: int, shared: int) -> Tiles:
 class Chosen:
     """Tiles that are not those of :func:`decode_tiles` and :func:`prefill_tiles`, to be compared.
 
-    waves   programs a processor that contexts are split into, if they are long enough
+    waves   programs of 4 warps a processor that contexts are split into, if they are long enough
     """
 
     tiles: Tiles | None = None
@@ -183,7 +195,7 @@ class Attention:
         kv_heads = shape.num_kv_heads if kv_heads is None else kv_heads
         share, sequences = query.shape[1] // kv_heads, step.batch.num_sequences
         tiles = self._decode_tiles(shape, share)
-        split, splits = self._splits(step, group, sequences * kv_heads)
+        split, splits = self._splits(step, group, max(1, sequences * kv_heads * tiles.warps // 4))
         parts = (sequences, kv_heads, splits, share)
         mixed = self._device.empty((*parts, shape.value_dim))
         best, total = self._device.empty(parts), self._device.empty(parts)
@@ -193,6 +205,7 @@ class Attention:
             group.indices, group.first_page, group.window, *_open_tables(group), pool.num_pages,
             *_stored(pool), _unit(pool), split, **self._sizes(pool, share), G=kv_heads,
             HEADS=shape.num_kv_heads, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
+            COLUMNS=not self._exact and in_columns(shape, share),
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         self._device.launch(
@@ -207,7 +220,7 @@ class Attention:
         """Places of a split, and how many there are at most.
 
         Places are SPLIT where bits must not depend on the batch, else a multiple of it, so that
-        there are no more programs than keep all processors busy.
+        there are no more programs than keep all processors busy; ``programs`` are of 4 warps.
         """
         if step.reach is None:
             length = SPLIT if self._exact else SPLIT * self._factor(group.splits(SPLIT), programs)

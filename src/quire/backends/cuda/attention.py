@@ -19,7 +19,13 @@ import triton
 import triton.language as tl
 
 from quire.backends.cuda.codec import encode_plain, narrow
-from quire.backends.cuda.walking import walk_pages, walk_three_parts
+from quire.backends.cuda.walking import (
+    parts_of,
+    walk_columns,
+    walk_pages,
+    walk_three_parts,
+    walk_three_parts_of_columns,
+)
 
 __all__ = ["decode_kernel", "merge_kernel", "merge_tiles_kernel", "prefill_kernel"]
 
@@ -297,6 +303,38 @@ def _merged(
     return best, total, mixed
 
 
+@triton.jit
+def _split_of_columns(
+    query, first, end, place, stored, sequence, head,
+    indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+    key, key_scale, key_least, value, value_scale, value_least,
+    open_key, open_key_scale, open_value, open_value_scale, unit,
+    G: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    DKP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr, OPEN_KEY: tl.constexpr,
+    OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """What queries float32 [SHARE, DK] at ``place`` see of ``[first, end)``: as columns."""
+    pages = indices + tl.load(indptr + sequence) - tl.load(first_page + sequence)
+    if PACKED:
+        own = open_indices + tl.load(open_indptr + sequence) - tl.load(open_first + sequence)
+        best, total, mixed = walk_three_parts_of_columns(
+            query, first, end, place, stored, pages, own, num_pages, head,
+            key, key_scale, key_least, value, value_scale, value_least,
+            open_key, open_key_scale, open_value, open_value_scale, unit,
+            G, SHARE, DK, DV, DKP, DVP, PAGE, KEY, VALUE, OPEN_KEY, OPEN_VALUE, HARDWARE,
+            C, BLOCK_N, GROUP,
+        )  # fmt: skip
+    else:
+        best, total, mixed = walk_columns(
+            query, first, end, pages, head,
+            key, key_scale, key_least, value, value_scale, value_least, unit,
+            G, SHARE, DK, DV, DKP, DVP, PAGE, KEY, VALUE, HARDWARE, C, BLOCK_N, GROUP,
+        )  # fmt: skip
+    return best, total, mixed
+
+
 @triton.jit(do_not_specialize=["window", "num_pages"], do_not_specialize_on_alignment=_TABLES)
 def decode_kernel(
     part_mixed, part_best, part_total, query, places, query_indptr, indptr, indices, first_page,
@@ -307,13 +345,14 @@ def decode_kernel(
     DKP: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, PACKED: tl.constexpr, OPEN_KEY: tl.constexpr,
     OPEN_VALUE: tl.constexpr, HARDWARE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One split of each sequence with one new token; grid (S, G, splits).
 
     part_mixed [S, G, splits, SHARE, DV], part_best and part_total [S, G, splits, SHARE]. A program
     whose split lies beyond the context, or was given back, writes nothing. HEADS are the KV heads
-    of a page; G is 1 where each of them has a table of its own, as if it were a sequence.
+    of a page; G is 1 where each of them has a table of its own, as if it were a sequence. COLUMNS:
+    queries are columns of products, of which there are BLOCK_M; else rows.
     """
     sequence, head, nth = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(query_indptr + sequence)
@@ -324,19 +363,40 @@ def decode_kernel(
     if alone & (split * SPLIT <= place):
         rows = tl.arange(0, BLOCK_M)
         there = rows < SHARE
-        at = tl.full((BLOCK_M,), 0, tl.int32) + place
-        q, wide = _queries(query, start, head, rows, there, G, SHARE, DK, DKP, KEY, HARDWARE)
-        best, total, mixed = _span(
-            q, wide, at, place, place, split * SPLIT, (split + 1) * SPLIT, window, sequence,
-            (sequence * G + head) % HEADS,
-            indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
-            key, key_scale, key_least, value, value_scale, value_least,
-            open_key, open_key_scale, open_value, open_value_scale, unit,
-            HEADS, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
-            BLOCK_M, BLOCK_N, GROUP,
-        )  # fmt: skip
         part = ((sequence * G + head).to(tl.int64) * tl.num_programs(2) + nth) * SHARE + rows
-        _put_part(part_mixed, part_best, part_total, best, total, mixed, part, there, DV, DVP)
+        if COLUMNS:
+            best, total, mixed = _split_of_columns(
+                query + (start * (G * SHARE) + head * SHARE) * DK,
+                tl.maximum(split * SPLIT, tl.maximum(stored, place - window + 1)),
+                tl.minimum((split + 1) * SPLIT, place + 1), place, stored, sequence,
+                (sequence * G + head) % HEADS,
+                indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+                key, key_scale, key_least, value, value_scale, value_least,
+                open_key, open_key_scale, open_value, open_value_scale, unit,
+                HEADS, SHARE, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE,
+                HARDWARE, BLOCK_M, BLOCK_N, GROUP,
+            )  # fmt: skip
+            tl.store(part_best + part, best, mask=there)
+            tl.store(part_total + part, total, mask=there)
+            PARTS: tl.constexpr = parts_of(VALUE)
+            for nth_of_unit in tl.static_range(PARTS):
+                dims = tl.arange(0, DVP // PARTS) * PARTS + nth_of_unit
+                to = part_mixed + part[None, :] * DV + dims[:, None]
+                mask = there[None, :] & (dims < DV)[:, None]
+                tl.store(to, mixed[nth_of_unit], mask=mask)
+        else:
+            at = tl.full((BLOCK_M,), 0, tl.int32) + place
+            q, wide = _queries(query, start, head, rows, there, G, SHARE, DK, DKP, KEY, HARDWARE)
+            best, total, mixed = _span(
+                q, wide, at, place, place, split * SPLIT, (split + 1) * SPLIT, window, sequence,
+                (sequence * G + head) % HEADS,
+                indptr, indices, first_page, open_indptr, open_indices, open_first, num_pages,
+                key, key_scale, key_least, value, value_scale, value_least,
+                open_key, open_key_scale, open_value, open_value_scale, unit,
+                HEADS, DK, DV, DKP, DVP, PAGE, KEY, VALUE, PACKED, OPEN_KEY, OPEN_VALUE, HARDWARE,
+                BLOCK_M, BLOCK_N, GROUP,
+            )  # fmt: skip
+            _put_part(part_mixed, part_best, part_total, best, total, mixed, part, there, DV, DVP)
 
 
 @triton.jit(
