@@ -15,7 +15,7 @@ from pathlib import Path
 
 import triton
 
-from quire.backends.cuda import walking
+from quire.backends.cuda import columns, walking
 
 __all__ = ["Listing", "read"]
 
@@ -81,10 +81,11 @@ def _run(tool: str, *arguments: str) -> str:
 def _unmasked_calls() -> set[tuple[str, int]]:
     """The lines that walk blocks without masks: the second calls of the functions that do."""
     found = set()
-    for function in (walking._walk_range, walking._walk_range_of_columns):
+    rooms = (walking, walking._walk_range), (columns, columns._walk_range_of_columns)
+    for room, function in rooms:
         lines, start = inspect.getsourcelines(function.fn)
         calls = [start + i for i, text in enumerate(lines) if " = _walk" in text]
-        found.add((Path(walking.__file__).name, calls[1]))
+        found.add((Path(room.__file__).name, calls[1]))
     return found
 
 

@@ -12,12 +12,12 @@ from quire.backends.cuda.attention import (
     merge_tiles_kernel,
     prefill_kernel,
 )
+from quire.backends.cuda.columns import parts_of
 from quire.backends.cuda.device import Device
 from quire.backends.cuda.pool import CudaPool
 from quire.backends.cuda.products import KINDS, as_stored
 from quire.backends.cuda.steps import EVERY, Step, StepGroup
 from quire.backends.cuda.stored import Side, power_of_two
-from quire.backends.cuda.walking import parts_of
 from quire.formats import GROUP
 from quire.pages import PageShape
 
@@ -42,7 +42,7 @@ class Tiles:
 
 
 def in_columns(shape: PageShape, share: int) -> bool:
-    """True where decode has the ``share`` heads of a KV head for columns: see ``walking.py``."""
+    """True where decode has the ``share`` heads of a KV head for columns: see ``columns.py``."""
     key, value = shape.key_format, shape.value_format
     whole = shape.value_dim % parts_of(value.name) == 0
     fours = key.kind != "page" or shape.key_dim % 4 == 0

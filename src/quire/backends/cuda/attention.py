@@ -19,13 +19,8 @@ import triton
 import triton.language as tl
 
 from quire.backends.cuda.codec import encode_plain, narrow
-from quire.backends.cuda.walking import (
-    parts_of,
-    walk_columns,
-    walk_pages,
-    walk_three_parts,
-    walk_three_parts_of_columns,
-)
+from quire.backends.cuda.columns import parts_of, walk_columns, walk_three_parts_of_columns
+from quire.backends.cuda.walking import walk_pages, walk_three_parts
 
 __all__ = ["decode_kernel", "merge_kernel", "merge_tiles_kernel", "prefill_kernel"]
 

@@ -13,22 +13,24 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "MASKS",
+    "MINUS_0",
+    "MINUS_128",
+    "OF_FP8",
+    "OF_INT8",
+    "OF_LINES",
+    "bf16_bits",
     "bits_of_line",
-    "bits_operand",
     "codes_on_line",
     "codes_operand",
     "decoded_operand",
     "encode_plain",
     "encode_token",
+    "from_bits",
     "narrow",
+    "number_of",
     "operand",
-    "pairs_in_words",
-    "scaled_pairs",
     "scales",
-    "split_pairs",
-    "unit_bytes",
-    "unit_decoded",
-    "unit_operand",
 ]
 
 
@@ -45,13 +47,13 @@ _HALVES = """{{
 """
 # 0x4300 is 128 as bfloat16 with room for seven bits. The lower seven bits and 128, less 128, or 256
 # where the highest bit is set.
-_OF_INT8 = """
+OF_INT8 = """
     lop3.b32 a, {source}, 0x007F007F, 0x43004300, 0xEA;
     lop3.b32 b, {source}, 0x00800080, bias, 0xEA;
     fma.rn.bf16x2 {target}, a, one, b;
 """
 # The exponent shifted into that of a bfloat16, which is then off by 2**120.
-_OF_FP8 = """
+OF_FP8 = """
     shl.b32 b, {source}, 8;
     shl.b32 a, {source}, 4;
     and.b32 a, a, 0x07F007F0;
@@ -63,12 +65,12 @@ _OF_CODES = """
     lop3.b32 a, {source}, {mask}, 0x43004300, 0xEA;
     fma.rn.bf16x2 {target}, a, one, bias;
 """
-_OF_LINES = """
+OF_LINES = """
     lop3.b32 a, {source}, {mask}, 0x43004300, 0xEA;
     fma.rn.bf16x2 a, a, one, bias;
     fma.rn.bf16x2 {target}, a, {step}, {least};
 """
-_MINUS_128, _MINUS_0 = "0xC300C300", "0x80008000"
+MINUS_128, MINUS_0 = "0xC300C300", "0x80008000"
 
 
 def _assembly(each: str, bias: str, shift: int = 0, mask: str = "") -> str:
@@ -80,22 +82,20 @@ def _assembly(each: str, bias: str, shift: int = 0, mask: str = "") -> str:
     return _HALVES.format(bias=bias, shift=shift) + lines + "}"
 
 
-_INT8 = tl.constexpr(_assembly(_OF_INT8, _MINUS_128))
-_FP8 = tl.constexpr(_assembly(_OF_FP8, _MINUS_0))
+_INT8 = tl.constexpr(_assembly(OF_INT8, MINUS_128))
+_FP8 = tl.constexpr(_assembly(OF_FP8, MINUS_0))
 
 
 _PARTS = ((4, 0), (4, 1), (2, 0), (2, 1), (2, 2), (2, 3))  # bits, which of those in a byte
-_MASKS = {4: "0x000F000F", 2: "0x00030003"}
+MASKS = {4: "0x000F000F", 2: "0x00030003"}
 _CODES, _LINES = (
-    tl.constexpr(
-        tuple(_assembly(e, _MINUS_128, bits * part, _MASKS[bits]) for bits, part in _PARTS)
-    )
-    for e in (_OF_CODES, _OF_LINES)
+    tl.constexpr(tuple(_assembly(e, MINUS_128, bits * part, MASKS[bits]) for bits, part in _PARTS))
+    for e in (_OF_CODES, OF_LINES)
 )
 
 
 @triton.jit
-def _bf16_bits(x):
+def bf16_bits(x):
     """Float32 rounded to nearest bfloat16, ties to even: its bits in the lower half of int32."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -103,7 +103,7 @@ def _bf16_bits(x):
 
 
 @triton.jit
-def _from_bits(bits):
+def from_bits(bits):
     """The float32 whose upper half is int32 ``bits``."""
     return (bits << 16).to(tl.float32, bitcast=True)
 
@@ -111,7 +111,7 @@ def _from_bits(bits):
 @triton.jit
 def scales(raw):
     """Scales as they lie in memory, int16 -> float32."""
-    return _from_bits(raw.to(tl.int32))
+    return from_bits(raw.to(tl.int32))
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def narrow(x, KIND: tl.constexpr, HARDWARE: tl.constexpr):
     elif HARDWARE:
         out = x.to(tl.bfloat16)
     else:
-        out = _from_bits(_bf16_bits(x))
+        out = from_bits(bf16_bits(x))
     return out
 
 
@@ -198,7 +198,7 @@ def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr, INNER: tl.constexpr
         if HARDWARE:
             out = raw.to(tl.bfloat16, bitcast=True)
         else:
-            out = _from_bits(raw.to(tl.int32))
+            out = from_bits(raw.to(tl.int32))
     elif KIND == "int8":
         if HARDWARE:
             out = _from_bytes(raw, _INT8, INNER)
@@ -216,178 +216,6 @@ def operand(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr, INNER: tl.constexpr
     return out
 
 
-# Units of 16 bits, two in a register, to two bfloat16 numbers: one of each unit.
-_UNITS = """{{
-    .reg .b32 x, a, b, one, bias;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 bias, {bias};
-"""
-_SHIFTED = """
-    shr.b32 x, {raw}, {shift};
-"""
-_BIASED = "lop3.b32 {target}, x, {mask}, 0x43004300, 0xEA;"
-
-
-def _of_units(each: str, bits: int, shifts: tuple[int, ...]) -> str:
-    """Numbers of ``bits`` at ``shifts`` of a unit, one output each."""
-    bias = _MINUS_0 if each is _OF_FP8 else _MINUS_128
-    count, lines = len(shifts), ""
-    for i, shift in enumerate(shifts):
-        lines += _SHIFTED.format(raw=f"${count}", shift=shift) + each.format(
-            source="x", target=f"${i}", step=f"${count + 1}", least=f"${count + 2}",
-            mask=_MASKS.get(bits),
-        )  # fmt: skip
-    return _UNITS.format(bias=bias) + lines + "}"
-
-
-_TIMES_ONE = tl.constexpr("""{
-    .reg .b32 one, none;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 none, 0x80008000;
-    fma.rn.bf16x2 $0, $1, one, none;
-}""")
-_PAIR = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")  # the first goes into the upper half
-_SCALED = tl.constexpr(
-    tuple(
-        f"""{{
-    .reg .b32 x, y, a, none;
-    mov.b32 none, 0x80008000;
-    mov.b64 {{x, y}}, $4;
-    prmt.b32 x, x, y, {halves};
-    fma.rn.bf16x2 a, $3, x, none;
-    fma.rn.bf16x2 a, $2, x, a;
-    mov.b32 {{$0, $1}}, a;
-}}"""
-        for halves in ("0x5410", "0x7632")
-    )
-)
-_UNIT_CODES = tl.constexpr(
-    tuple(_of_units(_BIASED, 2, (i,)) for i in range(0, 16, 2))
-    + tuple(_of_units(_BIASED, 4, (i,)) for i in range(0, 16, 4))
-)
-_UNIT_INT4 = tl.constexpr(_of_units(_OF_LINES, 4, tuple(range(0, 16, 4))))
-_UNIT_INT2 = tl.constexpr(_of_units(_OF_LINES, 2, tuple(range(0, 16, 2))))
-_UNIT_INT8 = tl.constexpr(_of_units(_OF_INT8, 8, (0, 8)))
-_UNIT_FP8 = tl.constexpr(_of_units(_OF_FP8, 8, (0, 8)))
-
-
-@triton.jit
-def _bits_of_unit(raw, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    return (raw.to(tl.int32) >> SHIFT) & (2**BITS - 1)
-
-
-@triton.jit
-def unit_operand(raw, SHIFT: tl.constexpr, KIND: tl.constexpr, HARDWARE: tl.constexpr):
-    """128 plus the code at bit SHIFT of int16 units, as a bfloat16 operand."""
-    BITS: tl.constexpr = 4 if KIND == "int4" else 2
-    if HARDWARE:
-        TEXT: tl.constexpr = _UNIT_CODES[SHIFT // 2 if BITS == 2 else 8 + SHIFT // 4]
-        out = tl.inline_asm_elementwise(TEXT, "=r,r", [raw], tl.bfloat16, True, 2)
-    else:
-        out = number_of(_bits_of_unit(raw, SHIFT, BITS)) + 128.0
-    return out
-
-
-@triton.jit
-def pairs_in_words(bits, HARDWARE: tl.constexpr):
-    """Bits of bfloat16 numbers, int16, as they are: two in a register from here on.
-
-    Times one, which the compiler does not see through: else it puts two together at every use.
-    """
-    if HARDWARE:
-        out = tl.inline_asm_elementwise(_TIMES_ONE, "=r,r", [bits], tl.int16, True, 2)
-    else:
-        out = bits
-    return out
-
-
-@triton.jit
-def unit_decoded(raw, step, least, KIND: tl.constexpr, HARDWARE: tl.constexpr):
-    """``least + step * code``, rounded to bfloat16, of the codes of int16 units: a tuple of them.
-
-    Bits of steps and minima have the shape of ``raw``.
-    """
-    if HARDWARE and KIND == "int4":
-        out = tl.inline_asm_elementwise(
-            _UNIT_INT4, "=r,=r,=r,=r,r,r,r", [raw, step, least],
-            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2,
-        )  # fmt: skip
-    elif HARDWARE:
-        out = tl.inline_asm_elementwise(
-            _UNIT_INT2, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r", [raw, step, least],
-            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-             tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2,
-        )  # fmt: skip
-    else:
-        BITS: tl.constexpr = 4 if KIND == "int4" else 2
-        out = ()
-        for part in tl.static_range(16 // BITS):
-            codes = number_of(_bits_of_unit(raw, BITS * part, BITS))
-            x = tl.fma(scales(step), codes, scales(least))
-            out = out + (narrow(x, KIND, HARDWARE),)  # noqa: RUF005
-    return out
-
-
-@triton.jit
-def split_pairs(one, other, HARDWARE: tl.constexpr):
-    """Float32 numbers, two a word of bfloat16 ones, ``one`` in the lower half: rounded, and what
-    is left of them, rounded too."""
-    if HARDWARE:
-        high = tl.inline_asm_elementwise(_PAIR, "=r,r,r", [one, other], tl.int32, True, 1)
-        one, other = one - _from_bits(high), other - (high & -65536).to(tl.float32, bitcast=True)
-        low = tl.inline_asm_elementwise(_PAIR, "=r,r,r", [one, other], tl.int32, True, 1)
-    else:
-        high = _bf16_bits(one) | (_bf16_bits(other) << 16)
-        one, other = one - _from_bits(high), other - (high & -65536).to(tl.float32, bitcast=True)
-        low = _bf16_bits(one) | (_bf16_bits(other) << 16)
-    return high, low
-
-
-@triton.jit
-def scaled_pairs(high, low, steps, ODD: tl.constexpr, HARDWARE: tl.constexpr):
-    """Words of :func:`split_pairs` times steps, as two operands: of lower and of upper halves.
-
-    ``steps`` int64 are bits of four: of channels 0 and 2, with ODD 1 and 3, for the two halves.
-    What is rounded is the float32 number times its step, but for what rounding ``low`` times that
-    loses, 2**-9 of a unit in the last place.
-    """
-    if HARDWARE:
-        TEXT: tl.constexpr = _SCALED[ODD]
-        out = tl.inline_asm_elementwise(
-            TEXT, "=h,=h,r,r,l", [high, low, steps], (tl.bfloat16, tl.bfloat16), True, 1
-        )
-    else:
-        one = _from_bits((steps >> (16 * ODD)).to(tl.int32))
-        other = _from_bits((steps >> (16 * ODD + 32)).to(tl.int32))
-        rest = narrow(_from_bits(low) * one, "bf16", False)
-        first = narrow(tl.fma(_from_bits(high), one, rest), "bf16", False)
-        rest = narrow(_from_bits(low >> 16) * other, "bf16", False)
-        out = first, narrow(tl.fma(_from_bits(high >> 16), other, rest), "bf16", False)
-    return out
-
-
-@triton.jit
-def bits_operand(bits, HARDWARE: tl.constexpr):
-    """The bfloat16 numbers whose bits are the lower halves of int32 words, as operands."""
-    if HARDWARE:
-        out = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        out = _from_bits(bits)
-    return out
-
-
-@triton.jit
-def unit_bytes(raw, KIND: tl.constexpr, HARDWARE: tl.constexpr):
-    """Int8 or fp8 numbers, low and high bytes of int16 units, as :func:`operand` has them."""
-    if HARDWARE:
-        TEXT: tl.constexpr = _UNIT_INT8 if KIND == "int8" else _UNIT_FP8
-        out = tl.inline_asm_elementwise(TEXT, "=r,=r,r", [raw], (tl.bfloat16, tl.bfloat16), True, 2)
-    else:
-        low = operand(_bits_of_unit(raw, 0, 8).to(tl.uint8), KIND, HARDWARE)
-        out = low, operand(_bits_of_unit(raw, 8, 8).to(tl.uint8), KIND, HARDWARE)
-    return out
-
-
 @triton.jit
 def encode_plain(x, KIND: tl.constexpr, HARDWARE: tl.constexpr):
     """Float32 -> what lies in memory for a number that is stored on its own."""
@@ -395,7 +223,7 @@ def encode_plain(x, KIND: tl.constexpr, HARDWARE: tl.constexpr):
         if HARDWARE:
             out = x.to(tl.bfloat16).to(tl.int16, bitcast=True)
         else:
-            out = _bf16_bits(x).to(tl.int16)
+            out = bf16_bits(x).to(tl.int16)
     elif KIND == "fp16":
         out = x.to(tl.float16)
     else:
@@ -436,7 +264,7 @@ def encode_token(x, KIND: tl.constexpr):
     bits = (tl.div_rn(peak, top).to(tl.int32, bitcast=True) + 0xFFFF) >> 16
     bits = tl.minimum(bits, largest)
     usable = (bits > 0) & (wild == 0)
-    scale = tl.broadcast_to(tl.where(usable, _from_bits(bits), 1.0)[:, None], x.shape)
+    scale = tl.broadcast_to(tl.where(usable, from_bits(bits), 1.0)[:, None], x.shape)
     steps = tl.where(usable[:, None], tl.div_rn(x, scale), 0.0)
     if KIND == "int8":
         payload = _to_int8(steps)
@@ -457,10 +285,10 @@ def bits_of_line(low, high, wild, LEVELS: tl.constexpr):
     bits = low.to(tl.int32, bitcast=True)
     upper = (tl.where(bits < 0, bits + 0xFFFF, bits) >> 16) & 0xFFFF
     upper = tl.where(upper == 0xFF80, 0xFF7F, upper)
-    least = _from_bits(upper)
+    least = from_bits(upper)
     span = tl.maximum(0.5 * high - 0.5 * least, 0.0)
     step = (tl.div_rn(span, 0.5 * LEVELS).to(tl.int32, bitcast=True) + 0xFFFF) >> 16
-    top = 2.0 * (0.5 * least + 0.5 * _from_bits(step) * LEVELS)
+    top = 2.0 * (0.5 * least + 0.5 * from_bits(step) * LEVELS)
     step -= tl.where(tl.abs(top) < float("inf"), 0, 1)
     return upper, tl.where(wild, 0x7FC0, step)
 
@@ -469,7 +297,7 @@ def bits_of_line(low, high, wild, LEVELS: tl.constexpr):
 def codes_on_line(x, minimum, step, LEVELS: tl.constexpr):
     """Float32 numbers -> int32 codes; bits of minimum and step broadcast to the shape of x."""
     usable = (step > 0) & (step < 0x7F80)
-    each = tl.where(usable, _from_bits(step), 1.0)
-    steps = tl.div_rn(0.5 * x - 0.5 * _from_bits(minimum), 0.5 * each)
+    each = tl.where(usable, from_bits(step), 1.0)
+    steps = tl.div_rn(0.5 * x - 0.5 * from_bits(minimum), 0.5 * each)
     inside = tl.minimum(tl.maximum(tl.where(usable, steps, 0.0), 0.0), LEVELS)
     return ((inside + 12582912.0) - 12582912.0).to(tl.int32)
