@@ -241,7 +241,7 @@ class Attention:
             "SHARE": share,
             "DK": shape.key_dim,
             "DV": shape.value_dim,
-            "DKP": _padded(shape.key_dim),
+            "DKP": _padded(shape.key_dim, 32 if shape.key_format.name == "int8" else 16),
             "DVP": _padded(shape.value_dim, GROUP if shape.value_format.kind == "page" else 16),
             "PAGE": shape.page_size,
             "GROUP": GROUP,
@@ -255,7 +255,7 @@ class Attention:
 
 
 def _padded(dim: int, least: int = 16) -> int:
-    """The power of two, of 16 or more as products need it, that holds ``dim`` numbers."""
+    """The power of two that holds ``dim`` numbers, and as many as a product sums at least."""
     return max(least, power_of_two(dim))
 
 
