@@ -1,10 +1,11 @@
 """Counts what the cuda backend's attention asks of a card, on one in software; needs no GPU.
 
 Run as ``python tests/cuda_counts.py 90 [--only int4,decode]``: for each page format, decode of one
-token after 4,096 and prefill of 512 tokens (32 query heads, 8 KV heads of 128), one line: bytes
-of device memory moved beside those of the pages, instructions of a thread for each number of K and
-V that is read, and how many rounds shared memory takes beside the fewest that could do. PTX is
-counted, which the assembler still shortens; ``cuda_compile.py`` reads what it makes of it.
+token after 4,096 and, where pages are not packed, prefill of 512 tokens (32 query heads, 8 KV heads
+of 128), one line: bytes of device memory moved beside those of the pages, instructions of a thread
+for each number of K and V that the context has, and how many rounds shared memory takes beside the
+fewest that could do. PTX is counted, which the assembler still shortens; ``cuda_compile.py`` reads
+what it makes of it.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from softcard.card import Card, plugged_in
 from softcard.counting import Counts
 
 FORMATS = ("bf16", "fp16", "fp8", "int8", "int4", "int2")
+PACKED = ("int4", "int2")
 HEADS = Heads(32, 8, 128)
 CASES = {"decode": (4096, 1), "prefill": (512, 512)}
 KERNELS = {"decode": "decode_kernel", "prefill": "prefill_kernel"}
@@ -62,7 +64,7 @@ def lines(capability: int, wanted: set[str]) -> Iterator[str]:
     with plugged_in(capability) as card:
         for format in FORMATS:
             for case in CASES:
-                if wanted <= {format, case}:
+                if wanted <= {format, case} and (case == "decode" or format not in PACKED):
                     yield f"{capability} {format} {case}: {counted(card, format, case)}"
 
 

@@ -17,6 +17,14 @@ import triton
 import triton.language as tl
 
 from quire.backends.cuda.codec import codes_operand, decoded_operand, operand
+from quire.backends.cuda.units import (
+    pairs_in_words,
+    scaled_pairs,
+    split_pairs,
+    unit_bytes,
+    unit_decoded,
+    unit_operand,
+)
 from softcard.card import Card, plugged_in
 from softcard.computing import pure
 from softcard.machine import Launch, translate
@@ -339,3 +347,66 @@ def test_every_code_is_decoded_as_the_definition_does(card: Card, kind: str, par
     assert np.array_equal(codes.numpy(), law)
     line = law * step.double().numpy() + least.double().numpy()
     assert np.array_equal(numbers.numpy(), line.astype(np.float32).astype(ml_dtypes.bfloat16))
+
+
+@triton.jit
+def _decode_units(low, high, codes, numbers, raw, step, least, KIND: tl.constexpr):
+    """All of 65,536 units; codes and numbers of int4 at 4 places of each, [4, 65536]."""
+    at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    held = tl.load(raw + at)
+    if KIND == "int4":
+        first = pairs_in_words(tl.load(step + at), True)
+        second = pairs_in_words(tl.load(least + at), True)
+        line = unit_decoded(held, first, second, KIND, True)
+        for part in tl.static_range(4):
+            code = unit_operand(held, 4 * part, KIND, True)
+            tl.store(codes + part * 65536 + at, code.to(tl.float32))
+            tl.store(numbers + part * 65536 + at, line[part].to(tl.float32))
+    else:
+        both = unit_bytes(held, KIND, True)
+        tl.store(low + at, both[0].to(tl.float32))
+        tl.store(high + at, both[1].to(tl.float32))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+def test_every_unit_of_16_bits_is_decoded_as_the_definition_does(card: Card, kind: str) -> None:
+    raw = torch.arange(65536).to(torch.int16)
+    step, least = (torch.randn(65536).bfloat16() for _ in range(2))
+    low, high, codes, numbers = (torch.zeros(n * 65536) for n in (1, 1, 4, 4))
+    args = low, high, codes, numbers, raw, step.view(torch.int16), least.view(torch.int16)
+    card.launch(_decode_units, (64,), args, {"KIND": kind, "num_warps": 4})
+    units = raw.numpy().view(np.uint16)
+    if kind == "int4":
+        law = np.stack([units >> 4 * part & 15 for part in range(4)]).astype(np.float64)
+        assert np.array_equal(codes.numpy().reshape(4, -1), law + 128)
+        line = law * step.double().numpy() + least.double().numpy()
+        rounded = line.astype(np.float32).astype(ml_dtypes.bfloat16)
+        assert np.array_equal(numbers.numpy().reshape(4, -1), rounded)
+        return
+    for got, part in ((low, units & 255), (high, units >> 8)):
+        held = part.astype(np.uint8).view(np.int8 if kind == "int8" else ml_dtypes.float8_e4m3fn)
+        law = held.astype(np.float32)
+        finite = np.isfinite(law) & (law != -128)  # neither is ever stored
+        assert np.array_equal(got.numpy()[finite], law[finite])
+
+
+@triton.jit
+def _scale_pairs(out, x, y, steps, ODD: tl.constexpr):
+    at = tl.arange(0, 256)
+    high, low = split_pairs(tl.load(x + at), tl.load(y + at), True)
+    both = scaled_pairs(high, low, tl.load(steps + at), ODD, True)
+    tl.store(out + at, both[0].to(tl.float32))
+    tl.store(out + 256 + at, both[1].to(tl.float32))
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_queries_times_steps_are_rounded_as_the_product_is(card: Card, odd: int) -> None:
+    """To within what ``scaled_pairs`` says: 2**-9 of a unit in the last place, or half of it."""
+    x, y, out = torch.randn(256), torch.randn(256), torch.zeros(512)
+    steps = torch.rand(256, 4).bfloat16()
+    args = out, x, y, steps.view(torch.int16).view(torch.int64).reshape(-1)
+    card.launch(_scale_pairs, (1,), args, {"ODD": odd, "num_warps": 1})
+    law = np.concatenate([x.double() * steps[:, odd], y.double() * steps[:, odd + 2]])
+    error = np.abs(out.numpy() - law)
+    ulp = 2.0 ** (np.floor(np.log2(np.abs(law))) - 7)
+    assert (error <= (0.5 + 2**-8) * ulp).all()

@@ -75,7 +75,9 @@ def prefill_tiles(shape: PageShape, share: int, shared: int) -> Tiles:
     if "fp32" in (shape.key_format.name, shape.value_format.name):
         tiles = Tiles(16, 32, 8, 1) if wide else Tiles(32, 32, 8, 1)
     else:
-        narrow = Tiles(64, 64, 4, 3 if shared >= _ROOMY else 2)
+        # Products take 16-bit numbers from where copies put them, which is a block more in memory.
+        plain = 16 in (shape.key_format.bits, shape.value_format.bits)
+        narrow = Tiles(64, 64, 4, 3 if shared >= _ROOMY and not plain else 2)
         tiles = Tiles(64, 32, 8, 2) if wide else narrow
     if shape.key_format.kind == "page":
         # Keys that share minima and steps; queries stay at hand in float32, to be scaled.

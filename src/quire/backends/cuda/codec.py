@@ -29,6 +29,7 @@ __all__ = [
     "from_bits",
     "narrow",
     "number_of",
+    "numbers_at",
     "operand",
     "scales",
 ]
@@ -184,6 +185,20 @@ def _from_bytes(raw, TEXT: tl.constexpr, INNER: tl.constexpr):
         none = tl.full((1, 1), 0, tl.int16).to(tl.bfloat16, bitcast=True)
         args = [raw, none]
         out = tl.inline_asm_elementwise(TEXT, "=r,=r,r,r,r", args, tl.bfloat16, True, 4)
+    return out
+
+
+@triton.jit
+def numbers_at(pointer, KIND: tl.constexpr, HARDWARE: tl.constexpr):
+    """Where numbers are stored, as what is read for :func:`operand`.
+
+    Bfloat16 are read as such: what is done to bits between a read and a product would keep a
+    product from taking operands where asynchronous copies have put them.
+    """
+    if KIND == "bf16" and HARDWARE:
+        out = pointer.to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    else:
+        out = pointer
     return out
 
 

@@ -13,7 +13,7 @@ hold them; ``unit`` is log2(e) / sqrt(DK). A row sees the places ``since`` to ``
 import triton
 import triton.language as tl
 
-from quire.backends.cuda.codec import codes_operand, decoded_operand, narrow, operand, scales
+from quire.backends.cuda.codec import codes_operand, decoded_operand, narrow, numbers_at, operand, scales
 
 __all__ = ["order_of", "pages_of", "rows_of", "walk_pages", "walk_three_parts"]
 
@@ -164,7 +164,7 @@ def _scores(
             G, DK, DKP, PAGE, KEY, HARDWARE, BLOCK_N, GROUP,
         )  # fmt: skip
     else:
-        at = key + rows[None, :] * DK + dims[:, None]
+        at = numbers_at(key, KEY, HARDWARE) + rows[None, :] * DK + dims[:, None]
         raw = _load(at, there[None, :], dims[:, None] < DK, EDGE, DKP > DK)
         out = tl.dot(q, operand(raw, KEY, HARDWARE, True), input_precision="ieee")
     return out
@@ -184,7 +184,7 @@ def _values(
             DV, DVP, VALUE, HARDWARE, BLOCK_N, EDGE, GROUP,
         )  # fmt: skip
     else:
-        at = value + rows[:, None] * DV + dims[None, :]
+        at = numbers_at(value, VALUE, HARDWARE) + rows[:, None] * DV + dims[None, :]
         raw = _load(at, there[:, None], dims[None, :] < DV, EDGE, DVP > DV)
         out = operand(raw, VALUE, HARDWARE, False)
     return out
@@ -276,7 +276,7 @@ def _walk(
         places = block + order_of(KEY, BLOCK_N)
         there = (places >= first) & (places < end)
         rows = rows_of(page - shift, block, head, G, KEY, PAGE, BLOCK_N)
-        scores = unit * _scores(
+        scores = _scores(
             q, wide, page - shift, rows, there, block, head, key, key_scale, key_least,
             G, DK, DKP, PAGE, KEY, HARDWARE, BLOCK_N, GROUP, EDGE,
         )  # fmt: skip
@@ -286,9 +286,10 @@ def _walk(
         seen = seen & there[None, :]
         if EDGE:
             scores = tl.where(seen, scores, float("-inf"))
-        peak = tl.maximum(best, tl.max(scores, axis=1))
+        peak = tl.maximum(best, unit * tl.max(scores, axis=1))
         shrink = tl.exp2(best - peak)
-        weights = tl.exp2(scores - peak[:, None])
+        less = tl.broadcast_to(-peak[:, None], scores.shape)
+        weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, 0.0, tl.float32) + unit, less))
         total = total * shrink + tl.sum(weights, axis=1)
         values = _values(
             rows, there, value, value_scale, value_least,
