@@ -13,7 +13,14 @@ hold them; ``unit`` is log2(e) / sqrt(DK). A row sees the places ``since`` to ``
 import triton
 import triton.language as tl
 
-from quire.backends.cuda.codec import codes_operand, decoded_operand, narrow, numbers_at, operand, scales
+from quire.backends.cuda.codec import (
+    codes_operand,
+    decoded_operand,
+    narrow,
+    numbers_at,
+    operand,
+    scales,
+)
 
 __all__ = ["order_of", "pages_of", "rows_of", "walk_pages", "walk_three_parts"]
 
