@@ -26,7 +26,6 @@ FORMATS = ("bf16", "fp16", "fp8", "int8", "int4", "int2")
 PACKED = ("int4", "int2")
 HEADS = Heads(32, 8, 128)
 CASES = {"decode": (4096, 1), "prefill": (512, 512)}
-KERNELS = {"decode": "decode_kernel", "prefill": "prefill_kernel"}
 
 
 def line(counts: Counts, pages: int, numbers: int) -> str:
@@ -45,9 +44,8 @@ def line(counts: Counts, pages: int, numbers: int) -> str:
     )
 
 
-def counted(card: Card, format: str, case: str) -> str:
-    """One line of the table."""
-    context, new = CASES[case]
+def counted(card: Card, format: str, context: int, new: int) -> tuple[Counts, int]:
+    """Counts of attention of the last ``new`` tokens of ``context``, and bytes of their pages."""
     backend = CudaBackend()
     pool = FullPool(backend, "cpu", format, HEADS, (1, 2 * context))
     query = torch.randn(new, HEADS.query, HEADS.dim)
@@ -55,17 +53,19 @@ def counted(card: Card, format: str, case: str) -> str:
     card.counting = True
     backend.attend(query, pool.pool, pool.batch(1, context, new), 0)
     card.counting = False
-    numbers = 2 * HEADS.kv * HEADS.dim * context
-    return line(card.counts[KERNELS[case]], pool.moved(1, context), numbers)
+    kernel = "decode_kernel" if new == 1 else "prefill_kernel"
+    return card.counts[kernel], pool.moved(1, context)
 
 
 def lines(capability: int, wanted: set[str]) -> Iterator[str]:
     """All of it, but for formats and cases that ``wanted`` leaves out, if it names any."""
     with plugged_in(capability) as card:
         for format in FORMATS:
-            for case in CASES:
+            for case, (context, new) in CASES.items():
                 if wanted <= {format, case} and (case == "decode" or format not in PACKED):
-                    yield f"{capability} {format} {case}: {counted(card, format, case)}"
+                    numbers = 2 * HEADS.kv * HEADS.dim * context
+                    told = line(*counted(card, format, context, new), numbers)
+                    yield f"{capability} {format} {case}: {told}"
 
 
 if __name__ == "__main__":

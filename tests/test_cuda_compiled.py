@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import quire
+from cuda_counts import counted
 from softcard.card import plugged_in
 from tiny import random_prompt, write_llama
 
@@ -91,3 +92,18 @@ def test_an_engine_compiles_what_it_needs_once(tmp_path: Path, backend: str) -> 
         engine.generate(prompts(*range(20, 36)), params)
         assert card.compiled == compiled
         assert card.launched["decode_kernel"] > 100
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_decode_reads_pages_once_and_shared_memory_keeps_up(format: str) -> None:
+    """Every byte of a page is asked for once, besides tables, queries and open pages' other ends.
+
+    A card that reads 18 bytes a cycle and processor takes seven cycles for 128 bytes of pages, in
+    which shared memory has seven rounds.
+    """
+    with plugged_in(90) as card:
+        counts, pages = counted(card, format, 2048, 1)
+    assert pages <= counts.asked["read"] < 1.12 * pages
+    assert sum(counts.rounds.values()) * 128 < 7 * pages
+    if format != "int4":  # whose steps are read in pieces of a sector
+        assert counts.moved["read"] < 1.05 * pages

@@ -27,6 +27,7 @@ from quire.backends.cuda.units import (
 )
 from softcard.card import Card, plugged_in
 from softcard.computing import pure
+from softcard.counting import Counts
 from softcard.machine import Launch, translate
 from softcard.memory import DeviceMemory, Fault
 from softcard.parse import parse
@@ -302,6 +303,35 @@ def test_a_misaligned_read_is_found() -> None:
 def test_what_is_not_known_is_refused_by_name() -> None:
     with pytest.raises(NotImplementedError, match=r"does not have: atom\.add"):
         copied("atom.add.f32 %r3, [%rd4], %r1;")
+
+
+# -- counting ------------------------------------------------------------------------------------
+
+LANES = np.arange(32)
+
+
+@pytest.mark.parametrize(
+    ("stride", "width", "asked", "moved"),
+    [(4, 4, 128, 128), (32, 4, 128, 1024), (16, 16, 512, 512), (0, 8, 8, 32), (2, 2, 64, 64)],
+)
+def test_device_memory_moves_in_sectors(stride: int, width: int, asked: int, moved: int) -> None:
+    counts = Counts()
+    two = np.concatenate([LANES * stride, LANES * stride]).astype(np.uint64) + np.uint64(4096)
+    counts.device("read", np.repeat([0, 1], 32), two, width)  # warps ask on their own
+    assert (counts.asked["read"], counts.moved["read"]) == (2 * asked, 2 * moved)
+
+
+@pytest.mark.parametrize(
+    ("stride", "width", "rounds", "best"),
+    [(4, 4, 1, 1), (8, 4, 2, 1), (128, 4, 32, 1), (0, 4, 1, 1), (16, 16, 4, 4), (128, 16, 32, 4),
+     (144, 16, 4, 4), (8, 8, 2, 2), (2, 2, 1, 1)],
+)  # fmt: skip
+def test_shared_memory_takes_as_many_rounds_as_its_busiest_bank(
+    stride: int, width: int, rounds: int, best: int
+) -> None:
+    counts = Counts()
+    counts.shared("read", LANES, (LANES * stride).astype(np.uint32), width)
+    assert (counts.rounds["read"], counts.best["read"]) == (rounds, best)
 
 
 # -- assembly ------------------------------------------------------------------------------------
