@@ -70,8 +70,7 @@ for status in backend_status():
 PY
 workers=()
 has xdist && workers=(-n 4)
-tested=(-p no:cacheprovider -p no:benchmark "${workers[@]}" --durations=10 tests/test_cuda*.py
-  --ignore=tests/test_cuda_compiled.py) # for machines without a card
+tested=(-p no:cacheprovider -p no:benchmark "${workers[@]}" --durations=10 tests/test_cuda*.py)
 
 within() { # seconds, log, command: runs it, at most so long, and shows the end of what it says
   local seconds=$1 log=$2

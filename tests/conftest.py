@@ -15,7 +15,7 @@ from tiny import WRITERS
 _COMPILES = os.environ.get("TRITON_INTERPRET") != "1" and all(
     importlib.util.find_spec(name) for name in ("torch", "triton")
 )
-collect_ignore = [] if _COMPILES else ["test_softcard.py", "test_cuda_compiled.py"]
+collect_ignore = [] if _COMPILES else ["test_softcard.py", "test_compiled.py"]
 
 
 @pytest.fixture(scope="session")

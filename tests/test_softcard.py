@@ -1,7 +1,7 @@
 """The card in software itself: against Python's own integers, NumPy, and programs that break rules.
 
 Collected where triton compiles (conftest.py). What the backend's kernels compute on this card is in
-test_cuda_compiled.py.
+test_compiled.py.
 """
 
 import math
