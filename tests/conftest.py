@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance import SUBJECTS, Subject
+from conformance import SUBJECTS
 from quire.backends import Backend
 from tiny import WRITERS
 
@@ -27,19 +27,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)
 def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines made in the test compute with the backend in turn, whatever they ask for."""
-    _compute_with(request.param, monkeypatch)
+    """Engines made in the test compute with the backend in turn, whatever they ask for.
 
-
-@pytest.fixture
-def a_backend_in_turn(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same with one backend for each ``seed`` of the test, the next for the next."""
-    _compute_with(SUBJECTS[seed % len(SUBJECTS)], monkeypatch)
-
-
-def _compute_with(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines of the native backend take turns with one, two and three threads."""
-    threads = cycle((1, 2, 3))
+    Those of the native backend take turns with one, two and three threads.
+    """
+    subject, threads = request.param, cycle((1, 2, 3))
 
     def create(name: str, number: int | None = None) -> Backend:
         if not subject.name.startswith("native-"):

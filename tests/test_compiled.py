@@ -96,14 +96,18 @@ def test_an_engine_compiles_what_it_needs_once(tmp_path: Path, backend: str) -> 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 def test_decode_reads_pages_once_and_shared_memory_keeps_up(format: str) -> None:
-    """Every byte of a page is asked for once, besides tables, queries and open pages' other ends.
+    """Every byte of a page is asked for once. Beside that a program of 256 places, or more, reads
 
-    A card that reads 18 bytes a cycle and processor takes seven cycles for 128 bytes of pages, in
-    which shared memory has seven rounds.
+    four queries of 128 float32, twice where pages are packed, and of each of its 8 blocks and of
+    the sequence a few numbers of the tables, 64 bytes at most; of each block it may touch the ends
+    of 8 sectors more. A card that reads 18 bytes a cycle and processor takes seven cycles for 128
+    bytes of pages, in which shared memory has seven rounds.
     """
+    programs = 8 * 2048 // 256
+    beside = programs * (2 * 4 * 128 * 4 + 9 * 64)
     with plugged_in(90) as card:
         counts, pages = counted(card, format, 2048, 1)
-    assert pages <= counts.asked["read"] < 1.12 * pages
+    assert pages <= counts.asked["read"] <= pages + beside
     assert sum(counts.rounds.values()) * 128 < 7 * pages
     if format != "int4":  # whose steps are read in pieces of a sector
-        assert counts.moved["read"] < 1.05 * pages
+        assert counts.moved["read"] <= pages + beside + programs * 8 * 8 * 32

@@ -166,7 +166,7 @@ def assert_replies_are_those_of_each_alone(stress: Stress) -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "mixed", "sliding"])
-@pytest.mark.parametrize("histories", [12, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("histories", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_anything_at_once_gives_what_each_request_gives_alone(
     models: dict[str, Path], tmp_path: Path, kind: str, histories: int
 ) -> None:

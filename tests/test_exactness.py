@@ -162,7 +162,7 @@ def test_any_schedule_over_quantised_pages_computes_the_bits_of_each_request_alo
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("a_backend_in_turn")
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("seed", range(300, 320))
 @pytest.mark.parametrize("kind", list(WRITERS))
 def test_many_more_schedules_over_quantised_pages_compute_the_bits_of_each_request_alone(
@@ -193,7 +193,7 @@ def test_logits_over_quantised_pages_are_the_same_bits_in_any_chunks_and_pages(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("a_backend_in_turn")
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("seed", range(100, 140))
 @pytest.mark.parametrize("kind", list(WRITERS))
 def test_many_more_schedules_compute_the_bits_of_each_request_alone(

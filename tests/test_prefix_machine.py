@@ -197,7 +197,7 @@ SETUPS: list[tuple[int, int, Windows, int, str]] = [
 
 
 @pytest.mark.parametrize(("page_size", "num_pages", "windows", "digest_bytes", "format"), SETUPS)
-@pytest.mark.parametrize("steps", [1500, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [1500, pytest.param(12_000, marks=pytest.mark.slow)])
 def test_no_sequence_ever_holds_a_token_of_another(
     page_size: int, num_pages: int, windows: Windows, digest_bytes: int, format: str, steps: int
 ) -> None:

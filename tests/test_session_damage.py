@@ -110,9 +110,9 @@ def test_flips_and_cuts_of_a_large_file_are_noticed(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_flips_and_cuts_at_each_of_seven_hundred_offsets_are_noticed(path: Path) -> None:
+def test_flips_and_cuts_at_each_of_two_thousand_offsets_are_noticed(path: Path) -> None:
     write_session(path, session_of(40, 16, LARGE))
-    offsets = spread(path, 700)
+    offsets = spread(path, 2000)
     every_flip_is_noticed(path, LARGE, offsets)
     every_cut_is_noticed(path, LARGE, offsets)
 

@@ -395,5 +395,5 @@ def test_a_killed_writer_leaves_the_old_or_the_new_file_whole(path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_hundred_killed_writers(path: Path) -> None:
-    killed_writers(path, 100)
+def test_two_hundred_killed_writers(path: Path) -> None:
+    killed_writers(path, 200)

@@ -15,7 +15,8 @@ number for every thread.
 
 What it finds that a card may hide: reads and writes outside of tensors, misaligned ones, reads of
 asynchronous copies that nobody waited for (they have not arrived), shared memory that nobody wrote
-(NaN). What it cannot find: threads that race between barriers, because all run in step; what a
-card's own arithmetic rounds differently (``ex2.approx``, sums inside a product, which are exact
-here until they are rounded once).
+(NaN). What it cannot find: threads that race between barriers, because all run in step; products of
+four warps that nobody waited for, because they are done at once; what a card's own arithmetic
+rounds differently (``ex2.approx``, and sums inside a product, which are exact here until they are
+rounded once).
 """

@@ -67,7 +67,7 @@ class Shared:
 
     @classmethod
     def empty(cls, programs: int, size: int) -> "Shared":
-        """For a launch. 16 bytes more than asked for, so that no row of words is cut short."""
+        """For a launch; a whole number of rows of 16 bytes, so that none is cut short."""
         return cls(np.full((programs, -(-size // 16) * 16), 0xFF, np.uint8))
 
     def _rows(self, programs: Array, addresses: Array, width: int) -> tuple[Array, Array]:

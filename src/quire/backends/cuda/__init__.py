@@ -2,7 +2,7 @@
 
 Importing it needs the extra ``cuda`` (torch and triton). docs/gpu.md explains the design.
 
-Not there yet: streams of its own for the host tier. Nothing was run on a GPU yet.
+Nothing was run on a GPU yet.
 """
 
 from quire.backends.cuda.backend import CudaBackend
