@@ -91,7 +91,7 @@ def busy(trace: Sequence[dict[str, Any]], kinds: Sequence[str]) -> float:
 def _profiled(decoding: Decoding) -> tuple[float, float]:
     """Seconds of a step in which kernels run, and in which copies do."""
     setting, path = decoding.setting, decoding.setting.work / "trace.json"
-    dry = setting.kind == "cpu"
+    dry = setting.mode == "dry"
     with profile(activities=[ProfilerActivity.CPU if dry else ProfilerActivity.CUDA]) as watched:
         decoding.run(decoding.steps)
         setting.watch.synchronize()

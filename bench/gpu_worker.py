@@ -24,6 +24,7 @@ from gpu_rows import Row
 from gpu_timing import Setting, Stopwatch
 
 import quire
+from quire.backends.cuda.device import find_device
 
 PARTS = {  # where the function of that name is
     "ceilings": "gpu_dense",
@@ -90,7 +91,7 @@ def main() -> None:
             row = replace(row, at_least=None, at_most=None)
         answer(row=asdict(row))
 
-    kind = "cpu" if mode == "dry" else "cuda"
+    kind = find_device().kind if mode == "dry" else "cuda"
     answer(about=about(kind))
     watch = Stopwatch(kind)
     end = time.monotonic() + float(seconds)

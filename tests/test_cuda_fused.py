@@ -377,7 +377,8 @@ def launches(
         # The same tables for all, over pools of their own; sealed pages would add launches.
         batch = replace(books[0].batch(counts), group_of_layer=(0,) * layers)
         step = to_device(batch, backend.device)
-        tokens, compute = [0] * batch.num_tokens, partial(backend._logits, network)
+        tokens = backend.device.integers([0] * batch.num_tokens)
+        compute = partial(backend._logits, network)
         pools = [book.pool for book in books]
         backend._layers._scale(16)
         backend.computed(compute, tokens, step, pools)

@@ -20,7 +20,7 @@ from quire.backends import create_backend
 from quire.errors import BackendError
 from quire.format_choice import parse_formats
 from quire.pages import PageShape
-from test_cuda import INTERPRETED, RUNS, STATUS
+from test_cuda import ON_A_CARD, RUNS, STATUS
 from test_tier_engine import ONE, SHORT, engine_with, run
 from tiny import random_prompt
 
@@ -31,7 +31,7 @@ if RUNS:
     from quire.backends.cuda.streams import Streams
 
 pytestmark = pytest.mark.skipif(not RUNS, reason=f"cuda: {STATUS['cuda'].detail}")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="the streams are a test's")
+interpreted = pytest.mark.skipif(ON_A_CARD, reason="the streams are a test's")
 
 
 class Told:
@@ -109,7 +109,7 @@ class Pools:
 
     def __init__(self, *formats: str, dim: int = 6, opened: int = 0) -> None:
         backend = create_backend("cuda")
-        if INTERPRETED:
+        if not ON_A_CARD:
             backend.device.streams = Late()
         self.late: Any = backend.device.streams
         pairs = [parse_formats(name).of_layers(1, "bf16")[0] for name in formats]
@@ -415,7 +415,7 @@ def test_sessions_move_as_tiers_do(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="streams are a GPU's")
+@pytest.mark.skipif(not ON_A_CARD, reason="streams are a GPU's")
 def test_pages_go_down_and_up_while_the_device_computes() -> None:
     """Pages are overwritten behind each export; products run on the computing stream meanwhile."""
     pools = Pools("bf16", "int8", dim=128)
@@ -443,7 +443,7 @@ def test_pages_go_down_and_up_while_the_device_computes() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="streams are a GPU's")
+@pytest.mark.skipif(not ON_A_CARD, reason="streams are a GPU's")
 def test_the_host_waits_neither_for_the_step_nor_for_the_copy() -> None:
     pools = Pools("bf16", dim=128)
     pools.mover.begin_export(0, [0]).take()
@@ -461,7 +461,7 @@ def test_the_host_waits_neither_for_the_step_nor_for_the_copy() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="graphs are a GPU's")
+@pytest.mark.skipif(not ON_A_CARD, reason="graphs are a GPU's")
 def test_graphs_are_captured_while_a_thread_moves_pages(models: dict[str, Path]) -> None:
     """A step of each length class is captured beside imports that never stop."""
     pools, over = Pools("bf16", dim=128), threading.Event()

@@ -18,13 +18,13 @@ from softcard.machine import Code, Launch, translate
 from softcard.memory import DeviceMemory
 from softcard.parse import parse
 
-__all__ = ["Card", "plugged_in"]
+__all__ = ["Card", "Driver", "plugged_in"]
 
 _SCALARS = {"i1": np.uint8, "i32": np.uint32, "u32": np.uint32, "i64": np.uint64,
             "u64": np.uint64, "fp32": np.float32, "fp64": np.float64}  # fmt: skip
 
 
-class _Driver:
+class Driver:
     """As much of Triton's driver as compiling asks for."""
 
     def __init__(self, capability: int) -> None:
@@ -124,7 +124,7 @@ def plugged_in(capability: int) -> Iterator[Card]:
         return devices.Device("cpu", False)
 
     with (
-        patch.object(triton.runtime.driver, "_active", _Driver(capability)),
+        patch.object(triton.runtime.driver, "_active", Driver(capability)),
         patch.multiple(quire.backends.cuda, find_device=found, why_there_is_none=lambda: None),
         patch.object(backend, "find_device", found),
         patch.object(devices, "find_device", found),

@@ -1,0 +1,148 @@
+"""The cuda backend on a whole card in software: graphs, streams, pinned memory, memory that ends.
+
+What is queued there is done late, at once, or at moments that a seed draws (``softcard.timeline``);
+tokens are the same. Under Triton's interpreter, whose kernels compute here.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quire
+from quire.errors import BackendError, ConfigError
+from tiny import random_prompt
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from softcard.whole import whole_card
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="Triton does not interpret here"
+)
+
+slow = pytest.mark.slow
+WHEN = ["late", 0, *(pytest.param(each, marks=slow) for each in ("once", 1, 2))]
+PARAMS = [
+    quire.SamplingParams(max_new_tokens=6, ignore_eos=True),
+    quire.SamplingParams(max_new_tokens=4, temperature=0.9, seed=3, ignore_eos=True),
+    quire.SamplingParams(max_new_tokens=3, temperature=0.8, top_k=5, seed=1, logprobs=2),
+]
+
+
+def traffic(engine: quire.Engine, seed: int = 0) -> list[Any]:
+    """Requests that come in the middle of others', share prefixes, ask for all kinds of tokens."""
+    shared, done = random_prompt(13, seed=seed), list[quire.Request]()
+    for nth, params in enumerate(PARAMS):
+        done.append(engine.submit(shared[: 4 + 4 * nth] + random_prompt(3, seed=nth), params))
+        engine.step()
+    while engine.has_work:
+        engine.step()
+    return [(each.completions[0].token_ids, each.completions[0].logprobs) for each in done]
+
+
+def make(model: Path, backend: str = "cuda-exact", **cache: Any) -> quire.Engine:
+    settings = {"page_size": 4, "num_pages": 12} | cache
+    return quire.Engine(
+        model, backend=backend, cache=quire.CacheConfig(**settings), max_sequences=4
+    )
+
+
+@pytest.fixture(scope="module")
+def law(models: dict[str, Path]) -> Callable[..., list[Any]]:
+    """Tokens of the same traffic, on tensors of the host, where nothing is late."""
+    known: dict[str, list[Any]] = {}
+
+    def tokens(kind: str, **cache: Any) -> list[Any]:
+        key = f"{kind} {sorted(cache.items())}"
+        if key not in known:
+            with make(models[kind], **cache) as engine:
+                known[key] = traffic(engine)
+        return known[key]
+
+    return tokens
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize(("kind", "format"), [("full", "bf16"), ("mixed", "int8")])
+def test_no_moment_changes_a_token(
+    models: dict[str, Path], law: Callable[..., Any], when: str | int, kind: str, format: str
+) -> None:
+    with whole_card(policy=when) as card, make(models[kind], kv_format=format) as engine:
+        found = traffic(engine)
+    assert found == law(kind, kv_format=format)
+    assert card.timeline.replays > 2
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_pages_come_back_from_tiers_as_they_were(
+    models: dict[str, Path], law: Callable[..., Any], tmp_path: Path, when: str | int
+) -> None:
+    """A pool too small for all; host memory and a directory for what it gives up; a restart."""
+    tiers = {"host_cache": 20_000, "cache_dir": tmp_path}
+    expected = law("full")
+    with whole_card(policy=when):
+        with make(models["full"], **tiers) as engine:
+            assert traffic(engine) == expected
+            traffic(engine, seed=1)
+            engine.flush()
+            assert traffic(engine) == expected
+            assert engine.status().tiers[0].hits > 0
+        with make(models["full"], **tiers) as engine:
+            assert traffic(engine) == expected
+            disk = engine.status().tiers[1]
+        assert disk.hits > 0
+        assert not disk.damaged
+
+
+@pytest.mark.parametrize("when", ["late", 0])
+def test_a_session_is_saved_and_goes_on(
+    models: dict[str, Path], tmp_path: Path, when: str | int
+) -> None:
+    with whole_card(policy=when):
+        engine, path = make(models["full"]), tmp_path / "s.quire"
+        request = engine.submit(random_prompt(30), PARAMS[0])
+        while engine.has_work:
+            engine.step()
+        assert engine.save_session(request, path) == 35
+        longer = [*random_prompt(30), *request.completions[0].token_ids, 5]
+        (expected,) = engine.generate([longer], PARAMS[0])
+        other = make(models["full"])
+        assert len(other.load_session(path).tokens) == 35
+        (found,) = other.generate([longer], PARAMS[0])
+    assert found.token_ids == expected.token_ids
+    assert found.cached_tokens == 35
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+def test_a_card_too_small_for_the_model_is_refused_with_the_plans_numbers(
+    models: dict[str, Path],
+) -> None:
+    with whole_card(total=1 << 16), pytest.raises((BackendError, ConfigError)) as raised:
+        quire.Engine(models["full"], backend="cuda")
+    assert "weights" in str(raised.value)
+
+
+def test_steps_for_which_memory_ends_say_so_and_later_ones_go_on(models: dict[str, Path]) -> None:
+    """Somebody else has all that the card has left, but for a little more after each failure."""
+    prompt, left, told = random_prompt(12), 0, list[str]()
+    with whole_card() as card, make(models["full"]) as engine:
+        (expected,) = make(models["full"]).generate([prompt], PARAMS[0])
+        request = engine.submit(prompt, PARAMS[0])
+        while engine.has_work:
+            card.memory.give_back()
+            taken = max(0, card.memory.free - left)
+            card.memory.used += taken
+            try:
+                engine.step()
+            except BackendError as error:
+                told.append(str(error))
+                left = 2 * left + 512
+            finally:
+                card.memory.used -= taken
+    assert len(told) > 3
+    assert all("Tried to allocate" in each and "lower kv_memory" in each for each in told)
+    assert request.completions[0].token_ids == expected.token_ids
