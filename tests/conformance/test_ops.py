@@ -16,6 +16,7 @@ from conformance import (
     naive,
 )
 from quire.backends.rope import inverse_frequencies
+from quire.batch import PagedBatch
 from quire.config import RopeConfig
 from quire.pages import page_format
 
@@ -257,6 +258,21 @@ def test_embed_and_rows_pick_rows(subject: Subject, ids: list[int]) -> None:
     wanted = np.array([table[i] for i in ids], np.float32).reshape(-1, 6)
     assert np.array_equal(backend.to_host(backend.embed(backend.weight(table), ids)), wanted)
     assert np.array_equal(backend.to_host(backend.rows(activations(backend, table), ids)), wanted)
+
+
+@pytest.mark.parametrize("rows", [[], [0, 2], [0, 1, 2]])
+def test_what_is_given_for_a_step_picks_the_same_rows(subject: Subject, rows: list[int]) -> None:
+    """Whether its numbers were handed over before or not."""
+    backend, table = backend_of(subject), draw(1, 5, 6)
+    for tokens in ([4, 0, 3], np.array([1, 1, 2])):
+        batch = PagedBatch(np.arange(3), np.array([0, 3]), (), ())
+        ids, wanted = backend.take_step(tokens, batch, rows)
+        assert (len(ids), len(wanted)) == (3, len(rows))
+        x = backend.embed(backend.weight(table), ids)
+        assert np.array_equal(backend.to_host(x), table[np.array(tokens)])
+        assert np.array_equal(
+            backend.to_host(backend.rows(x, wanted)), table[np.array(tokens)][rows]
+        )
 
 
 def test_heads_split_a_row_in_order(subject: Subject) -> None:

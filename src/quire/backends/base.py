@@ -99,6 +99,18 @@ class Backend(Protocol):
         :meth:`require_formats` does.
         """
 
+    def take_step(
+        self, tokens: Sequence[int] | Array, batch: PagedBatch, rows: Sequence[int] | HostArray
+    ) -> tuple[Any, Any]:
+        """Take all integers of a step together, before anything is computed of it.
+
+        tokens [T], and those rows [R] (ascending) whose logits are wanted. What it gives stands in
+        their place from here on, as ids of :meth:`embed` and in :meth:`attention_rows` and
+        :meth:`rows`, with this very batch. Without it the same comes out, but each op hands over
+        what it is the first to need. :meth:`logits` and :meth:`whole_step` take their step
+        themselves.
+        """
+
     def embed(self, table: Array, ids: Sequence[int] | HostArray) -> Array:
         """Rows ``ids`` [T] of ``table`` [vocab, hidden] -> [T, hidden]. ids are in range."""
 
@@ -198,7 +210,7 @@ class Backend(Protocol):
         pool: PagePool,
         *,
         group: int,
-        rows: Sequence[int],
+        rows: Sequence[int] | HostArray,
     ) -> Array:
         """Rows ``rows`` (ascending) of :meth:`attention_block`'s result, [R, hidden].
 
@@ -240,7 +252,7 @@ class Backend(Protocol):
         they are: what it reads of their numbers itself is that of some earlier step.
         """
 
-    def rows(self, x: Array, indices: Sequence[int]) -> Array:
+    def rows(self, x: Array, indices: Sequence[int] | HostArray) -> Array:
         """Rows ``indices`` of x [T, n] -> [len(indices), n]."""
 
     def to_logits(self, x: Array) -> Logits:

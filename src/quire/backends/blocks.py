@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.base import Backend, Logits
+from quire.backends.base import Backend, HostArray, Logits
 from quire.batch import GroupBatch, PagedBatch
 from quire.pages import PagePool
 
@@ -176,15 +176,20 @@ def attention_rows(
     pool: PagePool,
     *,
     group: int,
-    rows: Sequence[int],
+    rows: Sequence[int] | HostArray,
+    some: PagedBatch | None = None,
 ) -> Array:
     """Rows ``rows`` (ascending) of what :func:`attention_block` gives, [R, hidden]; fills the pool.
 
     In a model's last layer only rows whose logits are wanted matter, but all keys and values.
+    ``some`` is the batch of these rows alone, where it is at hand.
     """
     normed = backend.rms_norm(x, params.norm, params.norm_eps)
     _keep(backend, normed, params, batch, pool, group=group)
-    some = batch.select(np.asarray(rows, dtype=np.int64))
+    if not len(rows):
+        return backend.rows(x, rows)
+    if some is None:
+        some = batch.select(np.asarray(rows, dtype=np.int64))
     mixed = _mix(backend, backend.rows(normed, rows), params, some, pool, group=group)
     return backend.add(backend.rows(x, rows), mixed)
 

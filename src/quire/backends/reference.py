@@ -75,6 +75,12 @@ class ReferenceBackend:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
         return ReferencePool(shape, num_pages, open_pages)
 
+    def take_step(
+        self, tokens: Sequence[int] | Array, batch: PagedBatch, rows: Sequence[int] | Array
+    ) -> tuple[Any, Any]:
+        """Both as they are."""
+        return tokens, rows
+
     def embed(self, table: Array, ids: Sequence[int] | Array) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""
         return np.asarray(table[np.asarray(ids, dtype=np.int64)])
@@ -170,7 +176,7 @@ class ReferenceBackend:
             out[list(rows)] = x
         return out
 
-    def rows(self, x: Array, indices: Sequence[int]) -> Array:
+    def rows(self, x: Array, indices: Sequence[int] | Array) -> Array:
         """[T, n], [R] -> [R, n]."""
         return x[np.asarray(indices, dtype=np.int64)]
 
@@ -193,7 +199,7 @@ class ReferenceBackend:
         pool: PagePool,
         *,
         group: int,
-        rows: Sequence[int],
+        rows: Sequence[int] | Array,
     ) -> Array:
         """[T, hidden] -> [R, hidden], op by op."""
         return attention_rows(self, x, block, batch, pool, group=group, rows=rows)

@@ -52,6 +52,7 @@ class Decoder:
         """
         if len(rows) == len(tokens) and isinstance(pools, tuple):
             return self.backend.logits(tokens, self._network, batch, pools)
+        tokens, rows = self.backend.take_step(tokens, batch, rows)
         x = self.backend.embed(self.params["embed"], tokens)
         return self._logits(self._layer_by_layer(x, batch, pools, rows))
 
@@ -65,6 +66,7 @@ class Decoder:
     ) -> Logits:
         """See :class:`quire.models.CausalLM`."""
         backend = self.backend
+        tokens, rows = backend.take_step(tokens, batch, rows)
         x = backend.embed(self.params["embed"], tokens)
         for layer, pool in enumerate(pools):
             mix = partial(attend, layer)

@@ -30,8 +30,8 @@ class GPT2:
         """
         if len(rows) == len(tokens) and isinstance(pools, tuple):
             return self.backend.whole_step(self._logits, tokens, batch, pools)
-        attend = self._attending(batch)
-        return self.backend.to_logits(self._run((tokens, rows), batch, pools, attend))
+        asked = self.backend.take_step(tokens, batch, rows)
+        return self.backend.to_logits(self._run(asked, batch, pools, self._attending(batch)))
 
     def _logits(self, tokens: Sequence[int], batch: PagedBatch, pools: Sequence[PagePool]) -> Any:
         """[T] -> [T, vocab], the backend's own."""
@@ -54,7 +54,8 @@ class GPT2:
         attend: Callable[[int, Any], Any],
     ) -> Logits:
         """See :class:`quire.models.CausalLM`."""
-        mixed = self._run((tokens, rows), batch, pools, lambda layer, q, _: attend(layer, q))
+        asked = self.backend.take_step(tokens, batch, rows)
+        mixed = self._run(asked, batch, pools, lambda layer, q, _: attend(layer, q))
         return self.backend.to_logits(mixed)
 
     def _run(

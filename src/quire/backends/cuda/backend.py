@@ -4,6 +4,7 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class CudaBackend:
         self._attention = Attention(self.device, exact)
         self._products = Products(self.device, exact)
         self._layers = Layers(self.device, self._products, self._attention)
-        self._last: steps.Step | None = None
+        self._taken: steps.Taken | None = None
+        self._beside: steps.Step | None = None  # of a batch that no model handed over as a step
         self._angles: tuple[Array, Array, Tensor, Tensor] | None = None
         self._frequencies: tuple[Array, Tensor] | None = None
 
@@ -103,6 +105,14 @@ class CudaBackend:
     def pool(self, shape: PageShape, num_pages: int, open_pages: int = 0) -> CudaPool:
         """Zeroed pages in the device's memory."""
         return CudaPool(self.device, shape, num_pages, open_pages)
+
+    def take_step(
+        self, tokens: Sequence[int] | Array | Tensor, batch: PagedBatch, rows: Sequence[int] | Array
+    ) -> tuple[Any, Any]:
+        """int64 [T] and [R] of the host, of which copies are on the device; or what they were."""
+        taken = steps.take(tokens, batch, rows, self.device)
+        self._take(taken)
+        return taken.tokens, rows if taken.rows is None else taken.rows
 
     def embed(self, table: Tensor, ids: Sequence[int] | Array) -> Tensor:
         """[vocab, hidden], [T] -> [T, hidden]."""
@@ -161,7 +171,7 @@ class CudaBackend:
         assert isinstance(pool, CudaPool)
         if not len(slots) == len(key) == len(value):
             raise BackendError(f"{len(slots)} slots for {len(key)} tokens")
-        if self._last is None or self._last.reach is None:
+        if self._taken is None or self._taken.whole.reach is None:
             _require_slots(slots, pool)
         pool.store(self.device.integers(slots), key.contiguous(), value.contiguous())
 
@@ -200,8 +210,10 @@ class CudaBackend:
             out.index_copy_(0, self.device.integers(rows), x)
         return out
 
-    def rows(self, x: Tensor, indices: Sequence[int]) -> Tensor:
+    def rows(self, x: Tensor, indices: Sequence[int] | Array) -> Tensor:
         """[T, n], [R] -> [R, n]."""
+        if not len(indices):
+            return x[:0]
         if len(indices) == len(x) and list(indices) == list(range(len(x))):
             return x  # a step that only decodes
         return x.index_select(0, self.device.integers(indices))
@@ -226,18 +238,24 @@ class CudaBackend:
         pool: PagePool,
         *,
         group: int,
-        rows: Sequence[int],
+        rows: Sequence[int] | Array,
     ) -> Tensor:
         """[T, hidden] -> [R, hidden]."""
         step = self._step(batch)
+        some = None if self._taken is None else self._taken.selected(batch, rows)
         if isinstance(block, AttentionParams):
-            return attention_rows(self, x, block, batch, pool, group=group, rows=rows)
+            return attention_rows(self, x, block, batch, pool, group=group, rows=rows, some=some)
         _require(step, pool, group, len(x))
         params, layers = block.params, self._layers
         _, normed = layers.norm(Residual(x), params.norm, params.norm_eps, block.whole.dtype)
-        layers.keep(normed, block, self._at(step, pool, group, params.inv_freq))
-        some = self._step(batch.select(np.asarray(rows, dtype=np.int64)))
-        at = self._at(some, pool, group, params.inv_freq)
+        at = self._at(step, pool, group, params.inv_freq)
+        layers.keep(normed, block, at)
+        if not len(rows):
+            return self.rows(x, rows)
+        if some is None:
+            some = batch.select(np.asarray(rows, dtype=np.int64))
+        cos, sin = (self.rows(each, rows) for each in at.angles)
+        at = replace(at, step=self._step(some), angles=(cos, sin))
         return self.rows(x, rows) + layers.mix(self.rows(normed, rows), block, at)
 
     def mlp_block(self, x: Tensor, block: Any) -> Tensor:
@@ -309,7 +327,7 @@ class CudaBackend:
         """A step that only decodes is replayed, see ``graphs.py``; any other is launched."""
         shape = shape_of(batch)
         if shape is None:
-            self._step(batch)  # before its arrays are asked for one by one
+            tokens, _ = self.take_step(tokens, batch, range(batch.num_tokens))
             return self.to_logits(compute(tokens, batch, pools))
         ours = [pool for pool in pools if isinstance(pool, CudaPool)]
         for group, pool in dict(zip(batch.group_of_layer, ours, strict=True)).items():
@@ -324,9 +342,9 @@ class CudaBackend:
         self, compute: Compute, tokens: Any, step: steps.Step, pools: Sequence[PagePool]
     ) -> Tensor:
         """Logits of a step that is on the device, tokens too; copies nothing there or back."""
-        self._take(step)
+        self._take(steps.Taken(step))
         out = compute(tokens, step.batch, pools)
-        self._last = self._angles = None  # the same arrays hold other numbers next time
+        self._taken = self._angles = None  # the same arrays hold other numbers next time
         return out
 
     def to_logits(self, x: Tensor) -> CudaLogits:
@@ -346,15 +364,19 @@ class CudaBackend:
         return self.device.to_host(x).numpy()
 
     def _step(self, batch: PagedBatch) -> steps.Step:
-        """The batch on the device, handed over once a step."""
-        if self._last is None or self._last.batch is not batch:
-            self._take(steps.to_device(batch, self.device))
-        assert self._last is not None
-        return self._last
+        """The batch on the device: as it was taken, or handed over for what reads other rows."""
+        taken = None if self._taken is None else self._taken.step_of(batch)
+        if taken is not None:
+            return taken
+        if self._beside is None or self._beside.batch is not batch:
+            known = None if self._taken is None else self._taken.whole.held
+            self._beside = steps.to_device(batch, self.device, known)
+            self.device.hold(self._beside.held)
+        return self._beside
 
-    def _take(self, step: steps.Step) -> None:
-        self._last, self._angles = step, None
-        self.device.hold(step.held)
+    def _take(self, taken: steps.Taken) -> None:
+        self._taken, self._beside, self._angles = taken, None, None
+        self.device.hold(taken.whole.held)
 
     def _at(self, step: steps.Step, pool: PagePool, group: int, inv_freq: Array) -> At:
         assert isinstance(pool, CudaPool)

@@ -4,6 +4,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,12 +17,20 @@ from quire.backends.cuda.streams import Streams
 from quire.config import format_bytes
 from quire.errors import BackendError
 
-__all__ = ["LEAST_SHARED", "Device", "find_device", "why_there_is_none"]
+__all__ = ["LEAST_SHARED", "Device", "aligned", "find_device", "why_there_is_none"]
 
 Array = npt.NDArray[Any]
 LEAST_SHARED = 101_376  # bytes of a program on cards of compute capability 8.6 and 8.9
 
 _INTERPRETING = threading.RLock()  # Triton's interpreter runs one kernel at a time
+
+
+def aligned(count: int) -> int:
+    """Numbers of 8 bytes that ``count`` of them take up where what follows is aligned to 16 bytes.
+
+    Triton compiles a kernel anew for a pointer that is not.
+    """
+    return count + count % 2
 
 
 def why_there_is_none() -> str | None:
@@ -122,6 +131,18 @@ class Device:
         held = torch.empty(array.shape, dtype=_torch_dtype(array), pin_memory=self.hardware)
         held.numpy()[...] = array
         return held.to(self.kind, non_blocking=True)
+
+    def all_to_device(self, arrays: Sequence[Array]) -> list[Any]:
+        """Copies of int64 and float64 arrays [n], in one transfer; each is :func:`aligned`."""
+        starts = [0, *accumulate(aligned(len(array)) for array in arrays)]
+        flat = np.zeros(starts.pop(), np.int64)
+        parts = [slice(at, at + len(array)) for at, array in zip(starts, arrays, strict=True)]
+        for part, array in zip(parts, arrays, strict=True):
+            flat[part] = array.view(np.int64)
+        there = self.to_device(flat)
+        return [
+            there[part].view(_torch_dtype(array)) for part, array in zip(parts, arrays, strict=True)
+        ]
 
     def hold(self, known: Known) -> None:
         """From now on :meth:`integers` takes copies from ``known``, where it has one."""

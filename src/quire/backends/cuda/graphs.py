@@ -10,7 +10,7 @@ without a graph.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 
 from quire.backends.base import Compute
 from quire.backends.cuda.attending import SPLIT
-from quire.backends.cuda.device import Device
+from quire.backends.cuda.device import Device, aligned
 from quire.backends.cuda.pool import CudaPool
 from quire.backends.cuda.sampling import CudaLogits, best_of
 from quire.backends.cuda.steps import Step, static_step
@@ -140,14 +140,16 @@ class _Buffers:
             lengths += [n, n + 1, n]
             lengths += [n + 1, n, n, n, n] if group.open.are_used else []
         self._device = device
-        self._fixed, self._copied = sum(lengths), None
+        starts = [0, *accumulate(map(aligned, lengths))]
+        self._fixed, self._copied = starts[-1], None
         self._host, self._there = device.mirrored(self._fixed + shape.pages)
-        here, ends = self._host.numpy(), list(accumulate([0, *lengths, shape.pages]))
-        copies = [(here[a:b], self._there[a:b]) for a, b in pairwise(ends)]
-        parts = iter([array for array, _ in copies])
-        self.tokens = next(parts)
+        parts = [slice(at, at + n) for at, n in zip(starts, [*lengths, shape.pages], strict=True)]
+        here = self._host.numpy()
+        copies = [(here[part], self._there[part]) for part in parts]
+        arrays = iter([array for array, _ in copies])
+        self.tokens = next(arrays)
         self._indices = copies[-1][0]
-        self.batch = self._static(parts, like)
+        self.batch = self._static(arrays, like)
         none = NO_OPEN_PAGES.indptr, self._there[:0]
         self.step = static_step(self.batch, [*copies, none], shape.reach)
 

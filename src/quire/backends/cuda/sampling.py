@@ -8,7 +8,6 @@ order, and the whole vocabulary, in a second round, of rows for which these were
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,8 +156,8 @@ class CudaLogits:
         bent = [nth for nth, ask in enumerate(asked) if not ask.params.is_plain]
         told = [nth for nth, ask in enumerate(asked) if ask.params.logprobs is not None]
         drawn, certain = self._drawn([asked[nth] for nth in bent], whole)
-        rows, bent_there, told_there = _handed_over(
-            self.device, [np.asarray(n, np.int64) for n in ([a.row for a in asked], bent, told)]
+        rows, bent_there, told_there = self.device.all_to_device(
+            [np.asarray(n, np.int64) for n in ([a.row for a in asked], bent, told)]
         )
         chosen = (LOW - (self._best & LOW)).index_select(0, rows).index_copy_(0, bent_there, drawn)
         most = max((asked[nth].params.logprobs or 0 for nth in told), default=0)
@@ -196,8 +195,7 @@ class CudaLogits:
         narrow = [nth for nth, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]
         columns = list(zip(*rules, strict=True))
         listed = [ask.row for ask in asked]
-        rows, narrowed, top_k, top_p, temperature, floor, draw, *bends = _handed_over(
-            device,
+        rows, narrowed, top_k, top_p, temperature, floor, draw, *bends = device.all_to_device(
             [
                 *(np.asarray(n, np.int64) for n in (listed, narrow, columns[0])),
                 *(np.asarray(n, np.float64) for n in columns[1:]),
@@ -380,26 +378,6 @@ def _in_order(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     some = some.gather(1, by_token)
     ordered, by_value = torch.sort(some, dim=1, descending=True, stable=True)
     return ordered, tokens.gather(1, by_value)
-
-
-def _handed_over(device: Device, arrays: Sequence[Array]) -> list[Tensor]:
-    """Copies of int64 and float64 arrays [n] on the device, in one transfer.
-
-    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for one that does not.
-    """
-    ends = list(accumulate(len(array) + len(array) % 2 for array in arrays))
-    flat = np.empty(ends[-1], np.int64)
-    places = [
-        slice(end - len(a) - len(a) % 2, end - len(a) % 2)
-        for a, end in zip(arrays, ends, strict=True)
-    ]
-    for place, array in zip(places, arrays, strict=True):
-        flat[place] = array.view(np.int64)
-    there = device.to_device(flat)
-    return [
-        there[place] if array.dtype == np.int64 else there[place].view(torch.float64)
-        for place, array in zip(places, arrays, strict=True)
-    ]
 
 
 def _fetched(device: Device, tensors: Sequence[Tensor]) -> list[Array]:

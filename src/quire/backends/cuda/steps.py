@@ -1,7 +1,8 @@
-"""A step's batch on the device: one transfer, sliced there, kept for all layers."""
+"""A step's integers on the device: one transfer, sliced there, kept for all layers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,10 @@ __all__ = [
     "Held",
     "Step",
     "StepGroup",
+    "Taken",
     "chosen_step",
     "static_step",
+    "take",
     "to_device",
 ]
 
@@ -27,8 +30,16 @@ EVERY = 1 << 30  # the window of a group without one
 class Held:
     """Arrays of the host, and their copies on the device; see :meth:`find`."""
 
-    def __init__(self, pairs: Iterable[tuple[IntArray, torch.Tensor]]) -> None:
+    def __init__(self, pairs: Iterable[tuple[IntArray, torch.Tensor]] = ()) -> None:
         self._pairs = {id(array): (array, tensor) for array, tensor in pairs}
+
+    def with_copies(self, arrays: Iterable[IntArray], device: Device) -> "Held":
+        """These, and copies of those of ``arrays`` that are not among them, in one transfer."""
+        new = {id(array): array for array in arrays if id(array) not in self._pairs}
+        if not new:
+            return self
+        copies = device.all_to_device(list(new.values()))
+        return Held([*self._pairs.values(), *zip(new.values(), copies, strict=True)])
 
     def find(self, array: object) -> torch.Tensor | None:
         """The copy of this very array, or None; equal ones are not looked for."""
@@ -97,21 +108,68 @@ class Step:
         return self.held[self.batch.query_indptr]
 
 
-def arrays_of(batch: PagedBatch) -> list[IntArray]:
-    """All that a step's kernels read of it, each once."""
+@dataclass(frozen=True)
+class Taken:
+    """What a model hands over of a step: its batch, and the rows whose logits it wants.
+
+    tokens   int64 [T], on the host or the device; None in a step whose buffers have them
+    rows     int64 [R], with ``some`` the step of these tokens alone; None where all are wanted or
+             none
+    """
+
+    whole: Step
+    tokens: Any = None
+    rows: IntArray | None = None
+    some: Step | None = None
+
+    def step_of(self, batch: PagedBatch) -> Step | None:
+        """The step of this very batch, if it is one of the two."""
+        both = (self.whole, self.some)
+        return next((step for step in both if step is not None and step.batch is batch), None)
+
+    def selected(self, batch: PagedBatch, rows: object) -> PagedBatch | None:
+        """The batch of ``rows`` alone, if these are the very rows of this batch."""
+        if self.some is None or self.rows is not rows or self.whole.batch is not batch:
+            return None
+        return self.some.batch
+
+
+def _arrays_of(batch: PagedBatch) -> list[IntArray]:
+    """All that a step's kernels read of it."""
     arrays = [batch.positions, batch.places, batch.query_indptr]
     for group in batch.groups:
         opened = group.open
         arrays += [group.slots, group.indptr, group.indices, group.first_page]
         arrays += [opened.indptr, opened.indices, opened.first, opened.seal_from, opened.seal_to]
-    return list({id(array): array for array in arrays}.values())
+    return arrays
 
 
-def to_device(batch: PagedBatch, device: Device) -> Step:
-    """All arrays of ``batch`` in one int64 tensor on the device, in slices."""
-    arrays = arrays_of(batch)
-    packed = device.integers(np.concatenate(arrays))
-    held = Held(zip(arrays, packed.split([len(a) for a in arrays]), strict=True))
+def to_device(batch: PagedBatch, device: Device, known: Held | None = None) -> Step:
+    """All arrays of ``batch`` in one int64 tensor on the device, in slices; not those ``known``."""
+    held = Held() if known is None else known
+    return _step_of(batch, held.with_copies(_arrays_of(batch), device))
+
+
+def take(
+    tokens: Sequence[int] | IntArray | torch.Tensor,
+    batch: PagedBatch,
+    rows: Sequence[int] | IntArray,
+    device: Device,
+) -> Taken:
+    """All integers of a step in one transfer; tokens that are on the device stay as they are."""
+    arrays = _arrays_of(batch)
+    if not isinstance(tokens, torch.Tensor):
+        tokens = np.asarray(tokens, np.int64)
+        arrays.append(tokens)
+    if not 0 < len(rows) < batch.num_tokens:
+        return Taken(_step_of(batch, Held().with_copies(arrays, device)), tokens)
+    wanted = np.asarray(rows, np.int64)
+    some = batch.select(wanted)  # over the same pages, whose tables go over once
+    held = Held().with_copies([*arrays, wanted, *_arrays_of(some)], device)
+    return Taken(_step_of(batch, held), tokens, wanted, _step_of(some, held))
+
+
+def _step_of(batch: PagedBatch, held: Held) -> Step:
     counts = np.diff(batch.query_indptr)
     alone = np.flatnonzero(counts == 1)
     at = batch.places[batch.query_indptr[alone]]

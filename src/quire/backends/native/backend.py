@@ -110,6 +110,12 @@ class NativeBackend:
         """Zeroed pages; untouched ones take no memory on systems that allocate lazily."""
         return NativePool(self._native, shape, num_pages, open_pages)
 
+    def take_step(
+        self, tokens: Sequence[int] | Array, batch: PagedBatch, rows: Sequence[int] | Array
+    ) -> tuple[Any, Any]:
+        """Both as they are."""
+        return tokens, rows
+
     def embed(self, table: Any, ids: Sequence[int] | Array) -> Array:
         """[vocab, hidden], [T] -> [T, hidden]."""
         out = np.empty((len(ids), table.columns), np.float32)
@@ -270,7 +276,7 @@ class NativeBackend:
         pool: PagePool,
         *,
         group: int,
-        rows: Sequence[int],
+        rows: Sequence[int] | Array,
     ) -> Array:
         """[T, hidden] -> [R, hidden], op by op."""
         _, params = block
@@ -318,7 +324,7 @@ class NativeBackend:
         """[T] -> [T, vocab], computed anew."""
         return self.to_logits(compute(tokens, batch, pools))
 
-    def rows(self, x: Array, indices: Sequence[int]) -> Array:
+    def rows(self, x: Array, indices: Sequence[int] | Array) -> Array:
         """[T, n], [R] -> [R, n]."""
         if len(indices) == len(x) and list(indices) == list(range(len(x))):
             return x  # a step that only decodes
