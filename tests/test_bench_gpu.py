@@ -60,23 +60,45 @@ def test_a_report_comes_back_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="the extra hf is not installed"
 )
-def test_every_part_runs_dry(tmp_path: Path) -> None:
-    file = tmp_path / "gpu.json"
-    command = [sys.executable, BENCH / "gpu.py", "--dry", "--json", file]
+def test_parts_run_dry_on_a_cpu(tmp_path: Path) -> None:
+    file, parts = tmp_path / "gpu.json", {"ceilings", "transformers"}
+    command = [sys.executable, BENCH / "gpu.py", "--dry", "--only", ",".join(parts), "--json", file]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     about, rows = read_report(file)
-    assert not [row for row in rows if row.note.startswith(("failed", "skipped", "not stored"))]
-    assert {row.part for row in rows} == set(gpu.PARTS) == set(about["parts"])
+    assert not [row for row in rows if row.note.startswith(("failed", "skipped"))]
+    assert {row.part for row in rows} == parts == set(about["parts"])
     assert about["card"].startswith("none")
+    assert all(table_line(row) in done.stdout for row in rows)
+
+
+@needs_triton
+def test_the_other_parts_run_dry_on_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One in software; transformers and cuDNN would need one that torch was built for."""
+    file, parts = tmp_path / "gpu.json", set(gpu.PARTS) - {"transformers"}
+    monkeypatch.setattr(gpu, "WORKER", Path(__file__).with_name("card_worker.py"))
+    command = ["gpu.py", "--dry", "--only", ",".join(sorted(parts)), "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", command)
+    gpu.main()
+    about, rows = read_report(file)
+    failures = [
+        row.case for row in rows if row.note.startswith(("failed", "skipped", "not stored"))
+    ]
+    assert failures == ["torch's SDPA, cuDNN"]
+    assert {row.part for row in rows} == parts == set(about["parts"])
+    assert about["card"] == "a card in software"
     agree = {(row.part, row.case): row for row in rows if row.at_most == 2.0}
     assert len(agree) == 5  # three page formats, prefill, the streamed model's logits
     assert all(row.holds for row in agree.values()), agree
+    said = capsys.readouterr().out
     for row in rows:
         assert row.value is None or row.value > 0
-        assert table_line(row) in done.stdout
+        assert table_line(row) in said
     formats = {row.case.rsplit(", ")[-1] for row in rows if row.part == "decode" and row.value}
     assert formats == {"bf16", "int8", "int4"}
+    assert sum("peak memory" in row.case for row in rows) == 2
     assert set(gpu_roofline.points_of(rows)) == set(gpu_roofline.SERIES)
 
 

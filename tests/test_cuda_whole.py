@@ -5,23 +5,30 @@ tokens are the same. Under Triton's interpreter, whose kernels compute here.
 """
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import quire
+from quire.backends import create_backend
 from quire.errors import BackendError, ConfigError
+from quire.formats import PAGE_FORMATS
+from quire.pages import PageShape
 from tiny import random_prompt
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from quire.backends.cuda.transfer import DEPTH
     from softcard.whole import whole_card
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="Triton does not interpret here"
 )
 
+PAGE = PageShape(4, 2, 8, 8, PAGE_FORMATS["bf16"], PAGE_FORMATS["bf16"])
 slow = pytest.mark.slow
 WHEN = ["late", 0, *(pytest.param(each, marks=slow) for each in ("once", 1, 2))]
 PARAMS = [
@@ -113,6 +120,63 @@ def test_a_session_is_saved_and_goes_on(
         (found,) = other.generate([longer], PARAMS[0])
     assert found.token_ids == expected.token_ids
     assert found.cached_tokens == 35
+
+
+# -- slots and threads ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page fills a slot of staging memory."""
+    monkeypatch.setattr("quire.backends.cuda.transfer.SLOT", PAGE.bytes_per_page)
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_slot_is_another_pages_when_nothing_moves_through_it(
+    when: str | int, small_slots: None
+) -> None:
+    pages, rng = list(range(2 * DEPTH + 1)), np.random.default_rng(0)
+    with whole_card(policy=when):
+        pool = create_backend("cuda").pool(PAGE, len(pages))
+        mover = pool.mover([[pool]])
+        data = rng.integers(0, 256, (len(pages), PAGE.bytes_per_page)).astype(np.uint8)
+        incoming = mover.begin_import()
+        incoming.put(0, pages, data)
+        incoming.end()
+        exports = []
+        for page in pages:
+            exports.append(mover.begin_export(0, [page]))
+            pool.import_pages([page], np.zeros_like(data[:1]))
+        assert np.concatenate([export.take() for export in exports]).tobytes() == data.tobytes()
+        assert not pool.export_pages(pages).any()
+        mover.close()
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_steps_are_captured_beside_a_thread_that_moves_pages(
+    models: dict[str, Path], when: str | int, small_slots: None
+) -> None:
+    prompt, failed, over = random_prompt(9), list[BaseException](), threading.Event()
+    with whole_card(policy=when), make(models["full"]) as engine:
+        (expected,) = make(models["full"]).generate([prompt], PARAMS[0])
+        pool = engine.backend.pool(PAGE, 4)
+        incoming = pool.mover([[pool]]).begin_import()
+        data = np.zeros((2, PAGE.bytes_per_page), np.uint8)
+
+        def move() -> None:
+            try:
+                while not over.is_set():
+                    incoming.put(0, [3, 1], data)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=move)
+        thread.start()
+        (found,) = engine.generate([prompt], PARAMS[0])
+        over.set()
+        thread.join()
+    assert not failed
+    assert found.token_ids == expected.token_ids
 
 
 # -- memory --------------------------------------------------------------------------------------
