@@ -3,10 +3,10 @@
     python bench/gpu_tune.py [--json FILE] [--seconds 120] [--only decode,bf16,128]
 
 For decode (16 sequences of 16,384 tokens) and prefill (8,192 tokens, causal), formats of pages and
-head sizes, 128 first: tries a list of tiles beside those that ``attending.py`` has, and for the
+head sizes, 128 first: tries a list of tiles beside those that ``tiles.py`` has, and for the
 best of decode how finely contexts are split. A row is one choice; its ratio is the share of the
 copy bandwidth of the same rounds that decode reads at, or the rate of prefill beside the present
-choice's. ``best`` rows say what to write into ``attending.py``. All kernels are compiled first, in
+choice's. ``best`` rows say what to write into ``tiles.py``. All kernels are compiled first, in
 half of the time, by processes of their own; what could not be compiled by then is left out.
 Results that differ from the present choice's are not timed. ``--dry``: tiny, on a CPU, interpreted.
 """
@@ -103,7 +103,8 @@ class Bench:
 
     def call(self, tiles: tuple[int, int, int, int] | None, waves: int | None = None) -> Any:
         """Attention with these tiles, or with those that there are."""
-        from quire.backends.cuda.attending import Chosen, Tiles
+        from quire.backends.cuda.attending import Chosen
+        from quire.backends.cuda.tiles import Tiles
 
         chosen = Chosen(None if tiles is None else Tiles(*tiles))
         chosen = chosen if waves is None else replace(chosen, waves=waves)
@@ -111,13 +112,14 @@ class Bench:
         return self.backend.attend(self.query, self.full.pool, self.batch, 0)
 
     def present(self, trial: Trial) -> tuple[int, int, int, int]:
-        """The tiles that ``attending.py`` chooses."""
-        from quire.backends.cuda.attending import decode_tiles, prefill_tiles
+        """The tiles that ``tiles.py`` chooses."""
+        from quire.backends.cuda.tiles import decode_tiles, prefill_tiles
 
         shape, share = self.full.shape, self.full.heads.query // self.full.heads.kv
         shared = self.backend.device.shared_memory
         decode = trial.kind == "decode"
-        tiles = decode_tiles(shape, share) if decode else prefill_tiles(shape, share, shared)
+        large = prefill_tiles(shape, share, shared, many=True)
+        tiles = decode_tiles(shape, share) if decode else large
         return tiles.rows, tiles.keys, tiles.warps, tiles.stages
 
 

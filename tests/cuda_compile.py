@@ -19,14 +19,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cuda_listing import read
-from quire.backends.cuda import attending, attention, gathering, sealing, stored
+from quire.backends.cuda import attention, gathering, sealing, stored
 from quire.backends.cuda.device import LEAST_SHARED
+from quire.backends.cuda.tiles import (
+    HOPPER,
+    ROOMY,
+    Tiles,
+    decode_tiles,
+    exact_tiles,
+    in_columns,
+    prefill_tiles,
+)
 from quire.formats import GROUP
 from quire.pages import PageShape, page_format
 
-ROOMY = 167_936  # bytes of shared memory: cards for data centres since 8.0 have that or more
-HOPPER = 232_448  # of a program on cards of capability 9.0, all of them for data centres
 KV_HEADS, SHARE = 8, 4
+ROOM, SINCE = "data centres", "since 9.0"  # in names of launches: for which cards alone
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*i16"}  # else bytes
 CASES = (
     ("bf16", "bf16", 64),
@@ -48,7 +56,7 @@ CASES = (
 )
 
 
-def launches(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], attending.Tiles]]:
+def launches(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], Tiles]]:
     """Name, kernel, what it is compiled for and tiles, of every launch that there is."""
     padded, opened = max(16, stored.power_of_two(shape.key_dim)), shape.open_shape
     sizes = {
@@ -58,31 +66,35 @@ def launches(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], atten
         "OPEN_KEY": opened.key_format.name, "OPEN_VALUE": opened.value_format.name,
         "HARDWARE": True, "G": KV_HEADS,
     }  # fmt: skip
-    big = attending.prefill_tiles(shape, SHARE, LEAST_SHARED)
-    roomy = attending.prefill_tiles(shape, SHARE, ROOMY)
-    for name, kernel, tiles, split in (
-        ("decode", attention.decode_kernel, attending.decode_tiles(shape, SHARE), None),
-        ("decode, exact", attention.decode_kernel, big, None),
-        ("prefill", attention.prefill_kernel, big, 0),
-        ("prefill, exact", attention.prefill_kernel, big, 256),
-        ("prefill, roomy", attention.prefill_kernel, roomy, 0),
-    ):
+    decode, prefill = attention.decode_kernel, attention.prefill_kernel
+    big = exact_tiles(shape, SHARE, LEAST_SHARED)
+    found = [
+        ("decode", decode, decode_tiles(shape, SHARE), None),
+        ("decode, exact", decode, big, None),
+        ("prefill, exact", prefill, big, 256),
+        ("prefill", prefill, prefill_tiles(shape, SHARE, LEAST_SHARED), 0),
+        (f"prefill, {ROOM}", prefill, prefill_tiles(shape, SHARE, ROOMY), 0),
+    ]
+    many = prefill_tiles(shape, SHARE, HOPPER, many=True)
+    if many.rows > found[-1][2].rows:
+        found.append((f"prefill of many rows, {SINCE}", prefill, many, 0))
+    for name, kernel, tiles, split in found:
         given = {**sizes, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys}
         more = (
-            {"HEADS": KV_HEADS, "COLUMNS": name == "decode" and attending.in_columns(shape, SHARE)}
+            {"HEADS": KV_HEADS, "COLUMNS": name == "decode" and in_columns(shape, SHARE)}
             if split is None
             else {"SPLIT": split, "PARTS": False, "OUT": "bf16"}
         )
         yield name, kernel, {**given, **more}, tiles
     yield from _seals(shape)
     moved = {"PUT": True, "WIDE": True, "BLOCK": 4096}
-    yield "pages put back", gathering.gather_kernel, moved, attending.Tiles(0, 0, 4, 1)
+    yield "pages put back", gathering.gather_kernel, moved, Tiles(0, 0, 4, 1)
 
 
-def _seals(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], attending.Tiles]]:
+def _seals(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], Tiles]]:
     given, warps = (
         {"G": KV_HEADS, "PAGE": shape.page_size, "GROUP": GROUP},
-        attending.Tiles(0, 0, 4, 1),
+        Tiles(0, 0, 4, 1),
     )
     for side, format, dim in (
         ("keys", shape.key_format, shape.key_dim),
@@ -140,7 +152,7 @@ def ahead(code: str) -> int:
     return max(pools.values(), default=0)
 
 
-def described(built: Any, tiles: attending.Tiles, capability: int, numbers: int) -> str:
+def described(built: Any, tiles: Tiles, capability: int, numbers: int) -> str:
     """A line about a kernel whose loop takes ``numbers`` of K and V a turn; 0 for one without."""
     shared = built.metadata.shared
     code = read(built.asm["cubin"], tiles.warps, shared, capability)
@@ -160,7 +172,7 @@ def described(built: Any, tiles: attending.Tiles, capability: int, numbers: int)
     )
 
 
-def compiled(kernel: Any, given: dict[str, Any], tiles: attending.Tiles, capability: int) -> Any:
+def compiled(kernel: Any, given: dict[str, Any], tiles: Tiles, capability: int) -> Any:
     """The kernel as a launch with these tiles would build it."""
     signature, aligned = types(kernel, given)
     consts = {(kernel.arg_names.index(n),): v for n, v in given.items()}
@@ -181,9 +193,10 @@ def main(capabilities: list[int], only: str) -> bool:
         for name, kernel, given, tiles in launches(shape):
             numbers = 2 * dim * tiles.keys
             for capability in capabilities:
+                if name.endswith(SINCE) and capability < 90:
+                    continue
                 built = compiled(kernel, given, tiles, capability)
-                most = ROOMY - 1024 if name.endswith("roomy") else LEAST_SHARED
-                most = HOPPER if capability == 90 else most
+                most = {ROOM: ROOMY - 1024, SINCE: HOPPER}.get(name.split(", ")[-1], LEAST_SHARED)
                 over = built.metadata.shared > most
                 fits &= not over
                 what = f"{capability} k={key},v={value} x {dim} {name}"

@@ -16,8 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cuda_compile import KV_HEADS, POINTERS, SHARE, described
-from quire.backends.cuda import attending, attention, fused, products, rows, stored
+from quire.backends.cuda import attention, fused, products, rows, stored
 from quire.backends.cuda.device import LEAST_SHARED
+from quire.backends.cuda.tiles import Tiles
 
 
 def launches_between() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], int]]:
@@ -94,7 +95,7 @@ def main(capabilities: list[int]) -> bool:
         for capability in capabilities:
             built = build(kernel, given, others, warps, capability)
             fits &= built.metadata.shared <= LEAST_SHARED
-            tiles = attending.Tiles(0, 0, warps, 1)
+            tiles = Tiles(0, 0, warps, 1)
             print(f"{capability} {name}: {described(built, tiles, capability, 0)}", flush=True)
             if kernel in (fused.norm_kernel, fused.place_kernel):
                 width = given.get("n", given.get("D"))

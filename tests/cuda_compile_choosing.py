@@ -11,9 +11,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cuda_compile import described
-from quire.backends.cuda import attending, choosing
+from quire.backends.cuda import choosing
 from quire.backends.cuda.sampling import BLOCK, MOST
 from quire.backends.cuda.stored import power_of_two
+from quire.backends.cuda.tiles import Tiles
 
 VOCAB = 128_256
 NUMBERS = dict.fromkeys(("vocab", "parts", "count"), "i32")
@@ -39,7 +40,7 @@ def main(capabilities: list[int]) -> None:
         for capability in capabilities:
             target, options = GPUTarget("cuda", capability, 32), {"enable_fp_fusion": False}
             built = triton.compile(source, target=target, options=options)
-            tiles = attending.Tiles(0, 0, 4, 1)
+            tiles = Tiles(0, 0, 4, 1)
             print(f"{capability} {name}: {described(built, tiles, capability, 0)}", flush=True)
 
 

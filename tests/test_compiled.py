@@ -22,7 +22,7 @@ slow = pytest.mark.slow
 OPS = "test_linear or test_activations or norm or rope or hadamard or identity"
 ATTENTION = "a_lone or smallest or 14x2x128 or 6x3x33 or large_scores"
 PACKED = "any_size or every_head_size"
-OWN = "hard_numbers or each_head or greedy_tokens or over_several_splits or pool_verbs"
+OWN = "many_rows or hard_numbers or each_head or greedy_tokens or over_several_splits or pool_verbs"
 
 
 def run(capability: int, *arguments: str) -> None:

@@ -40,6 +40,7 @@ if RUNS:
     from quire.backends.cuda.attending import Attention
     from quire.backends.cuda.device import Device, find_device
     from quire.backends.cuda.graphs import StepGraph, StepShape, shape_of
+    from quire.backends.cuda.tiles import HOPPER
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_A_CARD = RUNS and find_device().hardware  # a GPU, or a whole one in software
@@ -155,6 +156,30 @@ def test_a_prefill_of_few_tiles_is_split_unless_bits_must_not_depend_on_it(
     monkeypatch.setattr(Device, "launch", recorded)
     backend.attend(activations(backend, np.concatenate(numbers)), pool, laid.batch, 0)
     assert grids[0][2] == (1 if backend.name == "cuda" and backend.exact else splits)
+
+
+@runs
+@pytest.mark.parametrize("format", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("sequences", "window", "rows"),
+    [(((0, 150), (100, 70), (5, 1)), None, 128), (((30, 150),), 40, 128), (((0, 20),), None, 64)],
+)
+def test_a_prefill_of_many_rows_has_large_tiles_on_a_card_that_holds_them(
+    sequences: Any, window: int | None, rows: int, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles, inner = set[int](), Device.launch
+
+    def recorded(self: Device, kernel: Any, grid: Any, *args: Any, **named: Any) -> None:
+        if "SPLIT" in named:
+            tiles.add(named["BLOCK_M"])
+        inner(self, kernel, grid, *args, **named)
+
+    monkeypatch.setattr(Device, "launch", recorded)
+    monkeypatch.setattr(Device, "shared_memory", HOPPER)
+    monkeypatch.setattr(Device, "processors", 4)
+    subject = Subject("cuda", lambda: create_backend("cuda"), exact=False, narrow=True, half=True)
+    check(subject, Case(sequences, (4, 2, 16), 16, window, format))
+    assert tiles == {rows}
 
 
 @runs

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 import quire.backends.cuda
 from quire.backends.cuda import backend
 from quire.backends.cuda import device as devices
+from quire.backends.cuda.tiles import HOPPER
 from softcard.counting import Counts
 from softcard.machine import Code, Launch, translate
 from softcard.memory import DeviceMemory
@@ -120,6 +121,8 @@ def plugged_in(capability: int) -> Iterator[Card]:
     def zeros(self: Any, shape: Sequence[int], dtype: Any) -> Any:
         return card.know(torch.zeros(tuple(shape), dtype=dtype))
 
+    shared = HOPPER if capability >= 90 else devices.LEAST_SHARED
+
     def found() -> devices.Device:
         return devices.Device("cpu", False)
 
@@ -130,5 +133,6 @@ def plugged_in(capability: int) -> Iterator[Card]:
         patch.object(devices, "find_device", found),
         patch.object(devices.Device, "launch", launch),
         patch.object(devices.Device, "zeros", zeros),
+        patch.object(devices.Device, "shared_memory", shared),
     ):
         yield card

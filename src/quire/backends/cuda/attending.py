@@ -1,7 +1,7 @@
 """Which attention kernel is launched for what, with which tiles."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,82 +12,33 @@ from quire.backends.cuda.attention import (
     merge_tiles_kernel,
     prefill_kernel,
 )
-from quire.backends.cuda.columns import parts_of
 from quire.backends.cuda.device import Device
 from quire.backends.cuda.pool import CudaPool
 from quire.backends.cuda.products import KINDS, as_stored
 from quire.backends.cuda.steps import EVERY, Step, StepGroup
 from quire.backends.cuda.stored import Side, power_of_two
+from quire.backends.cuda.tiles import (
+    SPLIT,
+    Tiles,
+    decode_tiles,
+    exact_tiles,
+    in_columns,
+    prefill_tiles,
+)
 from quire.formats import GROUP
 from quire.pages import PageShape
 
-__all__ = ["SPLIT", "Attention", "Chosen", "Tiles", "decode_tiles", "in_columns", "prefill_tiles"]
+__all__ = ["Attention", "Chosen"]
 
 Tensor = Any
 
-SPLIT = 256  # places; a multiple of every block of keys
 _WAVES = 4  # programs of 4 warps a processor that contexts are split into, if long enough
 _MERGED = 16  # rows of a tile that one program merges
-_ROOMY = 160 << 10  # bytes of shared memory that cards for data centres have
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Rows (or columns) of queries and keys of a block; warps; blocks in flight."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def in_columns(shape: PageShape, share: int) -> bool:
-    """True where decode has the ``share`` heads of a KV head for columns: see ``columns.py``."""
-    key, value = shape.key_format, shape.value_format
-    whole = shape.value_dim % parts_of(value.name) == 0
-    fours = key.kind != "page" or shape.key_dim % 4 == 0
-    return share <= 16 and whole and fours and "fp32" not in (key.name, value.name)
-
-
-def decode_tiles(shape: PageShape, share: int) -> Tiles:
-    """For the ``share`` heads of one token: few rows; bytes on their way are what counts.
-
-    In columns, of which products have eight: a warp is a program, so that warps wait for nothing
-    of each other's, and what each of them does for all dims at once, it does once a block.
-    """
-    wide = max(shape.key_dim, shape.value_dim) > 128
-    if in_columns(shape, share):
-        plain = 16 in (shape.key_format.bits, shape.value_format.bits)
-        tiles = Tiles(8, 32, 2 if wide or share > 8 else 1, 3 if plain else 4)
-    elif "fp32" in (shape.key_format.name, shape.value_format.name):
-        tiles = Tiles(16, 32, 8, 1)
-    else:
-        tiles = Tiles(16, 32, 4, 2) if wide else Tiles(16, 32, 2, 4)
-    return replace(tiles, rows=max(tiles.rows, power_of_two(share)))
-
-
-def prefill_tiles(shape: PageShape, share: int, shared: int) -> Tiles:
-    """For several tokens' heads: as many rows as registers and ``shared`` bytes of memory hold.
-
-    tests/cuda_compile.py checks that against what the compiler takes.
-    """
-    wide = max(shape.key_dim, shape.value_dim) > 128
-    if "fp32" in (shape.key_format.name, shape.value_format.name):
-        tiles = Tiles(16, 32, 8, 1) if wide else Tiles(32, 32, 8, 1)
-    else:
-        # Products take 16-bit numbers from where copies put them, which is a block more in memory.
-        plain = 16 in (shape.key_format.bits, shape.value_format.bits)
-        narrow = Tiles(64, 64, 4, 3 if shared >= _ROOMY and not plain else 2)
-        tiles = Tiles(64, 32, 8, 2) if wide else narrow
-    if shape.key_format.kind == "page":
-        # Keys that share minima and steps; queries stay at hand in float32, to be scaled.
-        tiles = replace(tiles, keys=GROUP, rows=32 if wide else tiles.rows)
-    return replace(tiles, rows=max(tiles.rows, power_of_two(share)))
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Tiles that are not those of :func:`decode_tiles` and :func:`prefill_tiles`, to be compared.
+    """Tiles that are not those of ``tiles.py``, to be compared.
 
     waves   programs of 4 warps a processor that contexts are split into, if they are long enough
     """
@@ -134,7 +85,7 @@ class Attention:
     ) -> None:
         shape, sequences = pool.shape, step.batch.num_sequences
         kv_heads, share = shape.num_kv_heads, query.shape[1] // shape.num_kv_heads
-        tiles = self._prefill_tiles(shape, share)
+        tiles = self._chunk_tiles(shape, share, group)
         count = len(query) // (tiles.rows // share) + sequences
         length, splits = self._chunk_splits(group, tiles.rows // share, kv_heads)
         into = best = total = as_stored(out)
@@ -161,14 +112,31 @@ class Attention:
                 HARDWARE=self._device.hardware, num_warps=4,
             )  # fmt: skip
 
-    def _prefill_tiles(self, shape: PageShape, share: int) -> Tiles:
-        chosen = self.chosen_tiles.tiles
-        return chosen or prefill_tiles(shape, share, self._device.shared_memory)
+    def _chunk_tiles(self, shape: PageShape, share: int, group: StepGroup) -> Tiles:
+        if self.chosen_tiles.tiles:
+            return self.chosen_tiles.tiles
+        shared = self._device.shared_memory
+        if self._exact:
+            return exact_tiles(shape, share, shared)
+        large = prefill_tiles(shape, share, shared, many=True)
+        if (
+            self._programs(group, large.rows // share, shape.num_kv_heads)
+            >= self._device.processors
+        ):
+            return large
+        return prefill_tiles(shape, share, shared)
 
     def _decode_tiles(self, shape: PageShape, share: int) -> Tiles:
+        if self.chosen_tiles.tiles:
+            return self.chosen_tiles.tiles
         if self._exact:
-            return self._prefill_tiles(shape, share)
-        return self.chosen_tiles.tiles or decode_tiles(shape, share)
+            return exact_tiles(shape, share, self._device.shared_memory)
+        return decode_tiles(shape, share)
+
+    @staticmethod
+    def _programs(group: StepGroup, tokens: int, kv_heads: int) -> int:
+        """Of prefill, with tiles of so many tokens."""
+        return int((-(-group.chunks[:, 0] // tokens)).sum()) * kv_heads
 
     def _chunk_splits(self, group: StepGroup, tokens: int, kv_heads: int) -> tuple[int, int]:
         """Places of a split of prefill, and how many a tile of ``tokens`` has at most.
@@ -176,11 +144,11 @@ class Attention:
         One that is longer than any context where tiles are enough for all processors, or where
         bits must not depend on the batch.
         """
-        tiles = int((-(-group.chunks[:, 0] // tokens)).sum())
-        if self._exact or tiles * kv_heads >= self._device.processors:
+        programs = self._programs(group, tokens, kv_heads)
+        if self._exact or programs >= self._device.processors:
             return EVERY, 1
         longest = int(group.chunks[:, 1].max())
-        length = SPLIT * self._factor(-(-longest // SPLIT), tiles * kv_heads)
+        length = SPLIT * self._factor(-(-longest // SPLIT), programs)
         splits = -(-longest // length)
         return (EVERY, 1) if splits == 1 else (length, splits + 1)  # the first may be cut
 

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 
 from quire.backends.base import Compute
-from quire.backends.cuda.attending import SPLIT
 from quire.backends.cuda.device import Device, aligned
 from quire.backends.cuda.pool import CudaPool
 from quire.backends.cuda.sampling import CudaLogits, best_of
 from quire.backends.cuda.steps import Step, static_step
 from quire.backends.cuda.stored import power_of_two
+from quire.backends.cuda.tiles import SPLIT
 from quire.batch import NO_OPEN_PAGES, GroupBatch, OpenPages, PagedBatch
 
 __all__ = ["MOST", "StepGraph", "StepShape", "shape_of"]

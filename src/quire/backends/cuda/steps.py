@@ -84,7 +84,7 @@ class StepGroup:
 class Step:
     """A PagedBatch on the device; see there.
 
-    reach     None, or how many splits of :data:`attending.SPLIT` places any sequence may have:
+    reach     None, or how many splits of :data:`tiles.SPLIT` places any sequence may have:
               launches do not depend on the lengths there are
     single    True if some sequence has one new token
     several   True if some sequence has more
