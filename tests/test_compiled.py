@@ -13,6 +13,7 @@ import pytest
 
 import quire
 from cuda_counts import counted
+from cuda_memory import peaks
 from softcard.card import plugged_in
 from tiny import random_prompt, write_llama
 
@@ -111,3 +112,11 @@ def test_decode_reads_pages_once_and_shared_memory_keeps_up(format: str) -> None
     assert sum(counts.rounds.values()) * 128 < 7 * pages
     if format != "int4":  # whose steps are read in pieces of a sector
         assert counts.moved["read"] <= pages + beside + programs * 8 * 8 * 32
+
+
+def test_what_memory_is_asked_for_does_not_depend_on_what_is_computed(tmp_path: Path) -> None:
+    """The page-streaming experiment, as ``cuda_memory.py`` counts it; ours is the smaller one."""
+    counted, computed = (dict(peaks(tmp_path, "dry", computes=each)) for each in (False, True))
+    assert counted == computed
+    for found in counted.values():
+        assert found["bf16"] < found["fp32"] < found["loop"]

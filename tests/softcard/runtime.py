@@ -34,15 +34,23 @@ Launch = Callable[[Any, tuple[int, ...], Sequence[Any], dict[str, Any]], None]
 class Runtime:
     """A card of ``total`` bytes whose kernels ``launch`` runs, on plain tensors.
 
+    computes        False: nothing is computed or moved, and the host finds zeros; what remains is
+                    who asks for which memory, at real sizes
     sent, fetched   copies to the card and from it
-    launched        kernels and ops that compute
     """
 
     def __init__(
-        self, launch: Launch, *, policy: str | int = LATE, total: int = 1 << 30, processors: int = 4
+        self,
+        launch: Launch,
+        *,
+        policy: str | int = LATE,
+        total: int = 1 << 30,
+        processors: int = 4,
+        computes: bool = True,
     ) -> None:
         self.timeline = Timeline(policy)
-        self.memory = Memory(self.timeline, total)
+        self.memory = Memory(self.timeline, total, untouched=not computes)
+        self._computes = computes
         self.sent = self.fetched = 0
         self._launch, self._processors = launch, processors
         self._pinned: set[int] = set()
@@ -77,6 +85,8 @@ class Runtime:
             return tree_map_only(torch.Tensor, self.memory.wrapped, out)
         if func in _WAITED_FOR or (func is aten.index.Tensor and _masks(args[1])):
             self.wait()
+            if not self._computes and func is aten._local_scalar_dense.default:
+                return 0
             out = func(*_raw(args), **_raw(named))
             return tree_map_only(torch.Tensor, self._taken_in, out)
         return self._queued(func, args, named)
@@ -136,6 +146,9 @@ class Runtime:
         return self.memory.wrapped(made)
 
     def _do(self, what: Any, work: Callable[[], None]) -> None:
+        if not self._computes:
+            return
+
         def told() -> None:
             try:
                 # Whoever waits may watch ops; and what was made in inference mode stays there.
@@ -184,7 +197,7 @@ class Runtime:
         late = non_blocking and self._is_pinned(source)
         if not late:
             self.timeline.require_no_capture("a copy from memory that is not pinned")
-        numbers = source if late else source.clone()
+        numbers = source if late or not self._computes else source.clone()
         self.sent += 1
         self._do("a copy to the card", lambda: into.copy_(numbers))
         if not non_blocking:
@@ -193,14 +206,15 @@ class Runtime:
     def _fetch(self, into: torch.Tensor, source: Any) -> None:
         self.wait()
         self.fetched += 1
-        into.copy_(raw(source))
+        into.copy_(raw(source)) if self._computes else into.zero_()
 
     def _fetch_late(self, into: torch.Tensor, source: Any) -> None:
         if not self._is_pinned(into):
             raise RuntimeError("a copy from the card that nobody waits for, to memory not pinned")
         numbers = raw(source)
         self.fetched += 1
-        into.contiguous().view(torch.uint8).fill_(RUBBISH)  # until it is there
+        # Until it is there.
+        into.contiguous().view(torch.uint8).fill_(RUBBISH if self._computes else 0)
         self._do("a copy from the card", lambda: into.copy_(numbers))
 
     def _is_pinned(self, tensor: torch.Tensor) -> bool:

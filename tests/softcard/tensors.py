@@ -98,13 +98,14 @@ class Memory:
     made for: so rubbish is written there, in that order. A stream that still reads it has a race.
 
     total   bytes; what goes beyond raises :class:`torch.OutOfMemoryError`
+    untouched   True: nobody writes to it, rubbish neither
     used    bytes of tensors
     kept    bytes that torch keeps for later ones
     most    bytes of tensors at a time
     """
 
-    def __init__(self, timeline: Timeline, total: int) -> None:
-        self._timeline, self.total = timeline, total
+    def __init__(self, timeline: Timeline, total: int, untouched: bool = False) -> None:
+        self._timeline, self.total, self._untouched = timeline, total, untouched
         self.used = self.kept = self.most = 0
         self._blocks: dict[int, _Block] = {}
 
@@ -115,7 +116,8 @@ class Memory:
         numbers = torch.empty_strided(tuple(size), tuple(stride), dtype=dtype)
         every = torch.empty(0, dtype=torch.uint8).set_(numbers.untyped_storage())  # type: ignore[call-overload]
         self._take(-(-every.numel() // _PIECE) * _PIECE)
-        every.fill_(RUBBISH)
+        if not self._untouched:
+            every.fill_(RUBBISH)
         block = _Block(timeline.current, every.numel(), every)
         graph = timeline.capturing
         if graph is not None:
@@ -174,6 +176,8 @@ class Memory:
             self.kept += size
             del self._blocks[block.bytes.data_ptr()]
             every = block.bytes
+            if self._untouched:
+                return
             block.stream.add(lambda: _spoil(every))
 
 
