@@ -13,6 +13,14 @@ number for every thread.
     machine     basic blocks -> Python functions, and running them
     card        compiles a launch as Triton would for a card, and runs it
 
+Around it, ``torch.cuda``, for what is queued, waited for, captured and let go:
+
+    timeline    streams, events, graphs: what is queued is done as late as they allow
+    tensors     tensors that say they are on a card, and the memory that a card has
+    runtime     torch's ops on them, copies, launches
+    whole       the cuda backend on all of it, kernels compiled or interpreted
+    plugin      the same for pytest
+
 What it finds that a card may hide: reads and writes outside of tensors, misaligned ones, reads of
 asynchronous copies that nobody waited for (they have not arrived), shared memory that nobody wrote
 (NaN). What it cannot find: threads that race between barriers, because all run in step; products of
