@@ -130,9 +130,10 @@ class CudaPool:
 
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """See :class:`quire.pages.PagePool`."""
-        pages, (read, write) = self._of_kind(source, target)
+        pages, ids = self._of_kind(source, target)
+        read, write = self.device.all_to_device(ids)
         for rows in pages.rows():
-            self._copy(rows, rows, self.device.integers(read), self.device.integers(write), 0)
+            self._copy(rows, rows, read, write, 0)
 
     def gather_tokens(self, source: Array, target: Array) -> None:
         """See :class:`quire.pages.PagePool`."""
