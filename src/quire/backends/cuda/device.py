@@ -104,14 +104,14 @@ class Device:
         free, total = torch.cuda.mem_get_info()
         return max(0, free - total // 10)
 
-    @property
+    @functools.cached_property
     def processors(self) -> int:
         """Streaming multiprocessors; programs beyond as many wait or share."""
         if not self.hardware:
             return 4
         return torch.cuda.get_device_properties().multi_processor_count
 
-    @property
+    @functools.cached_property
     def shared_memory(self) -> int:
         """Bytes of shared memory that a program may have; where there is no card, the least."""
         if not self.hardware:
