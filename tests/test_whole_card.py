@@ -52,7 +52,11 @@ def traffic(engine: quire.Engine, seed: int = 0) -> list[Any]:
 def make(model: Path, backend: str = "cuda-exact", **cache: Any) -> quire.Engine:
     settings = {"page_size": 4, "num_pages": 12} | cache
     return quire.Engine(
-        model, backend=backend, cache=quire.CacheConfig(**settings), max_sequences=4
+        model,
+        backend=backend,
+        cache=quire.CacheConfig(**settings),
+        max_sequences=4,
+        max_batch_tokens=24,
     )
 
 
@@ -120,6 +124,18 @@ def test_a_session_is_saved_and_goes_on(
         (found,) = other.generate([longer], PARAMS[0])
     assert found.token_ids == expected.token_ids
     assert found.cached_tokens == 35
+
+
+def test_a_step_is_one_copy_to_the_card_and_its_tokens_one_back(models: dict[str, Path]) -> None:
+    """Whoever makes them; a chunk whose logits nobody wants gives none back."""
+    with whole_card() as card, make(models["full"], prefix_cache=False) as engine:
+        engine.generate([random_prompt(5)], PARAMS[0])  # frequencies are there now
+        for length, chunks in ((9, 1), (30, 2)):
+            sent, fetched, replays = card.sent, card.fetched, card.timeline.replays
+            engine.generate([random_prompt(length)], PARAMS[0])
+            assert card.timeline.replays - replays == 5
+            assert card.fetched - fetched == 6
+            assert card.sent - sent == chunks + 5
 
 
 # -- slots and threads ---------------------------------------------------------------------------
