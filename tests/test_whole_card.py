@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(
 PAGE = PageShape(4, 2, 8, 8, PAGE_FORMATS["bf16"], PAGE_FORMATS["bf16"])
 slow = pytest.mark.slow
 WHEN = ["late", 0, *(pytest.param(each, marks=slow) for each in ("once", 1, 2))]
+LATEST = ["late", *(pytest.param(each, marks=slow) for each in ("once", 0, 1, 2))]
 PARAMS = [
     quire.SamplingParams(max_new_tokens=6, ignore_eos=True),
     quire.SamplingParams(max_new_tokens=4, temperature=0.9, seed=3, ignore_eos=True),
@@ -86,7 +87,7 @@ def test_no_moment_changes_a_token(
     assert card.timeline.replays > 2
 
 
-@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("when", LATEST)
 def test_pages_come_back_from_tiers_as_they_were(
     models: dict[str, Path], law: Callable[..., Any], tmp_path: Path, when: str | int
 ) -> None:
@@ -107,7 +108,7 @@ def test_pages_come_back_from_tiers_as_they_were(
         assert not disk.damaged
 
 
-@pytest.mark.parametrize("when", ["late", 0])
+@pytest.mark.parametrize("when", LATEST)
 def test_a_session_is_saved_and_goes_on(
     models: dict[str, Path], tmp_path: Path, when: str | int
 ) -> None:
@@ -168,7 +169,7 @@ def test_a_slot_is_another_pages_when_nothing_moves_through_it(
         mover.close()
 
 
-@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("when", LATEST)
 def test_steps_are_captured_beside_a_thread_that_moves_pages(
     models: dict[str, Path], when: str | int, small_slots: None
 ) -> None:
