@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(
 
 PAGE = PageShape(4, 2, 8, 8, PAGE_FORMATS["bf16"], PAGE_FORMATS["bf16"])
 slow = pytest.mark.slow
-WHEN = ["late", 0, *(pytest.param(each, marks=slow) for each in ("once", 1, 2))]
-LATEST = ["late", *(pytest.param(each, marks=slow) for each in ("once", 0, 1, 2))]
+WHEN = ["late", "beside", 0, *(pytest.param(each, marks=slow) for each in ("once", 1, 2))]
+LATEST = ["late", *(pytest.param(each, marks=slow) for each in ("once", "beside", 0, 1, 2))]
 PARAMS = [
     quire.SamplingParams(max_new_tokens=6, ignore_eos=True),
     quire.SamplingParams(max_new_tokens=4, temperature=0.9, seed=3, ignore_eos=True),
@@ -167,6 +167,24 @@ def test_a_slot_is_another_pages_when_nothing_moves_through_it(
         assert np.concatenate([export.take() for export in exports]).tobytes() == data.tobytes()
         assert not pool.export_pages(pages).any()
         mover.close()
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_pages_are_loaded_behind_what_read_them(when: str | int) -> None:
+    """What was queued before a load, and has not come to its pages yet, finds them as they were."""
+    pages, rng = [2, 0, 3], np.random.default_rng(0)
+    old, new = rng.integers(0, 256, (2, 3, PAGE.bytes_per_page)).astype(np.uint8)
+    with whole_card(policy=when):
+        pool = create_backend("cuda").pool(PAGE, 4)
+        mover = pool.mover([[pool]])
+        pool.import_pages(pages, old)
+        seen = pool.pages.rows()[0].clone()
+        incoming = mover.begin_import()
+        incoming.put(0, pages, new)
+        incoming.end()
+        assert pool.export_pages(pages).tobytes() == new.tobytes()
+        width = seen.shape[1] * seen.element_size()
+        assert seen.cpu().numpy()[pages].tobytes() == old[:, :width].tobytes()
 
 
 @pytest.mark.parametrize("when", LATEST)

@@ -13,8 +13,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--capability", type=int, default=90, help="kernels are compiled for: 80 or 90")
     group.addoption(
         "--whole", metavar="WHEN",
-        help="graphs, streams and memory are the card's, too, which does what is queued late, once "
-        "(at once), or when a number says. Kernels are interpreted if TRITON_INTERPRET is set",
+        help="graphs, streams and memory are the card's, too. What is queued is done late, once "
+        "(at once), beside (late on the default stream alone), or when a seed says. Kernels are "
+        "interpreted if TRITON_INTERPRET is set",
     )  # fmt: skip
 
 

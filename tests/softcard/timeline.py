@@ -1,8 +1,9 @@
 """Streams, events and graphs of a card in software: what is queued is done when it must be.
 
 CUDA promises an order within a stream and behind events, and nothing else. So what is queued here
-is done as late as that allows (``LATE``), at once (``AT_ONCE``), or at moments drawn by a seed:
-what comes out right in all of them does not depend on luck.
+is done as late as that allows (``LATE``), at once (``AT_ONCE``), at once but late on the default
+stream (``BESIDE``), or at moments drawn by a seed: what comes out right in all of them does not
+depend on luck.
 """
 
 import random
@@ -12,11 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["AT_ONCE", "LATE", "Event", "Graph", "Stream", "Timeline"]
+__all__ = ["AT_ONCE", "BESIDE", "LATE", "Event", "Graph", "Stream", "Timeline"]
 
 Work = Callable[[], None]
 
-LATE, AT_ONCE = "late", "once"
+LATE, AT_ONCE, BESIDE = "late", "once", "beside"
 _MOST = 4  # pieces of work that a drawn moment lets a stream do
 
 
@@ -131,7 +132,7 @@ class Graph:
 
 
 class Timeline:
-    """All streams of a card. ``policy``: LATE, AT_ONCE, or the seed of moments that are drawn.
+    """All streams of a card. ``policy``: LATE, AT_ONCE, BESIDE, or a seed of moments.
 
     waits    how often the host waited for what was not done yet
     replays  of graphs
@@ -200,6 +201,9 @@ class Timeline:
         """Time passes."""
         if self._policy == AT_ONCE:
             self.current.reach(self.current.begun)
+        elif self._policy == BESIDE:
+            for stream in self.streams[1:]:
+                stream.reach(stream.begun)
         elif self._policy != LATE:
             with self.lock:
                 stream = self._draw.choice(self.streams)
