@@ -26,7 +26,6 @@ from quire.backends.cuda.tiles import (
     ROOMY,
     Tiles,
     decode_tiles,
-    exact_tiles,
     in_columns,
     prefill_tiles,
 )
@@ -67,12 +66,12 @@ def launches(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], Tiles
         "HARDWARE": True, "G": KV_HEADS,
     }  # fmt: skip
     decode, prefill = attention.decode_kernel, attention.prefill_kernel
-    big = exact_tiles(shape, SHARE, LEAST_SHARED)
+    big = prefill_tiles(shape, SHARE, LEAST_SHARED)
     found = [
         ("decode", decode, decode_tiles(shape, SHARE), None),
         ("decode, exact", decode, big, None),
         ("prefill, exact", prefill, big, 256),
-        ("prefill", prefill, prefill_tiles(shape, SHARE, LEAST_SHARED), 0),
+        ("prefill", prefill, big, 0),
         (f"prefill, {ROOM}", prefill, prefill_tiles(shape, SHARE, ROOMY), 0),
     ]
     many = prefill_tiles(shape, SHARE, HOPPER, many=True)
@@ -196,7 +195,8 @@ def main(capabilities: list[int], only: str) -> bool:
                 if name.endswith(SINCE) and capability < 90:
                     continue
                 built = compiled(kernel, given, tiles, capability)
-                most = {ROOM: ROOMY - 1024, SINCE: HOPPER}.get(name.split(", ")[-1], LEAST_SHARED)
+                most = ROOMY if name.endswith(ROOM) else LEAST_SHARED
+                most = HOPPER if capability >= 90 else most
                 over = built.metadata.shared > most
                 fits &= not over
                 what = f"{capability} k={key},v={value} x {dim} {name}"

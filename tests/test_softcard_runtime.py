@@ -124,6 +124,11 @@ def test_other_moments(policy: "str | int") -> None:
     assert found == ({1} if policy == "once" else {1, 2})
 
 
+def test_a_time_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="'lat': say late, once, beside or a number"):
+        Runtime(lambda *_: None, policy="lat")
+
+
 def test_streams_go_their_own_ways_but_for_events(card: Runtime) -> None:
     x, beside = torch.zeros(1, device="cuda"), torch.cuda.Stream()
     x.add_(1)

@@ -19,7 +19,7 @@ from softcard.machine import Code, Launch, translate
 from softcard.memory import DeviceMemory
 from softcard.parse import parse
 
-__all__ = ["Card", "Driver", "plugged_in"]
+__all__ = ["Card", "Driver", "plugged_in", "shared_memory"]
 
 _SCALARS = {"i1": np.uint8, "i32": np.uint32, "u32": np.uint32, "i64": np.uint64,
             "u64": np.uint64, "fp32": np.float32, "fp64": np.float64}  # fmt: skip
@@ -102,6 +102,11 @@ class Card:
                 yield number.view(np.dtype(f"u{number.itemsize}"))
 
 
+def shared_memory(capability: int) -> int:
+    """Bytes of a program on the least card of that capability."""
+    return HOPPER if capability >= 90 else devices.LEAST_SHARED
+
+
 @contextmanager
 def plugged_in(capability: int) -> Iterator[Card]:
     """Backends that are made meanwhile launch their kernels on a card in software.
@@ -121,8 +126,6 @@ def plugged_in(capability: int) -> Iterator[Card]:
     def zeros(self: Any, shape: Sequence[int], dtype: Any) -> Any:
         return card.know(torch.zeros(tuple(shape), dtype=dtype))
 
-    shared = HOPPER if capability >= 90 else devices.LEAST_SHARED
-
     def found() -> devices.Device:
         return devices.Device("cpu", False)
 
@@ -133,6 +136,6 @@ def plugged_in(capability: int) -> Iterator[Card]:
         patch.object(devices, "find_device", found),
         patch.object(devices.Device, "launch", launch),
         patch.object(devices.Device, "zeros", zeros),
-        patch.object(devices.Device, "shared_memory", shared),
+        patch.object(devices.Device, "shared_memory", shared_memory(capability)),
     ):
         yield card

@@ -34,6 +34,7 @@ Launch = Callable[[Any, tuple[int, ...], Sequence[Any], dict[str, Any]], None]
 class Runtime:
     """A card of ``total`` bytes whose kernels ``launch`` runs, on plain tensors.
 
+    capability      what it says of itself: 80, 90; and ``shared`` bytes of a program's own memory
     computes        False: nothing is computed or moved, and the host finds zeros; what remains is
                     who asks for which memory, at real sizes
     sent, fetched   copies to the card and from it
@@ -46,13 +47,20 @@ class Runtime:
         policy: str | int = LATE,
         total: int = 1 << 30,
         processors: int = 4,
+        capability: int = 90,
+        shared: int = 0,
         computes: bool = True,
     ) -> None:
         self.timeline = Timeline(policy)
         self.memory = Memory(self.timeline, total, untouched=not computes)
         self._computes = computes
         self.sent = self.fetched = 0
-        self._launch, self._processors = launch, processors
+        self._launch = launch
+        self._card = SimpleNamespace(
+            name="a card in software", major=capability // 10, minor=capability % 10,
+            total_memory=total, multi_processor_count=processors,
+            shared_memory_per_block_optin=shared,
+        )  # fmt: skip
         self._pinned: set[int] = set()
         self._mode = _Mode(self)
 
@@ -213,8 +221,9 @@ class Runtime:
             raise RuntimeError("a copy from the card that nobody waits for, to memory not pinned")
         numbers = raw(source)
         self.fetched += 1
-        # Until it is there.
-        into.contiguous().view(torch.uint8).fill_(RUBBISH if self._computes else 0)
+        byte = RUBBISH if self._computes else 0
+        rubbish = torch.full((into.numel() * into.element_size(),), byte, dtype=torch.uint8)
+        into.copy_(rubbish.view(into.dtype).view(into.shape))  # until it is there
         self._do("a copy from the card", lambda: into.copy_(numbers))
 
     def _is_pinned(self, tensor: torch.Tensor) -> bool:
@@ -257,11 +266,7 @@ class Runtime:
 
     def _names(self) -> dict[str, Any]:
         """What stands for the parts of ``torch.cuda`` that say what there is."""
-        memory = self.memory
-        card = SimpleNamespace(
-            name="a card in software", major=9, minor=0, total_memory=memory.total,
-            multi_processor_count=self._processors, shared_memory_per_block_optin=232_448,
-        )  # fmt: skip
+        memory, card = self.memory, self._card
 
         def reset() -> None:
             memory.most = memory.used

@@ -85,10 +85,14 @@ class _Block:
     """Memory of one or several tensors, made for a stream, or for a graph that keeps it."""
 
     stream: Stream
-    size: int
     bytes: torch.Tensor
     tensors: int = 0
     captured: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return -(-self.bytes.numel() // _PIECE) * _PIECE
 
 
 class Memory:
@@ -97,11 +101,11 @@ class Memory:
     Memory that is given up may be another tensor's at once, in the order of the stream that it was
     made for: so rubbish is written there, in that order. A stream that still reads it has a race.
 
-    total   bytes; what goes beyond raises :class:`torch.OutOfMemoryError`
+    total       bytes; what goes beyond raises :class:`torch.OutOfMemoryError`
     untouched   True: nobody writes to it, rubbish neither
-    used    bytes of tensors
-    kept    bytes that torch keeps for later ones
-    most    bytes of tensors at a time
+    used        bytes of tensors
+    kept        bytes that torch keeps for later ones
+    most        bytes of tensors at a time
     """
 
     def __init__(self, timeline: Timeline, total: int, untouched: bool = False) -> None:
@@ -115,10 +119,10 @@ class Memory:
         timeline.require_memory_may_grow()
         numbers = torch.empty_strided(tuple(size), tuple(stride), dtype=dtype)
         every = torch.empty(0, dtype=torch.uint8).set_(numbers.untyped_storage())  # type: ignore[call-overload]
-        self._take(-(-every.numel() // _PIECE) * _PIECE)
+        block = _Block(timeline.current, every)
+        self._take(block.size)
         if not self._untouched:
             every.fill_(RUBBISH)
-        block = _Block(timeline.current, every.numel(), every)
         graph = timeline.capturing
         if graph is not None:
             block.captured = True
@@ -171,9 +175,8 @@ class Memory:
             block.tensors -= 1
             if block.tensors or block.captured:  # a graph keeps its memory
                 return
-            size = -(-block.size // _PIECE) * _PIECE
-            self.used -= size
-            self.kept += size
+            self.used -= block.size
+            self.kept += block.size
             del self._blocks[block.bytes.data_ptr()]
             every = block.bytes
             if self._untouched:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["AT_ONCE", "BESIDE", "LATE", "Event", "Graph", "Stream", "Timeline"]
+__all__ = ["AT_ONCE", "BESIDE", "LATE", "Event", "Graph", "Stream", "Timeline", "torch_names"]
 
 Work = Callable[[], None]
 
@@ -132,13 +132,15 @@ class Graph:
 
 
 class Timeline:
-    """All streams of a card. ``policy``: LATE, AT_ONCE, BESIDE, or a seed of moments.
+    """All streams of a card. ``policy``: LATE, AT_ONCE, BESIDE, or a seed; else ValueError.
 
     waits    how often the host waited for what was not done yet
     replays  of graphs
     """
 
     def __init__(self, policy: str | int = LATE) -> None:
+        if isinstance(policy, str) and policy not in (LATE, AT_ONCE, BESIDE):
+            raise ValueError(f"{policy!r}: say {LATE}, {AT_ONCE}, {BESIDE} or a number")
         self.lock = threading.RLock()
         self.streams: list[Stream] = []
         self.waits = self.replays = 0

@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import quire.backends.cuda
 from quire.backends.cuda import backend
 from quire.backends.cuda import device as devices
-from softcard.card import Card, Driver
+from softcard.card import Card, Driver, shared_memory
 from softcard.runtime import Runtime
 
 __all__ = ["whole_card"]
@@ -26,6 +26,8 @@ def whole_card(capability: int | None = None, **options: Any) -> Iterator[Runtim
                  TRITON_INTERPRET says for the whole process
     options      of :class:`Runtime`
     """
+    says = capability or 90
+    options = {"capability": says, "shared": shared_memory(says)} | options
     with ExitStack() as stack:
         if capability is None:
             runtime = Runtime(_interpreted, **options)

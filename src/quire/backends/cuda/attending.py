@@ -21,7 +21,6 @@ from quire.backends.cuda.tiles import (
     SPLIT,
     Tiles,
     decode_tiles,
-    exact_tiles,
     in_columns,
     prefill_tiles,
 )
@@ -113,24 +112,20 @@ class Attention:
             )  # fmt: skip
 
     def _chunk_tiles(self, shape: PageShape, share: int, group: StepGroup) -> Tiles:
+        """Large ones where they are enough for all processors, unless exact: see above."""
         if self.chosen_tiles.tiles:
             return self.chosen_tiles.tiles
         shared = self._device.shared_memory
-        if self._exact:
-            return exact_tiles(shape, share, shared)
-        large = prefill_tiles(shape, share, shared, many=True)
-        if (
-            self._programs(group, large.rows // share, shape.num_kv_heads)
-            >= self._device.processors
-        ):
-            return large
-        return prefill_tiles(shape, share, shared)
+        large = prefill_tiles(shape, share, shared, many=not self._exact)
+        programs = self._programs(group, large.rows // share, shape.num_kv_heads)
+        enough = programs >= self._device.processors
+        return large if enough else prefill_tiles(shape, share, shared)
 
     def _decode_tiles(self, shape: PageShape, share: int) -> Tiles:
         if self.chosen_tiles.tiles:
             return self.chosen_tiles.tiles
         if self._exact:
-            return exact_tiles(shape, share, self._device.shared_memory)
+            return prefill_tiles(shape, share, self._device.shared_memory)
         return decode_tiles(shape, share)
 
     @staticmethod

@@ -17,7 +17,6 @@ __all__ = [
     "SPLIT",
     "Tiles",
     "decode_tiles",
-    "exact_tiles",
     "in_columns",
     "prefill_tiles",
 ]
@@ -69,25 +68,18 @@ def prefill_tiles(shape: PageShape, share: int, shared: int, *, many: bool = Fal
 
     tests/cuda_compile.py checks that against what the compiler takes.
     """
-    plain = {shape.key_format.bits, shape.value_format.bits} == {16}
-    if many and plain and shared >= HOPPER and max(shape.key_dim, shape.value_dim) <= 128:
-        # Four warps multiply 64 rows at a time, with keys and values from shared memory. Beside 64
-        # rows and keys this takes a third of the instructions off, and a quarter of the rounds of
-        # shared memory; 128 keys with 64 rows, or decoded ones, take more rounds.
-        tiles = Tiles(128, 128, 8, 2)
-        return replace(tiles, rows=max(tiles.rows, power_of_two(share)))
-    return exact_tiles(shape, share, shared)
-
-
-def exact_tiles(shape: PageShape, share: int, shared: int) -> Tiles:
-    """For decode and prefill alike; rows of any number of tokens."""
     wide = max(shape.key_dim, shape.value_dim) > 128
+    bits = {shape.key_format.bits, shape.value_format.bits}
     if "fp32" in (shape.key_format.name, shape.value_format.name):
         tiles = Tiles(16, 32, 8, 1) if wide else Tiles(32, 32, 8, 1)
+    elif many and bits == {16} and shared >= HOPPER and not wide:
+        # Four warps multiply 64 rows at a time, with keys and values from shared memory. Beside 64
+        # rows and keys this takes a third of the instructions off, and a fifth of the rounds of
+        # shared memory; 128 keys with 64 rows, or decoded ones, take more rounds.
+        tiles = Tiles(128, 128, 8, 2)
     else:
         # Products take 16-bit numbers from where copies put them, which is a block more in memory.
-        plain = 16 in (shape.key_format.bits, shape.value_format.bits)
-        narrow = Tiles(64, 64, 4, 3 if shared >= ROOMY and not plain else 2)
+        narrow = Tiles(64, 64, 4, 3 if shared >= ROOMY and 16 not in bits else 2)
         tiles = Tiles(64, 32, 8, 2) if wide else narrow
     if shape.key_format.kind == "page":
         # Keys that share minima and steps; queries stay at hand in float32, to be scaled.
