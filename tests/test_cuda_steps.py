@@ -14,7 +14,6 @@ from checkpoints import tiny_config, write_checkpoint
 from conformance.test_attention import Case, lay_out
 from quire.backends import create_backend
 from quire.batch import PagedBatch
-from quire.engine.reading import SparseStep
 from quire.engine.streamed import StreamedRun
 from recording import Recorder, same_bits
 from test_cuda import RUNS, STATUS
@@ -26,6 +25,7 @@ if RUNS:
     import torch
 
     from quire.backends.cuda.attending import Attention
+    from quire.backends.cuda.backend import CudaBackend
     from quire.backends.cuda.device import Device
     from quire.backends.cuda.pool import CudaPool
 
@@ -272,24 +272,21 @@ def test_a_context_larger_than_the_pool_hands_over_each_pass_in_one_copy(
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 @pytest.mark.parametrize("policy", ["snapkv:budget=12,window=4", "quest:budget=12,dense=1"])
-def test_steps_of_policies_hand_over_all_but_what_is_chosen_in_one_copy(
+def test_steps_of_policies_hand_over_all_in_one_copy(
     tmp_path: Path, on_cuda: None, monkeypatch: pytest.MonkeyPatch, kind: str, policy: str
 ) -> None:
     model, sparse = tmp_path / "model", []
     small(kind)(model)
     engine = tiny_engine(model, max_batch_tokens=16, prefix_cache=False)
     engine.generate([random_prompt(3)], quire.SamplingParams(max_new_tokens=2))
-    copies = Copies(monkeypatch)
-    copies.without(SparseStep, "__init__")  # reads the pages that it is to choose from
-    copies.without(SparseStep, "attend")
-    silent = SparseStep.attend
+    silent = CudaBackend.choose_pages
 
-    def counted(self: SparseStep, layer: int, query: Any) -> Any:
-        sparse.append(layer)
-        return silent(self, layer, query)
+    def counted(self: CudaBackend, *args: Any) -> Any:
+        sparse.append(args)
+        return silent(self, *args)
 
-    monkeypatch.setattr(SparseStep, "attend", counted)
-    steps = Steps(engine, copies)
+    monkeypatch.setattr(CudaBackend, "choose_pages", counted)
+    steps = Steps(engine, Copies(monkeypatch))
     params = quire.SamplingParams(max_new_tokens=4, ignore_eos=True, evict=policy)
     engine.submit(random_prompt(14, 1), params)
     engine.submit(random_prompt(7, 2), FEW)
@@ -372,6 +369,6 @@ def test_buffers_of_a_captured_step_are_aligned(
     params = quire.SamplingParams(max_new_tokens=2, ignore_eos=True)
     engine.generate([random_prompt(3, seed) for seed in range(count)], params)
     (graph,) = engine.cache.pools[0].graphs.values()
-    copies = [tensor for _, tensor in graph._buffers.step.held._pairs.values()]
+    copies = [tensor for _, tensor in graph._buffers.taken.whole.held._pairs.values()]
     assert len(copies) >= 8
     assert all(copy.data_ptr() % 16 == 0 for copy in copies)

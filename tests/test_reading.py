@@ -1,7 +1,7 @@
 """Policies that choose pages to read: the rules, what is read, what is shared, what is refused."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, partialmethod
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import pytest
 import quire
 from checkpoints import tiny_config, write_checkpoint
 from naive_reading import SparseLlama, choose, lsh_score, quest_score
+from quire.backends.native import NativeBackend
+from quire.backends.reference import ReferenceBackend
 from quire.backends.selecting import planes
 from quire.batch import ChosenPages
-from quire.engine.reading import ReadUsage, SparseStep
+from quire.engine.reading import ReadUsage
 from quire.errors import ConfigError, RequestError
 from tiny import random_prompt, write_llama, write_mixed, write_sliding
 
@@ -56,24 +58,25 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     Holds how many pages there were to choose from, each time.
     """
     found: list[int] = []
-    inner = SparseStep._choose
 
-    def checked(self: SparseStep, layer: int, query: Any, tokens: Any) -> Any:
-        chosen = inner(self, layer, query, tokens)
-        heads = self._cache.layout.shapes[layer].num_kv_heads
-        for s, token in enumerate(tokens):
-            key = self._cache.pools[layer].read_pages(token.pages.tolist())[0].astype(np.float32)
-            queries = query[token.row].reshape(heads, -1, query.shape[-1])
-            score = SCORES[token.followed.choice.policy]
+    def checked(inner: Any, self: Any, query: Any, summaries: Any, candidates: Any) -> Any:
+        chosen = inner(self, query, summaries, candidates)
+        heads, score = summaries.pool.shape.num_kv_heads, SCORES[summaries.policy]
+        for s, count in enumerate(candidates.counts.tolist()):
+            pages = candidates.indices[candidates.indptr[s] : candidates.indptr[s + 1]]
+            key = summaries.pool.read_pages(pages.tolist())[0].astype(np.float32)
+            queries = query[s].reshape(heads, -1, query.shape[-1])
             for g in range(heads):
                 scores = [score(queries[g], page[:, g]) for page in key]
                 at = slice(chosen.indptr[s * heads + g], chosen.indptr[s * heads + g + 1])
-                wanted = token.pages[choose(scores, token.followed.pages)]
+                wanted = pages if count == len(pages) else pages[choose(scores, count)]
                 np.testing.assert_array_equal(chosen.indices[at], wanted)
-                found.append(len(token.pages))
+                found.append(len(pages))
         return chosen
 
-    monkeypatch.setattr(SparseStep, "_choose", checked)
+    for kind in (ReferenceBackend, NativeBackend):
+        inner = kind.choose_pages
+        monkeypatch.setattr(kind, "choose_pages", partialmethod(partial(checked, inner)))
     return found
 
 
@@ -371,7 +374,7 @@ def test_lists_of_all_pages_give_the_bits_of_attention(
         query = np.random.default_rng(0).standard_normal((1, 6, DIM)).astype(np.float32)
         pages = tables.indices
         everything = ChosenPages(
-            PAGE, np.array([0, 1, 2]) * len(pages), np.tile(pages, 2), tables.last_page_len
+            PAGE, np.array([0, 1, 2]) * len(pages), np.tile(pages, 2), np.array([50, 50])
         )
         np.testing.assert_array_equal(
             engine.backend.attend_pages(query, pool, everything),

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 import quire
-import quire.engine.reading
 from naive_reading import choose, lsh_score, quest_score
 from quire.backends.selecting import planes
-from quire.engine.reading import SparseStep
+from quire.batch import Candidates
 from recording import same_bits
 from tiny import random_prompt, write_llama
 
@@ -50,24 +49,25 @@ def test_pages_are_chosen_by_their_keys_as_stored(
     llama: Path, policy: str, kv_format: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the slow rule over decoded keys; and chunks change no bit."""
-    inner, seen = SparseStep._choose, []
+    seen: list[int] = []
 
-    def checked(self: SparseStep, layer: int, query: Any, tokens: Any) -> Any:
-        chosen = inner(self, layer, query, tokens)
-        [token] = tokens
-        key = self._cache.pools[layer].read_pages(token.pages.tolist())[0].astype(np.float32)
+    def checked(query: Any, summaries: Any, candidates: Any) -> Any:
+        chosen = inner(query, summaries, candidates)
+        [count], pages = candidates.counts, candidates.indices
+        key = summaries.pool.read_pages(pages.tolist())[0].astype(np.float32)
         score = SCORES[policy.partition(":")[0]]
         queries = query[0].reshape(key.shape[2], -1, DIM)
         g = len(seen) % key.shape[2]  # one head a step: the rule is slow
-        best = choose([score(queries[g], page[:, g]) for page in key], token.followed.pages)
+        best = choose([score(queries[g], page[:, g]) for page in key], count)
         at = slice(chosen.indptr[g], chosen.indptr[g + 1])
-        np.testing.assert_array_equal(chosen.indices[at], token.pages[best])
-        seen.append(len(token.pages))
+        np.testing.assert_array_equal(chosen.indices[at], pages[best])
+        seen.append(len(pages))
         return chosen
 
     whole = sparse_logits(open_engine(llama, policy, kv_format=kv_format, backend=backend))
-    monkeypatch.setattr(SparseStep, "_choose", checked)
     chunked = open_engine(llama, policy, kv_format=kv_format, backend=backend, max_batch_tokens=33)
+    inner = chunked.backend.choose_pages
+    monkeypatch.setattr(chunked.backend, "choose_pages", checked)
     assert same_bits(sparse_logits(chunked), whole)
     assert (min(seen), max(seen)) == (7, 9)
 
@@ -79,12 +79,17 @@ def test_choosing_all_pages_reads_what_attention_reads(
 ) -> None:
     """The first page and the newest open, the others packed: not a bit is changed."""
 
-    def everything(scores: np.ndarray, _count: int) -> np.ndarray:
-        return np.tile(np.arange(scores.shape[1] + 2), (len(scores), 1))
 
-    monkeypatch.setattr(quire.engine.reading, "best_pages", everything)
+    def everything(query: Any, summaries: Any, candidates: Any) -> Any:
+        counts, [last, *_] = np.diff(candidates.indptr), candidates.chosen.places % PAGE + 1
+        pages, heads = candidates.indices, summaries.pool.shape.num_kv_heads
+        every = {"last_page_len": [last], "fresh": candidates.fresh}
+        return inner(query, summaries, Candidates.of(PAGE, heads, [pages], counts, **every))
+
     settings: dict[str, Any] = {"kv_format": kv_format, "backend": backend}
     engine = open_engine(llama, POLICIES[0], **settings)
+    inner = engine.backend.choose_pages
+    monkeypatch.setattr(engine.backend, "choose_pages", everything)
     sparse = sparse_logits(engine)
     assert engine.status().reading is not None
     assert same_bits(sparse, sparse_logits(open_engine(llama, "none", **settings)))

@@ -5,12 +5,14 @@ behind the other with no padding, and any of them may have no new tokens. Page t
 form with FlashInfer's names (Ye et al., 2025, arXiv:2501.01005).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NO_OPEN_PAGES", "ChosenPages", "GroupBatch", "OpenPages", "PagedBatch"]
+__all__ = ["NO_OPEN_PAGES", "Candidates", "ChosenPages", "GroupBatch", "OpenPages", "PagedBatch"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -114,6 +116,23 @@ class GroupBatch:
 
 
 @dataclass(frozen=True, eq=False)
+class ChosenPages:
+    """Pages that one token of each of S sequences reads, each of G KV heads its own.
+
+    indptr    int64 [S * G + 1]: head g of sequence s reads the pages
+              ``indices[indptr[s * G + g]:indptr[s * G + g + 1]]``
+    indices   int64 [pages], the backend's own array: page ids in order of place, the last with the
+              newest token; all others are full
+    places    int64 [S * G]: the newest token's place among those of its pages
+    """
+
+    page_size: int
+    indptr: IntArray
+    indices: Any
+    places: IntArray
+
+
+@dataclass(frozen=True, eq=False)
 class PagedBatch:
     """The new tokens of one step and where their keys and values go.
 
@@ -123,6 +142,7 @@ class PagedBatch:
     group_of_layer   for each layer, the index of its group
     places           int64 [T]: each new token's index among those that its sequence keeps, which
                      decides its page and what it sees; the positions if nothing was dropped
+    candidates       the pages that its tokens choose from in layers that choose, if there are any
     """
 
     positions: IntArray
@@ -130,6 +150,7 @@ class PagedBatch:
     groups: tuple[GroupBatch, ...]
     group_of_layer: tuple[int, ...]
     places: IntArray = field(default_factory=_as_positions)
+    candidates: "Candidates | None" = None
 
     def __post_init__(self) -> None:
         if self.places is _AS_POSITIONS:
@@ -146,7 +167,10 @@ class PagedBatch:
         return len(self.positions)
 
     def select(self, rows: IntArray) -> "PagedBatch":
-        """The batch of tokens ``rows`` (int64 [R], ascending) alone, over the same pages."""
+        """The batch of tokens ``rows`` (int64 [R], ascending) alone, over the same pages.
+
+        Nothing is chosen in it.
+        """
         groups = tuple(replace(group, slots=group.slots[rows]) for group in self.groups)
         indptr = np.searchsorted(rows, self.query_indptr)
         places = self.places[rows]
@@ -165,16 +189,59 @@ class PagedBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class ChosenPages:
-    """Pages that one token of each of S sequences reads, each of G KV heads its own.
+class Candidates:
+    """Pages from which one token of each of S sequences chooses those that it reads.
 
-    indptr         int64 [S * G + 1]: head g of sequence s reads the pages
-                   ``indices[indptr[s * G + g]:indptr[s * G + g + 1]]``
-    indices        int64 [pages]: page ids in order of place, the last with the newest token
-    last_page_len  int64 [S]: tokens in that last page; all others are full
+    For each of G KV heads on its own: the first page, the newest, and of the others those with the
+    highest scores, of equal ones the earlier.
+
+    indptr    int64 [S + 1]: sequence s has ``indices[indptr[s]:indptr[s + 1]]``
+    indices   int64 [pages]: page ids as its token sees them, in order of place
+    counts    int64 [S]: how many each of its heads reads; 3 or more, or all that there are
+    fresh     int64 [n]: those whose summaries are to be made before, of keys that are stored
+    chosen    each head of each sequence as a sequence with one token, S * G of them, whose pages
+              are those that are chosen: all of that batch but their ids
+    longest   the most pages that a sequence has, or more
+    most      the most that one of its heads reads, or more
     """
 
-    page_size: int
     indptr: IntArray
     indices: IntArray
-    last_page_len: IntArray
+    counts: IntArray
+    fresh: IntArray
+    chosen: PagedBatch
+    longest: int
+    most: int
+
+    @classmethod
+    def of(
+        cls,
+        page_size: int,
+        heads: int,
+        lists: Sequence[IntArray],
+        counts: Sequence[int],
+        *,
+        last_page_len: Sequence[int],
+        fresh: IntArray,
+    ) -> "Candidates":
+        """Of each sequence's pages, and how many tokens the last of them holds; ``heads`` is G."""
+        sizes, read = _int64([len(pages) for pages in lists]), _int64(counts)
+        each, last = np.repeat(read, heads), np.repeat(_int64(last_page_len), heads)
+        none, places = np.zeros(len(each), np.int64), (each - 1) * page_size + last - 1
+        table = GroupBatch(page_size, None, none, _starts(each), none[:0], last, none)
+        chosen = PagedBatch(places, np.arange(len(each) + 1), (table,), (0,))
+        longest, most = int(sizes.max()), int(read.max())
+        return cls(_starts(sizes), np.concatenate(lists), read, fresh, chosen, longest, most)
+
+    def choose(self, indices: Any) -> ChosenPages:
+        """What is chosen, when it is: page ids, the backend's own."""
+        [table] = self.chosen.groups
+        return ChosenPages(table.page_size, table.indptr, indices, self.chosen.places)
+
+
+def _int64(numbers: Sequence[int]) -> IntArray:
+    return np.array(numbers, np.int64)
+
+
+def _starts(sizes: IntArray) -> IntArray:
+    return np.concatenate([[0], np.cumsum(sizes)])

@@ -8,9 +8,18 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.base import Ahead, Backend, Logits
-from quire.backends.blocks import AttentionParams, MlpParams, Network, Projection, keep, turned
+from quire.backends.base import Ahead, Backend, Logits, SomeRows, Summaries
+from quire.backends.blocks import (
+    AttentionParams,
+    MlpParams,
+    Network,
+    Projection,
+    attend_chosen,
+    keep,
+    turned,
+)
 from quire.backends.reference import ReferenceBackend
+from quire.backends.selecting import summary_bytes
 from quire.errors import BackendError, did_you_mean
 
 __all__ = [
@@ -22,10 +31,14 @@ __all__ = [
     "MlpParams",
     "Network",
     "Projection",
+    "SomeRows",
+    "Summaries",
+    "attend_chosen",
     "backend_status",
     "create_backend",
     "keep",
     "read_memory",
+    "summary_bytes",
     "turned",
 ]
 

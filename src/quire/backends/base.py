@@ -11,14 +11,24 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from quire.batch import ChosenPages, PagedBatch
+from quire.batch import Candidates, ChosenPages, PagedBatch
 from quire.pages import PageFormat, PagePool, PageShape
 from quire.sampling import Ask, Choice
 
-__all__ = ["Ahead", "Array", "Backend", "Compute", "HostArray", "Logits"]
+__all__ = [
+    "Ahead",
+    "Array",
+    "Backend",
+    "Compute",
+    "HostArray",
+    "Logits",
+    "SomeRows",
+    "Summaries",
+]
 
 Array: TypeAlias = Any
 HostArray: TypeAlias = npt.NDArray[Any]
+SomeRows: TypeAlias = tuple[HostArray, PagedBatch]
 Compute: TypeAlias = Callable[[Sequence[int], PagedBatch, Sequence[PagePool]], Array]
 
 
@@ -66,6 +76,17 @@ class Logits(Protocol):
         """Return when they are computed."""
 
 
+class Summaries(Protocol):
+    """What is known of the keys of one layer's pages without reading them.
+
+    Made of keys as they are stored, decoded, when :meth:`Backend.choose_pages` meets fresh pages.
+
+    bytes_per_page   of what is known of one
+    """
+
+    bytes_per_page: int
+
+
 class Backend(Protocol):
     """What a model needs. Only ``append`` changes an argument: the pool that it fills."""
 
@@ -100,13 +121,18 @@ class Backend(Protocol):
         """
 
     def take_step(
-        self, tokens: Sequence[int] | Array, batch: PagedBatch, rows: Sequence[int] | HostArray
+        self,
+        tokens: Sequence[int] | Array,
+        batch: PagedBatch,
+        rows: Sequence[int] | HostArray,
+        beside: Sequence[SomeRows] = (),
     ) -> tuple[Any, Any]:
         """Take all integers of a step together, before anything is computed of it.
 
         tokens [T], and those rows [R] (ascending) whose logits are wanted. What it gives stands in
         their place from here on, as ids of :meth:`embed` and in :meth:`attention_rows` and
-        :meth:`rows`, with this very batch. Without it the same comes out, but each op hands over
+        :meth:`rows`, with this very batch. ``beside``: rows of the batch, and batches of them
+        alone, for which layers attend apart. Without it the same comes out, but each op hands over
         what it is the first to need. :meth:`logits` and :meth:`whole_step` take their step
         themselves.
         """
@@ -182,13 +208,24 @@ class Backend(Protocol):
         other byte of keys and values. Over all pages of a sequence it gives the same bits.
         """
 
-    def score_bounds(self, query: Array, bounds: HostArray, pages: HostArray) -> HostArray:
-        """Upper bounds of scores of pages: see :func:`quire.backends.selecting.score_bounds`."""
+    def summaries(self, pool: PagePool, policy: str, bits: int) -> Summaries:
+        """Room for what ``policy`` knows of the pages of ``pool``, of none of which it is made yet.
 
-    def score_signatures(self, query: HostArray, signs: HostArray, pages: HostArray) -> HostArray:
-        """Matches of signatures: see :func:`quire.backends.selecting.score_signatures`."""
+        "quest": the bounds of their keys (Tang et al., 2024, arXiv:2406.10774); "lsh": ``bits``
+        signs of each of their keys (Charikar, 2002). Where whole pages are packed, of packed ones:
+        those that are open are always read. Raises BackendError if it does not fit.
+        """
 
-    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
+    def choose_pages(
+        self, query: Array, summaries: Summaries, candidates: Candidates
+    ) -> ChosenPages:
+        """What one token of each of S sequences, query [S, H, D], is to read of ``candidates``.
+
+        Scores are those of :mod:`quire.backends.selecting`, summed over the query heads that share
+        a KV head. Makes summaries of ``candidates.fresh`` first.
+        """
+
+    def join_rows(self, parts: Sequence[tuple[HostArray, Array]]) -> Array:
         """One array of all rows: x[i] of each (rows [R], x [R, n]) is row ``rows[i]``."""
 
     def block(self, params: Any) -> Any:
@@ -226,10 +263,14 @@ class Backend(Protocol):
         blocks: Sequence[tuple[Any, Any]],
         batch: PagedBatch,
         pools: Sequence[PagePool],
+        summaries: Sequence[Summaries | None] = (),
     ) -> Array:
         """The first ``len(blocks)`` decoder layers, [T, hidden] -> [T, hidden].
 
-        ``blocks``: each layer's attention and MLP half, as :meth:`block` gave them.
+        blocks      each layer's attention and MLP half, as :meth:`block` gave them
+        summaries   of each layer, if tokens choose pages by them from the batch's candidates; None
+                    of a layer that is read whole. Bits are those of :meth:`choose_pages` and
+                    :meth:`attend_pages`
         """
 
     def logits(
@@ -247,7 +288,7 @@ class Backend(Protocol):
         """``compute(tokens, batch, pools)``, logits [T, vocab] of every row.
 
         A backend may keep what that launches and launch it again for another batch of the same
-        shape. So ``compute`` must be the same object for each step of a model, work by the
+        shape. So ``compute`` must be equal, and hashed alike, for each step of a model, work by the
         backend's ops alone, and hand the arrays of the batch that it is called with to them as
         they are: what it reads of their numbers itself is that of some earlier step.
         """

@@ -6,12 +6,13 @@ compositions say what it must give.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.base import Backend, HostArray, Logits
+from quire.backends.base import Backend, HostArray, Logits, Summaries
 from quire.batch import GroupBatch, PagedBatch
 from quire.pages import PagePool
 
@@ -20,8 +21,10 @@ __all__ = [
     "MlpParams",
     "Network",
     "Projection",
+    "attend_chosen",
     "attention_block",
     "attention_rows",
+    "choosing_layers",
     "keep",
     "logits",
     "mlp_block",
@@ -200,6 +203,44 @@ def mlp_block(backend: Backend, x: Array, params: MlpParams) -> Array:
     gate = backend.activate(_linear(backend, normed, params.gate), params.activation)
     inner = backend.multiply(gate, _linear(backend, normed, params.up))
     return backend.add(x, _linear(backend, inner, params.down))
+
+
+def attend_chosen(
+    backend: Backend, query: Array, pool: PagePool, batch: PagedBatch, summaries: Summaries
+) -> Array:
+    """Attention of queries [S, H, D] over what they choose of the batch's candidates."""
+    assert batch.candidates is not None
+    chosen = backend.choose_pages(query, summaries, batch.candidates)
+    return backend.attend_pages(query, pool, chosen)
+
+
+def choosing_layers(
+    backend: Backend,
+    x: Array,
+    blocks: Sequence[tuple[AttentionParams, Any]],
+    batch: PagedBatch,
+    pools: Sequence[PagePool],
+    *,
+    summaries: Sequence[Summaries | None],
+) -> Array:
+    """Decoder layers of which some choose what they read, [T, hidden] -> [T, hidden].
+
+    ``blocks``: each layer's parameters, and its MLP half as the backend's ``block`` gave it.
+    """
+    layers = zip(blocks, pools, batch.group_of_layer, summaries, strict=True)
+    for (params, mlp), pool, group, known in layers:
+        attend = None
+        if known is not None:
+            attend = partial(_attend_chosen, backend, pool, batch, known)
+        x = attention_block(backend, x, params, batch, pool, group=group, attend=attend)
+        x = backend.mlp_block(x, mlp)
+    return x
+
+
+def _attend_chosen(
+    backend: Backend, pool: PagePool, batch: PagedBatch, summaries: Summaries, query: Array
+) -> Array:
+    return attend_chosen(backend, query, pool, batch, summaries)
 
 
 def logits(

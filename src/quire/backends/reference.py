@@ -14,19 +14,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.base import Compute, Logits
+from quire.backends.base import Compute, Logits, SomeRows, Summaries
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
     Network,
     attention_block,
     attention_rows,
+    choosing_layers,
     logits,
     mlp_block,
 )
 from quire.backends.reference_pool import ReferencePool
-from quire.backends.selecting import score_bounds, score_signatures
-from quire.batch import ChosenPages, GroupBatch, PagedBatch
+from quire.backends.selecting import (
+    HostSummaries,
+    choose_pages,
+    score_bounds,
+    score_signatures,
+)
+from quire.batch import Candidates, ChosenPages, GroupBatch, PagedBatch
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
 from quire.rotation import rotate
@@ -76,7 +82,11 @@ class ReferenceBackend:
         return ReferencePool(shape, num_pages, open_pages)
 
     def take_step(
-        self, tokens: Sequence[int] | Array, batch: PagedBatch, rows: Sequence[int] | Array
+        self,
+        tokens: Sequence[int] | Array,
+        batch: PagedBatch,
+        rows: Sequence[int] | Array,
+        beside: Sequence[SomeRows] = (),
     ) -> tuple[Any, Any]:
         """Both as they are."""
         return tokens, rows
@@ -153,27 +163,31 @@ class ReferenceBackend:
         out = np.empty((*by_head.shape[:3], pool.shape.value_dim), np.float32)
         for g in range(heads):
             alone = pool.one_head(g)
-            for s, last in enumerate(chosen.last_page_len):
+            for s in range(len(query)):
                 at = s * heads + g
                 pages = chosen.indices[chosen.indptr[at] : chosen.indptr[at + 1]]
-                tables = _one_sequence(pages, int(last), chosen.page_size)
-                place = np.array([tables.span(0)[1] - 1])
+                place = chosen.places[at : at + 1]
+                last = int(place[0]) % chosen.page_size + 1
+                tables = _one_sequence(pages, last, chosen.page_size)
                 out[s, g] = _attend_one(by_head[s, g][None], place, alone, tables, 0)[0]
         return out.reshape(len(query), -1)
 
-    def score_bounds(self, query: Array, bounds: Array, pages: Array) -> Array:
-        """[H, D], [P, G, 2, D], [n] -> [G, n]."""
-        return score_bounds(query, bounds, pages)
+    def summaries(self, pool: PagePool, policy: str, bits: int) -> HostSummaries:
+        """Arrays of zeros."""
+        return HostSummaries(pool, policy, bits)
 
-    def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
-        """[H, W], [P, G, page_size, W], [n] -> [G, n]."""
-        return score_signatures(query, signs, pages)
+    def choose_pages(
+        self, query: Array, summaries: Summaries, candidates: Candidates
+    ) -> ChosenPages:
+        """Queries [S, H, D]; one sequence at a time."""
+        assert isinstance(summaries, HostSummaries)
+        return choose_pages(query, summaries, candidates, _score)
 
-    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
+    def join_rows(self, parts: Sequence[tuple[Array, Array]]) -> Array:
         """Of rows [R] and x [R, n] each -> [T, n]."""
         out = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), np.float32)
         for rows, x in parts:
-            out[list(rows)] = x
+            out[rows] = x
         return out
 
     def rows(self, x: Array, indices: Sequence[int] | Array) -> Array:
@@ -215,8 +229,11 @@ class ReferenceBackend:
         blocks: Sequence[tuple[Any, Any]],
         batch: PagedBatch,
         pools: Sequence[PagePool],
+        summaries: Sequence[Summaries | None] = (),
     ) -> Array:
         """[T, hidden] -> [T, hidden], half by half."""
+        if summaries:
+            return choosing_layers(self, x, blocks, batch, pools, summaries=summaries)
         for (attention, mlp), pool, group in zip(blocks, pools, batch.group_of_layer, strict=False):
             x = self.mlp_block(self.attention_block(x, attention, batch, pool, group), mlp)
         return x
@@ -244,6 +261,12 @@ class ReferenceBackend:
     def to_host(self, x: Array) -> npt.NDArray[np.float32]:
         """The array itself."""
         return x
+
+
+def _score(query: Array, summaries: HostSummaries, pages: Array) -> Array:
+    if summaries.policy == "quest":
+        return score_bounds(query, summaries.held, pages)
+    return score_signatures(summaries.signatures(query), summaries.held, pages)
 
 
 def _alike(places: Array, rows: slice, tables: GroupBatch) -> list[slice]:

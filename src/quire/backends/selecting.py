@@ -12,25 +12,41 @@ is, in expectation, the angle between them over pi.
 n pages, P in a pool, G KV heads, H query heads, D head_dim, W words of 64 bits.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from quire.batch import Candidates, ChosenPages
+from quire.pages import PagePool, PageShape
+
 __all__ = [
+    "HostSummaries",
+    "best_pages",
+    "choose_pages",
     "key_bounds",
     "planes",
     "score_bounds",
     "score_signatures",
     "signatures",
     "split_query",
+    "summary_bytes",
 ]
 
 Array = npt.NDArray[Any]
 
 SEED = 0
 WORD = 64
+PAGES_AT_ONCE = 256  # that are decoded at a time
+
+
+def summary_bytes(policy: str, bits: int, shape: PageShape) -> int:
+    """Bytes of what ``policy`` ("quest", or "lsh" with its bits) remembers of one page."""
+    if policy == "quest":
+        return 2 * 2 * shape.key_dim * shape.num_kv_heads
+    return bits // 8 * shape.page_size * shape.num_kv_heads
 
 
 def key_bounds(key: Array) -> Array:
@@ -102,3 +118,76 @@ def score_signatures(query: Array, signs: Array, pages: Array) -> Array:
             apart = np.bitwise_count(keys ^ each).sum(axis=-1, dtype=np.int64)
             found[g] += WORD * words - apart.min(axis=-1)
     return found
+
+
+def best_pages(scores: Array, count: int) -> npt.NDArray[np.int64]:
+    """The ``count`` pages that are read of ``n``: int64 [G, count], ascending in each row.
+
+    scores   [G, n - 2] of all pages but the first, which holds the attention sinks, and the newest:
+             those two are always read. Of equal scores the earlier page is chosen
+    """
+    heads, scored = scores.shape
+    wanted = count - 2
+    least = np.partition(scores, scored - wanted, axis=1)[:, scored - wanted, None]
+    chosen = scores >= least
+    if np.count_nonzero(chosen) > heads * wanted:  # some are equal to the last that is chosen
+        above, equal = scores > least, scores == least
+        room = wanted - above.sum(axis=1, keepdims=True)
+        chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
+    out = np.empty((heads, count), np.int64)
+    out[:, 0], out[:, -1] = 0, scored + 1
+    out[:, 1:-1] = np.nonzero(chosen)[1].reshape(heads, wanted) + 1
+    return out
+
+
+class HostSummaries:
+    """What is known of the keys of one layer's pages, in this process's memory.
+
+    See :class:`quire.backends.base.Summaries`. Memory that no page used is not touched.
+
+    held   bounds bf16 [P, G, 2, D], or signatures uint64 [P, G, page_size, W]
+    """
+
+    def __init__(self, pool: PagePool, policy: str, bits: int) -> None:
+        self.pool, self.policy, self._bits = pool, policy, bits
+        shape, heads = pool.shape, pool.shape.num_kv_heads
+        self.bytes_per_page = summary_bytes(policy, bits, shape)
+        if policy == "quest":
+            self.held: Array = np.zeros(
+                (pool.num_pages, heads, 2, shape.key_dim), ml_dtypes.bfloat16
+            )
+            return
+        self._normals = planes(bits, shape.key_dim)
+        self.held = np.zeros((pool.num_pages, heads, shape.page_size, bits // WORD), np.uint64)
+
+    def make(self, pages: Array) -> None:
+        """Of complete ``pages``, int64 [n], as they are stored."""
+        for start in range(0, len(pages), PAGES_AT_ONCE):
+            some = pages[start : start + PAGES_AT_ONCE]
+            key, _ = self.pool.read_pages(some.tolist())
+            if self.policy == "quest":
+                self.held[some] = key_bounds(key)
+            else:
+                self.held[some] = signatures(key, self._normals).transpose(0, 2, 1, 3)
+
+    def signatures(self, query: Array) -> Array:
+        """Of queries [H, D], uint64 [H, W]."""
+        return signatures(query, self._normals)
+
+
+def choose_pages(
+    query: Array, summaries: HostSummaries, candidates: Candidates, score: Callable[..., Array]
+) -> ChosenPages:
+    """See :meth:`quire.backends.base.Backend.choose_pages`; makes summaries of fresh pages first.
+
+    score   (query [H, D], summaries, pages int64 [n]) -> float32 [G, n]
+    """
+    summaries.make(candidates.fresh)
+    lists = []
+    for s, count in enumerate(candidates.counts.tolist()):
+        pages = candidates.indices[candidates.indptr[s] : candidates.indptr[s + 1]]
+        if count == len(pages):
+            lists += [pages] * summaries.pool.shape.num_kv_heads
+            continue
+        lists += list(pages[best_pages(score(query[s], summaries, pages[1:-1]), count)])
+    return candidates.choose(np.concatenate(lists))

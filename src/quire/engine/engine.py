@@ -30,9 +30,10 @@ from quire.engine.loads import Loads
 from quire.engine.outcomes import Outcomes
 from quire.engine.pieces import Pieces
 from quire.engine.pins import Pins
-from quire.engine.policies import Attend, Policies, require_usable
+from quire.engine.policies import Policies, require_usable
 from quire.engine.prompts import Prompt, PromptReader, as_prompts, require_salt
 from quire.engine.queues import Queues
+from quire.engine.reading import Attend
 from quire.engine.replies import Replies
 from quire.engine.request import Completion, Request, Sample, Status, StepOutput
 from quire.engine.scheduler import Limits
@@ -339,7 +340,7 @@ class Engine:
 
     def attention(self, parts: Sequence[Part], batch: PagedBatch) -> Attend:
         """How a step of (sequence, new tokens, wanted rows) attends, layer by layer."""
-        return self._policies.attention(parts, batch) or self._policies.plain(batch)
+        return self._policies.attention(parts, batch)
 
     def explain_prefix(self, prompt: Prompt, *, salt: str = "") -> PrefixExplanation:
         """What of a prompt is cached now and why the rest is not; changes nothing."""

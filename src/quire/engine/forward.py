@@ -8,7 +8,7 @@ import numpy.typing as npt
 from quire.backends import Logits
 from quire.cache import KVCache
 from quire.engine.evicting import Part
-from quire.engine.policies import Policies
+from quire.engine.policies import Policies, Step
 from quire.engine.request import Sample
 from quire.models import CausalLM
 
@@ -33,17 +33,8 @@ class Forward:
             for sample, grows in zip(samples, reservation.grows, strict=False):
                 if grows or not sample.counted:
                     sample.count_bytes(self._cache)
-            tokens: list[int] = []
-            rows: list[int] = []
-            for _, chunk, wanted in parts:
-                rows += [len(tokens) + row for row in wanted]
-                tokens += chunk
-            batch, pools = reservation.batch, self._cache.pools
-            attend = self._policies.attention(parts, batch)
-            if attend is None:
-                logits = self._model.forward(tokens, batch, pools, rows)
-            else:
-                logits = self._model.forward_with(tokens, batch, pools, rows, attend)
+            step = Step.of(parts, reservation.batch)
+            logits = self._policies.forward(self._model, step)
         except BaseException:
             self._cache.rollback(reservation)
             raise

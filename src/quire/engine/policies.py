@@ -1,24 +1,24 @@
 """What a request does when it outgrows a budget: drop tokens, or leave pages unread."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from quire.backends import Backend
+from quire.backends import Backend, Logits
 from quire.batch import PagedBatch
 from quire.cache import KVCache
 from quire.config import CacheConfig
 from quire.engine.evicting import Evictor, Part, Watch, require_evictable
 from quire.engine.queues import Queues
-from quire.engine.reading import Reader, SparseStep, read_layers, require_readable
+from quire.engine.reading import Attend, Reader, SparseStep, read_layers, require_readable
 from quire.engine.request import Request, Sample
 from quire.errors import ConfigError, RequestError
 from quire.evict_choice import EvictChoice, parse_eviction
 from quire.layout import CacheLayout
+from quire.models import CausalLM
 from quire.sampling import SamplingParams
 
-__all__ = ["Attend", "Policies", "require_usable"]
-
-Attend = Callable[[int, Any], Any]
+__all__ = ["Policies", "Step", "require_usable"]
 
 
 def require_usable(layout: CacheLayout, settings: CacheConfig, choice: EvictChoice | None) -> None:
@@ -29,6 +29,28 @@ def require_usable(layout: CacheLayout, settings: CacheConfig, choice: EvictChoi
         require_evictable(layout, settings)
     else:
         require_readable(layout, settings, choice)
+
+
+@dataclass(frozen=True)
+class Step:
+    """New tokens of sequences: ``parts``, all ``tokens`` one behind the other, ``rows`` of those
+    that want logits, and where they go.
+    """
+
+    parts: Sequence[Part]
+    tokens: Sequence[int]
+    rows: Sequence[int]
+    batch: PagedBatch
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], batch: PagedBatch) -> "Step":
+        """Of ``parts`` that ``batch`` was made for."""
+        tokens: list[int] = []
+        rows: list[int] = []
+        for _, chunk, wanted in parts:
+            rows += [len(tokens) + row for row in wanted]
+            tokens += chunk
+        return cls(parts, tokens, rows, batch)
 
 
 class Policies:
@@ -100,14 +122,12 @@ class Policies:
 
     # -- a step ------------------------------------------------------------------------------
 
-    def attention(self, parts: Sequence[Part], batch: PagedBatch) -> Attend | None:
-        """How a step attends; None if it does as the backend does."""
+    def attention(self, parts: Sequence[Part], batch: PagedBatch) -> Attend:
+        """How a step attends, layer by layer."""
         self._watch = self.evictor.watch(parts, batch)
         self._sparse = self.reader.step(parts, batch)
-        if self._watch is None and self._sparse is None:
-            return None
         watch, backend = self._watch, self._backend
-        inner = self.plain(batch) if self._sparse is None else self._sparse.attend
+        inner = self._plain(batch) if self._sparse is None else self._sparse.attend
 
         def attend(layer: int, query: Any) -> Any:
             if watch is not None:
@@ -116,7 +136,17 @@ class Policies:
 
         return attend
 
-    def plain(self, batch: PagedBatch) -> Attend:
+    def forward(self, model: CausalLM, step: Step) -> Logits:
+        """Logits of a step's wanted rows."""
+        attend = self.attention(step.parts, step.batch)
+        pools = self._cache.pools
+        if self._sparse is not None:
+            return self._sparse.forward(model, step.tokens, step.rows, attend)
+        if self._watch is not None:
+            return model.forward_with(step.tokens, step.batch, pools, step.rows, attend=attend)
+        return model.forward(step.tokens, step.batch, pools, step.rows)
+
+    def _plain(self, batch: PagedBatch) -> Attend:
         """Attention over all pages."""
         pools, groups = self._cache.pools, batch.group_of_layer
         return lambda layer, query: self._backend.attend(query, pools[layer], batch, groups[layer])

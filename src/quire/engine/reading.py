@@ -6,23 +6,24 @@ first ``dense`` ones reads, for each KV head, the first page, the newest page an
 of the others, as many as the budget allows. A sequence within its budget is read whole.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends import Backend
-from quire.batch import ChosenPages, PagedBatch
+from quire.backends import Backend, Logits, SomeRows, attend_chosen, summary_bytes
+from quire.batch import Candidates, PagedBatch
 from quire.cache import KVCache
-from quire.cache.selection import LEAST_PAGES, best_pages
 from quire.config import CacheConfig
-from quire.engine.summaries import Summaries, summary_bytes
+from quire.engine.evicting import Part
+from quire.engine.summaries import KnownPages
 from quire.errors import ConfigError
 from quire.evict_choice import EvictChoice
 from quire.layout import CacheLayout
+from quire.models import CausalLM
 
 __all__ = [
     "ReadUsage",
@@ -34,7 +35,9 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.int64]
-Part = tuple[int, Sequence[int], Sequence[int]]
+Attend: TypeAlias = Callable[[int, Any], Any]
+
+LEAST_PAGES = 3  # the first, the newest, and one to choose
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class SparseStatus:
     bytes_per_page   of what is known of one page, in all layers that choose; of the policy that
                      takes most
     bytes            of all that is known of pages now, beside the pool
-    bytes_most       of all pages of the pool: what it can grow to
+    bytes_most       of all pages of the pool: what it can grow to; on a card, what is set aside
     """
 
     usage: ReadUsage
@@ -127,50 +130,85 @@ class _Followed:
 
 @dataclass(frozen=True)
 class _Token:
-    """The one new token of a sequence that reads sparsely in this step.
+    """The one new token of a sequence that is followed, when its prompt is there.
 
     at, row   its sequence's number and its own in the batch
-    pages     int64 [n]: of its sequence, in order; the last holds the token
+    pages     int64 [n]: of its sequence, in order, as it sees them; the last holds the token
     last      tokens in the last page, itself included
     """
 
     at: int
     row: int
     followed: _Followed
-    summaries: Summaries
+    known: KnownPages
     pages: Array
     last: int
 
+    @property
+    def chooses(self) -> bool:
+        """False within its budget."""
+        return len(self.pages) > self.followed.pages
+
 
 class SparseStep:
-    """Attention of a step in which some tokens read chosen pages."""
+    """A step in which some tokens read chosen pages.
+
+    whole    True if ``tokens`` are all of the batch, and choose by the same: then those within
+             their budget choose all their pages
+    beside   the batches of some tokens that :meth:`attend` attends with, and which these are
+    """
 
     def __init__(
         self, cache: KVCache, backend: Backend, batch: PagedBatch, tokens: Sequence[_Token]
     ) -> None:
         self._cache, self._backend, self._batch = cache, backend, batch
-        self._tokens = tokens
-        self._choosing = {  # by layer; equal lists are one object
-            layer: [token for token in tokens if layer in token.summaries.layers]
-            for layer in sorted({layer for token in tokens for layer in token.summaries.layers})
-        }
-        self._others: dict[tuple[int, ...], tuple[list[int], PagedBatch]] = {}
-        for token in tokens:
-            token.summaries.bring(token.pages[1:-1])
+        by = {known: [t for t in tokens if t.known is known] for known in _each_known(tokens)}
+        self.whole = len(by) == 1 and len(tokens) == batch.num_tokens == batch.num_sequences
+        self._tokens = [token for token in tokens if token.chooses]
+        if not self.whole:
+            by = {known: [t for t in some if t.chooses] for known, some in by.items()}
+        self._unknown = {known: known.unknown(_middle(some)) for known, some in by.items()}
+        self._choosing = {known: self._part(known, some) for known, some in by.items() if some}
+        self._rest = {} if self.whole else self._rests()
+
+    @property
+    def beside(self) -> list[SomeRows]:
+        """See the class."""
+        return [*self._choosing.values(), *self._rest.values()]
+
+    def forward(
+        self, model: CausalLM, tokens: Sequence[int], rows: Sequence[int], attend: Attend
+    ) -> Logits:
+        """Logits of ``rows``; ``attend`` is :meth:`attend`, or does more."""
+        pools = self._cache.pools
+        if self.whole and len(rows) == len(tokens):
+            [(known, (_, batch))] = self._choosing.items()
+            logits = model.forward_choosing(tokens, batch, pools, known.summaries)
+            known.note(*self._unknown[known])
+            return logits
+        return model.forward_with(
+            tokens, self._batch, pools, rows, attend=attend, beside=self.beside
+        )
 
     def attend(self, layer: int, query: Any) -> Any:
         """Queries [T, H, D] of ``layer`` -> [T, H * D], both the backend's own."""
         backend, pool = self._backend, self._cache.pools[layer]
-        group, tokens = self._batch.group_of_layer[layer], self._choosing.get(layer)
-        if not tokens:
+        group = self._batch.group_of_layer[layer]
+        parts: list[tuple[Array, Any]] = []
+        for known, (rows, batch) in self._choosing.items():
+            summaries = known.summaries[layer]
+            if summaries is not None:
+                own = backend.rows(query, rows)
+                parts.append((rows, attend_chosen(backend, own, pool, batch, summaries)))
+                if layer == known.layers[-1]:  # all of them know the pages now
+                    known.note(*self._unknown[known])
+        if not parts:
             return backend.attend(query, pool, self._batch, group)
-        rows = tuple(token.row for token in tokens)
-        chosen = self._choose(layer, query, tokens)
-        sparse = backend.attend_pages(backend.rows(query, rows), pool, chosen)
-        parts: list[tuple[Sequence[int], Any]] = [(rows, sparse)]
-        others, batch = self._rest(rows)
-        if others:
-            parts.append((others, backend.attend(backend.rows(query, others), pool, batch, group)))
+        others = self._rest.get(self._choose_in(layer))
+        if others is not None:
+            rows, batch = others
+            own = backend.rows(query, rows)
+            parts.append((rows, backend.attend(own, pool, batch, group)))
         return backend.join_rows(parts)
 
     @cached_property
@@ -180,33 +218,41 @@ class SparseStep:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _choose(self, layer: int, query: Any, tokens: Sequence[_Token]) -> ChosenPages:
-        lists = []
-        for token in tokens:
-            own = self._backend.rows(query, [token.row])
-            scores = token.summaries.scores(layer, own, token.pages[1:-1])
-            lists.append(token.pages[best_pages(scores, token.followed.pages)])
-        counts = [each.shape[1] for each in lists for _ in each]
-        return ChosenPages(
+    def _part(self, known: KnownPages, tokens: Sequence[_Token]) -> SomeRows:
+        """The batch of tokens that choose by the same, with the pages that they choose from."""
+        candidates = Candidates.of(
             self._cache.layout.page_size,
-            np.concatenate([[0], np.cumsum(counts)]),
-            np.concatenate([each.ravel() for each in lists]),
-            np.array([token.last for token in tokens]),
+            self._cache.layout.shapes[known.layers[0]].num_kv_heads,
+            [token.pages for token in tokens],
+            [min(token.followed.pages, len(token.pages)) for token in tokens],
+            last_page_len=[token.last for token in tokens],
+            fresh=self._unknown[known][0],
         )
+        rows = np.array([token.row for token in tokens])
+        batch = self._batch if self.whole else self._batch.select(rows)
+        return rows, replace(batch, candidates=candidates)
 
-    def _rest(self, rows: tuple[int, ...]) -> tuple[list[int], PagedBatch]:
-        """Tokens of the batch that are not among ``rows``, and the batch of them alone."""
-        if rows not in self._others:
-            others = np.setdiff1d(np.arange(self._batch.num_tokens), rows)
-            self._others[rows] = others.tolist(), self._batch.select(others)
-        return self._others[rows]
+    def _choose_in(self, layer: int) -> frozenset[KnownPages]:
+        """By what tokens choose in a layer."""
+        return frozenset(known for known in self._choosing if layer in known.layers)
+
+    def _rests(self) -> dict[frozenset[KnownPages], SomeRows]:
+        """Of each set of tokens that choose in some layer, those that do not; if there are any."""
+        rests = {}
+        for choosing in map(self._choose_in, range(len(self._cache.layout.shapes))):
+            if choosing and choosing not in rests:
+                chosen = np.concatenate([self._choosing[known][0] for known in choosing])
+                others = np.setdiff1d(np.arange(self._batch.num_tokens), chosen)
+                if len(others):
+                    rests[choosing] = others, self._batch.select(others)
+        return rests
 
     def _usage_of(self, token: _Token) -> ReadUsage:
         layout, size = self._cache.layout, self._cache.layout.page_size
         held = (len(token.pages) - 1) * size + token.last
         read = (token.followed.pages - 1) * size + token.last
-        known = len(token.pages) - 2
-        choosing = token.summaries.layers
+        known, choice = len(token.pages) - 2, token.followed.choice
+        choosing = token.known.layers
         bytes_read = bytes_held = 0.0
         for layer, shape in enumerate(layout.shapes):
             window = layout.groups[layout.group_of_layer[layer]].window
@@ -214,7 +260,7 @@ class SparseStep:
             bytes_held += seen * shape.bytes_per_token
             bytes_read += (read if layer in choosing else seen) * shape.bytes_per_token
             if layer in choosing:
-                bytes_read += known * summary_bytes(token.followed.choice, shape)
+                bytes_read += known * summary_bytes(choice.policy, choice.bits, shape)
         return ReadUsage(1, read, held, round(bytes_read), round(bytes_held))
 
 
@@ -224,15 +270,15 @@ class Reader:
     def __init__(self, cache: KVCache, backend: Backend) -> None:
         self._cache, self._backend = cache, backend
         self._followed: dict[int, _Followed] = {}
-        self._summaries: dict[tuple[str, int, tuple[int, ...]], Summaries] = {}
+        self._known: dict[tuple[str, int, tuple[int, ...]], KnownPages] = {}
         self.usage = ReadUsage()
 
     @property
     def status(self) -> SparseStatus | None:
         """What was read, and what is remembered; None if no step chose pages."""
-        if not self._summaries:
+        if not self._known:
             return None
-        known = self._summaries.values()
+        known = self._known.values()
         return SparseStatus(
             self.usage,
             max(each.bytes_per_page for each in known),
@@ -258,25 +304,34 @@ class Reader:
             if followed is None or len(new) != 1:
                 continue
             if self._cache.length(sequence) >= followed.prompt:
-                token = self._token(at, followed, batch)
-                if len(token.pages) > followed.pages:
-                    tokens.append(token)
-        return SparseStep(self._cache, self._backend, batch, tokens) if tokens else None
+                tokens.append(self._token(at, followed, batch))
+        if not any(token.chooses for token in tokens):
+            return None
+        return SparseStep(self._cache, self._backend, batch, tokens)
 
     def settle(self, step: SparseStep) -> None:
         """``step`` was committed."""
         self.usage = sum(step.usage.values(), self.usage)
 
     def _token(self, at: int, followed: _Followed, batch: PagedBatch) -> _Token:
-        summaries = self._summaries_of(followed.choice)
-        tables = batch.groups[batch.group_of_layer[summaries.layers[0]]]
+        known = self._known_of(followed.choice)
+        tables = batch.groups[batch.group_of_layer[known.layers[0]]]
         row, last = int(batch.query_indptr[at]), int(tables.last_page_len[at])
         pages = tables.pages_seen(at, int(batch.places[row]) // tables.page_size)
-        return _Token(at, row, followed, summaries, pages, last)
+        return _Token(at, row, followed, known, pages, last)
 
-    def _summaries_of(self, choice: EvictChoice) -> Summaries:
+    def _known_of(self, choice: EvictChoice) -> KnownPages:
         layers = read_layers(self._cache.layout, choice)
         key = choice.policy, choice.bits, layers
-        if key not in self._summaries:
-            self._summaries[key] = Summaries(self._cache, self._backend, choice, layers)
-        return self._summaries[key]
+        if key not in self._known:
+            self._known[key] = KnownPages(self._cache, self._backend, choice, layers)
+        return self._known[key]
+
+
+def _each_known(tokens: Iterable[_Token]) -> list[KnownPages]:
+    return list(dict.fromkeys(token.known for token in tokens))
+
+
+def _middle(tokens: Sequence[_Token]) -> Array:
+    """Pages that are chosen for what is known of them: all but the first and the newest."""
+    return np.concatenate([np.empty(0, np.int64), *(token.pages[1:-1] for token in tokens)])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from quire.architectures import read_model_config
-from quire.backends import Backend, Logits
+from quire.backends import Backend, Logits, SomeRows
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
 from quire.errors import CheckpointError
@@ -17,6 +17,7 @@ from quire.models.checkpoint import (
     stored_bytes,
     weights_files,
 )
+from quire.models.choosing import OfLayers
 from quire.models.decoder import Decoder
 from quire.models.digest import weights_digest
 from quire.models.gpt2 import GPT2
@@ -58,13 +59,27 @@ class CausalLM(Protocol):
         batch: PagedBatch,
         pools: Sequence[PagePool],
         rows: Sequence[int],
+        *,
         attend: Callable[[int, Any], Any],
+        beside: Sequence[SomeRows] = (),
     ) -> Logits:
         """As :meth:`forward`, op by op, with another attention: the same bits if it is the same.
 
         ``attend`` is called with each layer's number and queries [T, H, D], turned as that
         layer's stored keys are, when those are in its pool, and gives [T, H * D]; both are the
-        backend's arrays.
+        backend's arrays. ``beside``: the batches of some rows that it attends with.
+        """
+
+    def forward_choosing(
+        self,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        summaries: OfLayers,
+    ) -> Logits:
+        """As :meth:`forward`, of one token of each sequence, whose every row is wanted.
+
+        In layers with summaries these choose from the batch's candidates what they read.
         """
 
 

@@ -8,11 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from quire.backends import AttentionParams, Backend, Logits, MlpParams, Network, Projection
+from quire.backends import (
+    AttentionParams,
+    Backend,
+    Logits,
+    MlpParams,
+    Network,
+    Projection,
+    SomeRows,
+)
 from quire.backends.blocks import attention_block
 from quire.backends.rope import inverse_frequencies
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
+from quire.models.choosing import ChoosingStep, OfLayers
 from quire.pages import PagePool
 
 __all__ = ["Decoder"]
@@ -62,11 +71,13 @@ class Decoder:
         batch: PagedBatch,
         pools: Sequence[PagePool],
         rows: Sequence[int],
+        *,
         attend: Callable[[int, Any], Any],
+        beside: Sequence[SomeRows] = (),
     ) -> Logits:
         """See :class:`quire.models.CausalLM`."""
         backend = self.backend
-        tokens, rows = backend.take_step(tokens, batch, rows)
+        tokens, rows = backend.take_step(tokens, batch, rows, beside)
         x = backend.embed(self.params["embed"], tokens)
         for layer, pool in enumerate(pools):
             mix = partial(attend, layer)
@@ -75,10 +86,35 @@ class Decoder:
             x = backend.mlp_block(x, self._blocks[layer][1])
         return self._logits(backend.rows(x, rows))
 
-    def _logits(self, x: Any) -> Logits:
+    def forward_choosing(
+        self,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        summaries: OfLayers,
+    ) -> Logits:
+        """See :class:`quire.models.CausalLM`."""
+        step = ChoosingStep(self._choosing, tuple(summaries))
+        return self.backend.whole_step(step, tokens, batch, pools)
+
+    def _choosing(
+        self,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        summaries: OfLayers,
+    ) -> Any:
+        """[T] -> [T, vocab], the backend's own."""
         backend, network = self.backend, self._network
-        x = backend.rms_norm(x, network.norm, network.norm_eps)
-        return backend.to_logits(backend.linear(x, network.head))
+        x = backend.embed(network.embed, tokens)
+        return self._head(backend.layers(x, network.blocks, batch, pools, summaries))
+
+    def _logits(self, x: Any) -> Logits:
+        return self.backend.to_logits(self._head(x))
+
+    def _head(self, x: Any) -> Any:
+        backend, network = self.backend, self._network
+        return backend.linear(backend.rms_norm(x, network.norm, network.norm_eps), network.head)
 
     def _layer_by_layer(
         self, x: Any, batch: PagedBatch, pools: Sequence[PagePool], rows: Sequence[int]

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from quire.backends import Backend, Logits, keep, turned
+from quire.backends import Backend, Logits, SomeRows, attend_chosen, keep, turned
 from quire.batch import PagedBatch
 from quire.config import ModelConfig
+from quire.models.choosing import ChoosingStep, OfLayers
 from quire.pages import PagePool
 
 __all__ = ["GPT2"]
@@ -51,12 +52,43 @@ class GPT2:
         batch: PagedBatch,
         pools: Sequence[PagePool],
         rows: Sequence[int],
+        *,
         attend: Callable[[int, Any], Any],
+        beside: Sequence[SomeRows] = (),
     ) -> Logits:
         """See :class:`quire.models.CausalLM`."""
-        asked = self.backend.take_step(tokens, batch, rows)
+        asked = self.backend.take_step(tokens, batch, rows, beside)
         mixed = self._run(asked, batch, pools, lambda layer, q, _: attend(layer, q))
         return self.backend.to_logits(mixed)
+
+    def forward_choosing(
+        self,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        summaries: OfLayers,
+    ) -> Logits:
+        """See :class:`quire.models.CausalLM`."""
+        step = ChoosingStep(self._choosing, tuple(summaries))
+        return self.backend.whole_step(step, tokens, batch, pools)
+
+    def _choosing(
+        self,
+        tokens: Sequence[int],
+        batch: PagedBatch,
+        pools: Sequence[PagePool],
+        summaries: OfLayers,
+    ) -> Any:
+        """[T] -> [T, vocab], the backend's own."""
+        whole = self._attending(batch)
+
+        def attend(layer: int, query: Any, pool: PagePool) -> Any:
+            known = summaries[layer]
+            if known is None:
+                return whole(layer, query, pool)
+            return attend_chosen(self.backend, query, pool, batch, known)
+
+        return self._run((tokens, range(len(tokens))), batch, pools, attend)
 
     def _run(
         self,

@@ -70,14 +70,19 @@ class Attention:
             self._decode(out, query, pool, step, step.groups[group])
         return out
 
-    def chosen(self, query: Tensor, pool: CudaPool, step: Step) -> Tensor:
-        """query [S * G, heads that share a KV head, D] -> [S * G, heads * value_dim].
+    def chosen(
+        self, query: Tensor, pool: CudaPool, step: Step, dtype: Any = torch.float32
+    ) -> Tensor:
+        """query [S, H, D] -> [S, H * value_dim], rounded to ``dtype`` once it is whole.
 
-        Row s * G + g is a sequence of its own, which reads pages of KV head g.
+        Sequence s * G + g of the step is KV head g of token s, which reads pages of its own.
         """
-        out = self._device.empty((len(query), query.shape[1] * pool.shape.value_dim))
-        self._decode(out, query, pool, step, step.groups[0], kv_heads=1)
-        return out
+        tokens, heads, dim = query.shape
+        groups = pool.shape.num_kv_heads
+        out = self._device.empty((tokens * groups, heads // groups * pool.shape.value_dim), dtype)
+        by_head = query.reshape(tokens * groups, heads // groups, dim)
+        self._decode(out, by_head, pool, step, step.groups[0], kv_heads=1)
+        return out.view(tokens, -1)
 
     def _prefill(
         self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 import triton
 
-from quire.backends.base import Compute, Logits
+from quire.backends.base import Compute, Logits, SomeRows, Summaries
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
@@ -34,8 +34,8 @@ from quire.backends.cuda.products import Products
 from quire.backends.cuda.rows import layer_norm_kernel, rope_kernel
 from quire.backends.cuda.sampling import CudaLogits
 from quire.backends.cuda.stored import power_of_two
-from quire.backends.selecting import score_bounds, score_signatures
-from quire.batch import ChosenPages, GroupBatch, PagedBatch
+from quire.backends.cuda.summaries import CudaSummaries, choose
+from quire.batch import Candidates, ChosenPages, GroupBatch, PagedBatch
 from quire.errors import BackendError
 from quire.pages import PageFormat, PagePool, PageShape
 
@@ -107,10 +107,14 @@ class CudaBackend:
         return CudaPool(self.device, shape, num_pages, open_pages)
 
     def take_step(
-        self, tokens: Sequence[int] | Array | Tensor, batch: PagedBatch, rows: Sequence[int] | Array
+        self,
+        tokens: Sequence[int] | Array | Tensor,
+        batch: PagedBatch,
+        rows: Sequence[int] | Array,
+        beside: Sequence[SomeRows] = (),
     ) -> tuple[Any, Any]:
         """int64 [T] and [R] of the host, of which copies are on the device; or what they were."""
-        taken = steps.take(tokens, batch, rows, self.device)
+        taken = steps.take(tokens, batch, rows, self.device, beside)
         self._take(taken)
         return taken.tokens, rows if taken.rows is None else taken.rows
 
@@ -188,21 +192,34 @@ class CudaBackend:
     def attend_pages(self, query: Tensor, pool: PagePool, chosen: ChosenPages) -> Tensor:
         """[S, H, D] -> [S, H * D]."""
         assert isinstance(pool, CudaPool)
-        heads = pool.shape.num_kv_heads
-        step = steps.chosen_step(chosen, heads, self.device)
-        _require_readable(step.batch.groups[0], pool)
-        by_head = query.reshape(len(query) * heads, -1, query.shape[2])
-        return self._attention.chosen(by_head, pool, step).reshape(len(query), -1)
+        return self._attend_pages(query, pool, chosen)
 
-    def score_bounds(self, query: Tensor, bounds: Array, pages: Array) -> Array:
-        """[H, D], [P, G, 2, D], [n] -> [G, n]; on the host, where bounds lie."""
-        return score_bounds(self.to_host(query), bounds, pages)
+    def _attend_pages(
+        self, query: Tensor, pool: CudaPool, chosen: ChosenPages, dtype: Any = torch.float32
+    ) -> Tensor:
+        if isinstance(chosen.indices, np.ndarray):
+            _require_ids(chosen.indices, pool)
+        step = None if self._taken is None else self._taken.step_choosing(chosen)
+        if step is None:
+            step = steps.chosen_step(chosen, self.device)
+        ready = steps.reading(step, self.device.integers(chosen.indices))
+        return self._attention.chosen(query.contiguous(), pool, ready, dtype)
 
-    def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
-        """[H, W], [P, G, page_size, W], [n] -> [G, n]; on the host, where signatures lie."""
-        return score_signatures(query, signs, pages)
+    def summaries(self, pool: PagePool, policy: str, bits: int) -> CudaSummaries:
+        """Zeroed tensors."""
+        assert isinstance(pool, CudaPool)
+        return CudaSummaries(pool, policy, bits)
 
-    def join_rows(self, parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    def choose_pages(
+        self, query: Tensor, summaries: Summaries, candidates: Candidates
+    ) -> ChosenPages:
+        """Queries [S, H, D]; nothing of it goes to the host."""
+        assert isinstance(summaries, CudaSummaries)
+        if self._taken is None or self._taken.whole.reach is None:
+            _require_ids(candidates.indices, summaries.pool)
+        return candidates.choose(choose(query.contiguous(), summaries, candidates))
+
+    def join_rows(self, parts: Sequence[tuple[Array, Tensor]]) -> Tensor:
         """Of rows [R] and x [R, n] each -> [T, n]."""
         count = sum(len(rows) for rows, _ in parts)
         out = self.device.empty((count, parts[0][1].shape[1]))
@@ -228,7 +245,7 @@ class CudaBackend:
         self, x: Tensor, block: Any, batch: PagedBatch, pool: PagePool, group: int
     ) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        return self._attend(Residual(x), block, batch, pool, group).sum()
+        return self._attend(Residual(x), block, batch, pool, group=group).sum()
 
     def attention_rows(
         self,
@@ -268,9 +285,10 @@ class CudaBackend:
         blocks: Sequence[tuple[Any, Any]],
         batch: PagedBatch,
         pools: Sequence[PagePool],
+        summaries: Sequence[Summaries | None] = (),
     ) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        return self._run(x, blocks, batch, pools).sum()
+        return self._run(x, blocks, batch, pools, summaries).sum()
 
     def _run(
         self,
@@ -278,22 +296,52 @@ class CudaBackend:
         blocks: Sequence[tuple[Any, Any]],
         batch: PagedBatch,
         pools: Sequence[PagePool],
+        summaries: Sequence[Summaries | None] = (),
     ) -> Residual:
         held = Residual(x)
-        for (attention, mlp), pool, group in zip(blocks, pools, batch.group_of_layer, strict=False):
-            held = self._attend(held, attention, batch, pool, group)
+        layers = zip(blocks, pools, batch.group_of_layer, strict=False)
+        for layer, ((attention, mlp), pool, group) in enumerate(layers):
+            known = summaries[layer] if summaries else None
+            held = self._attend(held, attention, batch, pool, group=group, known=known)
             held = self._transform(held, mlp)
         return held
 
     def _attend(
-        self, held: Residual, block: Any, batch: PagedBatch, pool: PagePool, group: int
+        self,
+        held: Residual,
+        block: Any,
+        batch: PagedBatch,
+        pool: PagePool,
+        *,
+        group: int,
+        known: Summaries | None = None,
     ) -> Residual:
+        """With ``known``, tokens read what they choose of the batch's candidates."""
         step = self._step(batch)  # before its positions and slots are asked for one by one
+        choosing = None
+        if known is not None:
+            assert isinstance(pool, CudaPool)
+            choosing = partial(self._attend_chosen, pool, batch, known)
         if isinstance(block, AttentionParams):
-            return Residual(attention_block(self, held.sum(), block, batch, pool, group=group))
+            x = held.sum()
+            return Residual(
+                attention_block(self, x, block, batch, pool, group=group, attend=choosing)
+            )
         _require(step, pool, group, len(held.x))
         at = self._at(step, pool, group, block.params.inv_freq)
-        return self._layers.attention(held, block, at)
+        return self._layers.attention(held, block, replace(at, attend=choosing))
+
+    def _attend_chosen(
+        self,
+        pool: CudaPool,
+        batch: PagedBatch,
+        known: Summaries,
+        query: Tensor,
+        dtype: Any = torch.float32,
+    ) -> Tensor:
+        assert batch.candidates is not None
+        chosen = self.choose_pages(query, known, batch.candidates)
+        return self._attend_pages(query, pool, chosen, dtype)
 
     def _transform(self, held: Residual, block: Any) -> Residual:
         if isinstance(block, MlpParams):
@@ -333,17 +381,19 @@ class CudaBackend:
         for group, pool in dict(zip(batch.group_of_layer, ours, strict=True)).items():
             _require_slots(batch.groups[group].slots, pool)
             _require_readable(batch.groups[group], pool)
+        if batch.candidates is not None:
+            _require_ids(batch.candidates.indices, ours[0])
         known, key = ours[0].graphs, (model, shape, self.exact)
         if key not in known:
             known[key] = StepGraph(self, compute, ours, shape, batch)
         return known[key].run(tokens, batch)
 
     def computed(
-        self, compute: Compute, tokens: Any, step: steps.Step, pools: Sequence[PagePool]
+        self, compute: Compute, tokens: Any, taken: steps.Taken, pools: Sequence[PagePool]
     ) -> Tensor:
         """Logits of a step that is on the device, tokens too; copies nothing there or back."""
-        self._take(steps.Taken(step))
-        out = compute(tokens, step.batch, pools)
+        self._take(taken)
+        out = compute(tokens, taken.whole.batch, pools)
         self._taken = self._angles = None  # the same arrays hold other numbers next time
         return out
 
@@ -421,8 +471,7 @@ def _require_slots(slots: Array, pool: CudaPool) -> None:
 def _require_readable(tables: GroupBatch, pool: CudaPool) -> None:
     """Raise BackendError for ids that the pool does not have, or not of that kind."""
     last, opened = pool.num_pages + pool.open_pages - 1, tables.open.indices
-    if tables.indices.max(initial=-1) > last:
-        raise BackendError(f"page {tables.indices.max()} of a pool of {last + 1} is to be read")
+    _require_ids(tables.indices, pool)
     if not pool.shape.by_page or not len(opened):
         return
     if opened.min() < pool.num_pages or opened.max() > last:
@@ -430,6 +479,13 @@ def _require_readable(tables: GroupBatch, pool: CudaPool) -> None:
             f"queries stand in pages {opened.min()} to {opened.max()}, but ids of open pages are "
             f"{pool.num_pages} to {last}"
         )
+
+
+def _require_ids(indices: Array, pool: CudaPool) -> None:
+    """Raise BackendError for ids that the pool does not have."""
+    pages = pool.num_pages + pool.open_pages
+    if indices.max(initial=-1) >= pages:
+        raise BackendError(f"page {indices.max()} of a pool of {pages} is to be read")
 
 
 @functools.cache

@@ -31,6 +31,7 @@ __all__ = [
     "number_of",
     "numbers_at",
     "operand",
+    "part_of",
     "scales",
 ]
 

@@ -9,7 +9,7 @@ without a graph.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -21,10 +21,10 @@ from quire.backends.base import Compute
 from quire.backends.cuda.device import Device, aligned
 from quire.backends.cuda.pool import CudaPool
 from quire.backends.cuda.sampling import CudaLogits, best_of
-from quire.backends.cuda.steps import Step, static_step
+from quire.backends.cuda.steps import Taken, static_step
 from quire.backends.cuda.stored import power_of_two
 from quire.backends.cuda.tiles import SPLIT
-from quire.batch import NO_OPEN_PAGES, GroupBatch, OpenPages, PagedBatch
+from quire.batch import NO_OPEN_PAGES, Candidates, GroupBatch, OpenPages, PagedBatch
 
 __all__ = ["MOST", "StepGraph", "StepShape", "shape_of"]
 
@@ -37,11 +37,16 @@ _PAGES = 64  # page ids of the smallest
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a graph is captured for: numbers of sequences, splits of SPLIT places and page ids."""
+    """What a graph is captured for: numbers of sequences, splits of SPLIT places and page ids.
+
+    choosing   where tokens choose pages: the most that a sequence has, the most that a head reads,
+               and KV heads
+    """
 
     sequences: int
     reach: int
     pages: int
+    choosing: tuple[int, int, int] | None = None
 
 
 def shape_of(batch: PagedBatch) -> StepShape | None:
@@ -55,7 +60,15 @@ def shape_of(batch: PagedBatch) -> StepShape | None:
         return None
     pages = sum(len(group.indices) for group in batch.groups)
     reach = int(batch.places.max()) // SPLIT + 1
-    return StepShape(power_of_two(count), power_of_two(reach), power_of_two(max(_PAGES, pages)))
+    choosing, candidates = None, batch.candidates
+    if candidates is not None:
+        if len(candidates.fresh) > count:  # behind a prompt
+            return None
+        pages += len(candidates.indices)
+        heads = len(candidates.chosen.places) // count
+        choosing = power_of_two(candidates.longest), power_of_two(candidates.most), heads
+    ids = power_of_two(max(_PAGES, pages))
+    return StepShape(power_of_two(count), power_of_two(reach), ids, choosing)
 
 
 class Computes(Protocol):
@@ -64,7 +77,7 @@ class Computes(Protocol):
     device: Device
 
     def computed(
-        self, compute: Compute, tokens: IntArray, step: Step, pools: Sequence[Any]
+        self, compute: Compute, tokens: IntArray, taken: Taken, pools: Sequence[Any]
     ) -> Tensor:
         """Logits float32 [T, vocab] of a step whose arrays, tokens too, have copies there."""
 
@@ -104,7 +117,7 @@ class StepGraph:
     def _compute(self) -> tuple[Tensor, Tensor]:
         """Logits, and which of each row is the largest: most steps need no more of them."""
         held = self._buffers
-        logits = self._backend.computed(self._model, held.tokens, held.step, self._pools)
+        logits = self._backend.computed(self._model, held.tokens, held.taken, self._pools)
         return logits, best_of(self._backend.device, logits)
 
     def _capture(self) -> Any:
@@ -130,7 +143,7 @@ class StepGraph:
 class _Buffers:
     """A step's integers at fixed addresses: one array on the host, pinned, and its copy.
 
-    ``tokens`` and the arrays of ``step.batch`` are parts of the host's, whose copies ``step`` has.
+    ``tokens`` and the arrays of ``step.batch`` are parts of the host's, whose copies ``taken`` has.
     """
 
     def __init__(self, device: Device, shape: StepShape, like: PagedBatch) -> None:
@@ -139,6 +152,9 @@ class _Buffers:
         for group in like.groups:
             lengths += [n, n + 1, n]
             lengths += [n + 1, n, n, n, n] if group.open.are_used else []
+        if shape.choosing is not None:
+            rows = n * shape.choosing[2]
+            lengths += [n + 1, n, n, rows, rows + 1, rows + 1, rows]
         self._device = device
         starts = [0, *accumulate(map(aligned, lengths))]
         self._fixed, self._copied = starts[-1], None
@@ -149,9 +165,11 @@ class _Buffers:
         arrays = iter([array for array, _ in copies])
         self.tokens = next(arrays)
         self._indices = copies[-1][0]
-        self.batch = self._static(arrays, like)
         none = NO_OPEN_PAGES.indptr, self._there[:0]
-        self.step = static_step(self.batch, [*copies, none], shape.reach)
+        batch = self._static(arrays, like)
+        candidates = _candidates(arrays, self._indices, shape, like)
+        self.batch = replace(batch, candidates=candidates)
+        self.taken = _taken(self.batch, [*copies, none], shape.reach)
 
     def _static(self, parts: Any, like: PagedBatch) -> PagedBatch:
         positions, places, query_indptr = next(parts), next(parts), next(parts)
@@ -187,10 +205,50 @@ class _Buffers:
                 _put(to.open.first, opened.first, 0)
                 _put(to.open.seal_from, opened.seal_from, -1)
                 _put(to.open.seal_to, opened.seal_to, -1)
+        if batch.candidates is not None and into.candidates is not None:
+            ids = batch.candidates.indices
+            _fill(into.candidates, batch.candidates, used)
+            self._indices[used : used + len(ids)] = ids
+            used += len(ids)
         self._device.renew(self._there, self._host, self._fixed + used)
         self._copied = self._device.mark()
         if there:
             self._there[: len(tokens)].copy_(tokens)
+
+
+def _taken(batch: PagedBatch, copies: list[tuple[IntArray, Tensor]], reach: int) -> Taken:
+    """A step of static buffers, and of what its tokens choose."""
+    whole, candidates = static_step(batch, copies, reach), batch.candidates
+    if candidates is None:
+        return Taken(whole)
+    places = candidates.most * candidates.chosen.groups[0].page_size
+    return Taken(whole, others=(static_step(candidates.chosen, copies, -(-places // SPLIT)),))
+
+
+def _candidates(
+    parts: Any, indices: IntArray, shape: StepShape, like: PagedBatch
+) -> Candidates | None:
+    """Those of static buffers, whose ids lie behind those of the batch."""
+    if shape.choosing is None or like.candidates is None:
+        return None
+    longest, most, _ = shape.choosing
+    [table] = like.candidates.chosen.groups
+    indptr, counts, fresh, places, rows, starts, zeros = (next(parts) for _ in range(7))
+    group = GroupBatch(table.page_size, None, zeros, starts, NO_OPEN_PAGES.indptr, places, zeros)
+    chosen = PagedBatch(places, rows, (group,), (0,))
+    return Candidates(indptr, indices, counts, fresh, chosen, longest, most)
+
+
+def _fill(into: Candidates, candidates: Candidates, used: int) -> None:
+    """Put them into static buffers, their ids being behind ``used`` others."""
+    [to], [table] = into.chosen.groups, candidates.chosen.groups
+    places = candidates.chosen.places
+    _put(into.indptr, candidates.indptr + used, used + len(candidates.indices))
+    _put(into.counts, candidates.counts, 0)
+    _put(into.fresh, candidates.fresh, -1)
+    _put(into.chosen.places, places, 0)
+    _put(into.chosen.query_indptr, candidates.chosen.query_indptr, len(places))
+    _put(to.indptr, table.indptr, table.indptr[-1])
 
 
 def _put(into: IntArray, numbers: Any, rest: int) -> None:

@@ -5,7 +5,7 @@ ten launches a layer of a step that decodes. What a layer adds to its input is a
 norm, so it goes from half to half as a pair, see :class:`Residual`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +84,14 @@ class At:
 
     group   of the layer, in the step's batch
     angles  cos and sin, float32 [T, D / 2]
+    attend  queries [T, H, D] and a dtype -> [T, H * value_dim], in place of attention to all pages
     """
 
     pool: CudaPool
     step: Step
     group: int
     angles: tuple[Tensor, Tensor]
+    attend: Callable[[Tensor, Any], Tensor] | None = None
 
 
 def fused(params: AttentionParams | MlpParams) -> Any:
@@ -167,7 +169,10 @@ class Layers:
 
     def _mixed(self, query: Tensor, block: FusedAttention, at: At) -> Tensor:
         o = block.params.o
-        mixed = self._attention(query, at.pool, at.step, at.group, o.weight.dtype)
+        if at.attend is None:
+            mixed = self._attention(query, at.pool, at.step, at.group, o.weight.dtype)
+        else:
+            mixed = at.attend(query, o.weight.dtype)
         return self._products(mixed, o.weight, o.bias)
 
     def _place(

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quire.backends.base import SomeRows
 from quire.backends.cuda.device import Device
-from quire.batch import ChosenPages, GroupBatch, PagedBatch
+from quire.batch import Candidates, ChosenPages, GroupBatch, PagedBatch
 
 __all__ = [
     "EVERY",
@@ -18,6 +19,7 @@ __all__ = [
     "StepGroup",
     "Taken",
     "chosen_step",
+    "reading",
     "static_step",
     "take",
     "to_device",
@@ -115,17 +117,24 @@ class Taken:
     tokens   int64 [T], on the host or the device; None in a step whose buffers have them
     rows     int64 [R], with ``some`` the step of these tokens alone; None where all are wanted or
              none
+    others   steps of some tokens that attend apart, and of what tokens choose
     """
 
     whole: Step
     tokens: Any = None
     rows: IntArray | None = None
     some: Step | None = None
+    others: tuple[Step, ...] = ()
 
     def step_of(self, batch: PagedBatch) -> Step | None:
-        """The step of this very batch, if it is one of the two."""
-        both = (self.whole, self.some)
-        return next((step for step in both if step is not None and step.batch is batch), None)
+        """The step of this very batch, if it is one of these."""
+        every = (self.whole, self.some, *self.others)
+        return next((step for step in every if step is not None and step.batch is batch), None)
+
+    def step_choosing(self, chosen: ChosenPages) -> Step | None:
+        """The step of these very pages, but for their ids, if it is one of these."""
+        indptr = chosen.indptr
+        return next((s for s in self.others if s.batch.groups[0].indptr is indptr), None)
 
     def selected(self, batch: PagedBatch, rows: object) -> PagedBatch | None:
         """The batch of ``rows`` alone, if these are the very rows of this batch."""
@@ -141,7 +150,14 @@ def _arrays_of(batch: PagedBatch) -> list[IntArray]:
         opened = group.open
         arrays += [group.slots, group.indptr, group.indices, group.first_page]
         arrays += [opened.indptr, opened.indices, opened.first, opened.seal_from, opened.seal_to]
+    if batch.candidates is not None:
+        arrays += _arrays_of_candidates(batch.candidates)
     return arrays
+
+
+def _arrays_of_candidates(candidates: Candidates) -> list[IntArray]:
+    tables = [candidates.indptr, candidates.indices, candidates.counts, candidates.fresh]
+    return [*tables, *_arrays_of(candidates.chosen)]
 
 
 def to_device(batch: PagedBatch, device: Device, known: Held | None = None) -> Step:
@@ -155,18 +171,25 @@ def take(
     batch: PagedBatch,
     rows: Sequence[int] | IntArray,
     device: Device,
+    beside: Sequence[SomeRows] = (),
 ) -> Taken:
     """All integers of a step in one transfer; tokens that are on the device stay as they are."""
     arrays = _arrays_of(batch)
     if not isinstance(tokens, torch.Tensor):
         tokens = np.asarray(tokens, np.int64)
         arrays.append(tokens)
-    if not 0 < len(rows) < batch.num_tokens:
-        return Taken(_step_of(batch, Held().with_copies(arrays, device)), tokens)
-    wanted = np.asarray(rows, np.int64)
-    some = batch.select(wanted)  # over the same pages, whose tables go over once
-    held = Held().with_copies([*arrays, wanted, *_arrays_of(some)], device)
-    return Taken(_step_of(batch, held), tokens, wanted, _step_of(some, held))
+    wanted = some = None
+    if 0 < len(rows) < batch.num_tokens:
+        wanted = np.asarray(rows, np.int64)
+        some = batch.select(wanted)  # over the same pages, whose tables go over once
+        arrays += [wanted, *_arrays_of(some)]
+    apart = [part for _, part in beside]
+    arrays += [array for which, part in beside for array in (which, *_arrays_of(part))]
+    held = Held().with_copies(arrays, device)
+    chosen = [part.candidates.chosen for part in (batch, *apart) if part.candidates is not None]
+    others = tuple(_step_of(each, held) for each in (*apart, *chosen))
+    alone = None if some is None else _step_of(some, held)
+    return Taken(_step_of(batch, held), tokens, wanted, alone, others)
 
 
 def _step_of(batch: PagedBatch, held: Held) -> Step:
@@ -224,21 +247,20 @@ def _group(
     )
 
 
-def chosen_step(chosen: ChosenPages, heads: int, device: Device) -> Step:
-    """Each of ``heads`` KV heads of a token as a sequence whose pages are those chosen for it.
+def chosen_step(chosen: ChosenPages, device: Device) -> Step:
+    """Each KV head of a token as a sequence with pages of its own; their ids are to come."""
+    none, rows = np.zeros(len(chosen.places), np.int64), np.arange(len(chosen.places) + 1)
+    last = chosen.places % chosen.page_size + 1
+    group = GroupBatch(chosen.page_size, None, none, chosen.indptr, none[:0], last, none)
+    return to_device(PagedBatch(chosen.places, rows, (group,), (0,)), device)
 
-    The last of them is the page that its query stands in.
+
+def reading(step: Step, indices: torch.Tensor) -> Step:
+    """``step``, of what tokens choose, when the ids are there.
+
+    The last page of each is the one that its query stands in.
     """
-    pages = np.diff(chosen.indptr)
-    places = (pages - 1) * chosen.page_size + np.repeat(chosen.last_page_len, heads) - 1
-    none, rows = np.zeros(len(pages), np.int64), np.arange(len(pages) + 1)
-    group = GroupBatch(
-        chosen.page_size, None, none, chosen.indptr, chosen.indices, chosen.last_page_len, none
-    )
-    batch = PagedBatch(places, rows, (group,), (0,))
-    step = to_device(batch, device)
-    (only,) = step.groups
-    own = replace(
-        only, open_indptr=only.indptr, open_indices=only.indices, open_first=only.first_page
-    )
+    [only] = step.groups
+    tables = {"indices": indices, "open_indices": indices}
+    own = replace(only, open_indptr=only.indptr, open_first=only.first_page, **tables)
     return replace(step, groups=(own,))

@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends.base import Compute, Logits
+from quire.backends.base import Compute, Logits, SomeRows, Summaries
 from quire.backends.blocks import (
     AttentionParams,
     MlpParams,
     Network,
     Projection,
     attention_rows,
+    choosing_layers,
     logits,
 )
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool, require_formats
-from quire.backends.selecting import split_query
-from quire.batch import ChosenPages, OpenPages, PagedBatch
+from quire.backends.selecting import HostSummaries, choose_pages, split_query
+from quire.batch import Candidates, ChosenPages, OpenPages, PagedBatch
 from quire.errors import BackendError
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
@@ -111,7 +112,11 @@ class NativeBackend:
         return NativePool(self._native, shape, num_pages, open_pages)
 
     def take_step(
-        self, tokens: Sequence[int] | Array, batch: PagedBatch, rows: Sequence[int] | Array
+        self,
+        tokens: Sequence[int] | Array,
+        batch: PagedBatch,
+        rows: Sequence[int] | Array,
+        beside: Sequence[SomeRows] = (),
     ) -> tuple[Any, Any]:
         """Both as they are."""
         return tokens, rows
@@ -197,8 +202,7 @@ class NativeBackend:
         sequences, heads, dim = len(query), pool.shape.num_kv_heads, query.shape[2]
         counts = np.diff(chosen.indptr)
         owner = np.repeat(np.tile(np.arange(heads), sequences), counts)
-        last = np.repeat(chosen.last_page_len, heads)
-        places = (counts - 1) * chosen.page_size + last - 1
+        places, last = chosen.places, chosen.places % chosen.page_size + 1
         ids = chosen.indices * heads + owner
         opened = self._nothing_open
         if pool.open_pages:  # the page that each query stands in is the last
@@ -221,26 +225,36 @@ class NativeBackend:
         self._native.attend(by_head, pool.by_head, tables, out)
         return out.reshape(sequences, -1)
 
-    def score_bounds(self, query: Array, bounds: Array, pages: Array) -> Array:
-        """[H, D], [P, G, 2, D], [n] -> [G, n]."""
-        out = np.empty((bounds.shape[1], len(pages)), np.float32)
-        parts = split_query(query, bounds.shape[1])
-        self._native.score_bounds(parts, bounds.view(np.uint16), pages, out)
+    def summaries(self, pool: PagePool, policy: str, bits: int) -> HostSummaries:
+        """Arrays of zeros, of which untouched parts take no memory."""
+        return HostSummaries(pool, policy, bits)
+
+    def choose_pages(
+        self, query: Array, summaries: Summaries, candidates: Candidates
+    ) -> ChosenPages:
+        """Queries [S, H, D]; pages of one sequence are scored in one call."""
+        assert isinstance(summaries, HostSummaries)
+        return choose_pages(query, summaries, candidates, self._score)
+
+    def _score(self, query: Array, summaries: HostSummaries, pages: Array) -> Array:
+        """[H, D], [n] -> [G, n]."""
+        held = summaries.held
+        out = np.empty((held.shape[1], len(pages)), np.float32)
+        if summaries.policy == "quest":
+            parts = split_query(query, held.shape[1])
+            self._native.score_bounds(parts, held.view(np.uint16), pages, out)
+        else:
+            signs = summaries.signatures(query)
+            self._native.score_signatures(signs, held, pages, out)
         return out
 
-    def score_signatures(self, query: Array, signs: Array, pages: Array) -> Array:
-        """[H, W], [P, G, page_size, W], [n] -> [G, n]."""
-        out = np.empty((signs.shape[1], len(pages)), np.float32)
-        self._native.score_signatures(query, signs, pages, out)
-        return out
-
-    def join_rows(self, parts: Sequence[tuple[Sequence[int], Array]]) -> Array:
+    def join_rows(self, parts: Sequence[tuple[Array, Array]]) -> Array:
         """Of rows [R] and x [R, n] each -> [T, n]."""
         if len(parts) == 1:
             return parts[0][1]
         out = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), np.float32)
         for rows, x in parts:
-            out[list(rows)] = x
+            out[rows] = x
         return out
 
     def block(self, params: AttentionParams | MlpParams) -> Any:
@@ -294,10 +308,14 @@ class NativeBackend:
         blocks: Sequence[tuple[Any, Any]],
         batch: PagedBatch,
         pools: Sequence[PagePool],
+        summaries: Sequence[Summaries | None] = (),
     ) -> Array:
-        """[T, hidden] -> [T, hidden], in one call."""
+        """[T, hidden] -> [T, hidden], in one call; op by op where pages are chosen."""
         if not blocks:
             return x
+        if summaries:
+            halves = [(params, mlp) for (_, params), mlp in blocks]
+            return choosing_layers(self, x, halves, batch, pools, summaries=summaries)
         if self._stack is None or self._stack[0] is not blocks or self._stack[1] is not pools:
             self._stack = blocks, pools, _stack(blocks, pools, batch.group_of_layer)
         _, params = blocks[0][0]
