@@ -604,7 +604,9 @@ def test_interpreted(tests: list[str]) -> None:
 
 @pytest.mark.slow  # about three minutes
 @pytest.mark.skipif(not INSTALLED, reason="the extra cuda is not installed")
-@pytest.mark.parametrize("name", ["cuda_compile.py", "cuda_compile_between.py"])
+@pytest.mark.parametrize(
+    "name", ["cuda_compile.py", "cuda_compile_between.py", "cuda_compile_reading.py"]
+)
 def test_kernels_compile_and_fit_the_shared_memory_of_every_card(name: str) -> None:
     script = Path(__file__).parent / name
     env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}

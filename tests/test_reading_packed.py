@@ -79,7 +79,6 @@ def test_choosing_all_pages_reads_what_attention_reads(
 ) -> None:
     """The first page and the newest open, the others packed: not a bit is changed."""
 
-
     def everything(query: Any, summaries: Any, candidates: Any) -> Any:
         counts, [last, *_] = np.diff(candidates.indptr), candidates.chosen.places % PAGE + 1
         pages, heads = candidates.indices, summaries.pool.shape.num_kv_heads

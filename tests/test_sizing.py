@@ -51,6 +51,34 @@ def test_a_memory_of_the_backends_own_is_used_whole() -> None:
     assert made.memory.kv > 7 << 30
 
 
+@pytest.mark.parametrize("evict", ["quest:budget=128,dense=1", "lsh:budget=128,bits=64"])
+@pytest.mark.parametrize("kv_format", ["bf16", "int4"])
+def test_what_the_own_policy_knows_of_pages_has_its_place(evict: str, kv_format: str) -> None:
+    """As much as the status of an engine says of the same pool that has chosen pages."""
+    made = plan(400 * MIB, evict=evict, kv_format=kv_format, page_size=32)
+    least = plan(400 * MIB, kv_format=kv_format, page_size=32)
+    assert made.memory.total <= 0.95 * 400 * MIB
+    assert made.memory.kv < least.memory.kv
+    assert made.memory.known > 0
+    assert "what is known of it" in str(made)
+    settings = {"evict": evict, "kv_format": kv_format, "page_size": 32}
+    engine = quire.Engine(cache=quire.CacheConfig(**settings, num_pages=24), max_batch_tokens=200)
+    engine.generate([list(range(5, 180))], quire.SamplingParams(max_new_tokens=2, ignore_eos=True))
+    status = engine.status()
+    assert status.reading is not None
+    assert status.reading.bytes_most == engine.plan.memory.known
+
+
+def test_too_many_pages_with_what_is_known_of_them_are_refused_with_the_most_that_fit() -> None:
+    evict = "quest:budget=128,dense=1"
+    with pytest.raises(ConfigError) as raised:
+        plan(500 * MIB, evict=evict, kv_memory="460MiB")
+    most = int(str(raised.value).split("lower kv_memory to at most ")[1].split(maxsplit=1)[0])
+    assert plan(500 * MIB, evict=evict, kv_memory=most).memory.total <= 475 * MIB
+    with pytest.raises(ConfigError):
+        plan(500 * MIB, evict=evict, kv_memory=most + 3 * 16 * 2048)
+
+
 def test_weights_are_those_of_the_checkpoint() -> None:
     assert plan(None).memory.weight_bytes == 2 * 4_000_000
     config = quire.EngineConfig(backend="reference", threads=2)

@@ -139,6 +139,28 @@ def test_a_step_is_one_copy_to_the_card_and_its_tokens_one_back(models: dict[str
             assert card.sent - sent == chunks + 5
 
 
+@pytest.mark.parametrize("when", LATEST)
+def test_tokens_that_choose_pages_are_replayed_too(
+    models: dict[str, Path], when: str | int
+) -> None:
+    """In one copy a step; behind the prompts what is known of pages is made kernel by kernel."""
+    prompts, evict = [random_prompt(30), random_prompt(5, seed=1)], "quest:budget=12,dense=1"
+    params = quire.SamplingParams(max_new_tokens=6, ignore_eos=True)
+    cache = {"evict": evict, "num_pages": 24, "prefix_cache": False}
+    with make(models["full"], **cache) as engine:
+        law = engine.generate(prompts, params)
+    assert law[0].reading is not None
+    with whole_card(policy=when) as card, make(models["full"], **cache) as engine:
+        engine.generate([random_prompt(2)], params)  # frequencies are there now
+        sent, fetched, replays = card.sent, card.fetched, card.timeline.replays
+        found = engine.generate(prompts, params)
+        assert [each.token_ids for each in found] == [each.token_ids for each in law]
+        steps = 2 + 5
+        assert card.timeline.replays - replays == steps - 3
+        assert card.sent - sent == steps
+        assert card.fetched - fetched == 6
+
+
 # -- slots and threads ---------------------------------------------------------------------------
 
 

@@ -222,6 +222,8 @@ _COMPARED = {
 
 def _compared(how: str, kind: str) -> Callable[..., Array]:
     """Ordered comparisons are false where a number is NaN, unordered ones true."""
+    if how in ("nan", "num"):
+        return lambda a, b: (np.isnan(_view(a, kind)) | np.isnan(_view(b, kind))) == (how == "nan")
     unordered = kind in _FLOATS and how.endswith("u") and how[:-1] in _COMPARED
     compare = _COMPARED[how[:-1] if unordered else how]
 
@@ -320,6 +322,8 @@ def pure(name: str) -> Pure | None:  # noqa: PLR0911, PLR0912 - a table of an in
         return Pure(_compared(how[0], kind), (kind, kind))
     if op == "selp":
         return Pure(lambda a, b, p: np.where(p, a, b), (kind, kind, "pred"))
+    if op == "popc" and kind == "b32":
+        return Pure(lambda x: np.bitwise_count(_view(x, "u32")).astype(np.uint32), ("b32",))
     if op == "bfe":
         return Pure(_picked(kind), (kind, "u32", "u32"))
     if op in ("mul", "mad") and how[0] == "wide":

@@ -10,9 +10,11 @@ from pathlib import Path
 from quire.analysis.families import read_shape
 from quire.analysis.memory import SPARE, Load, MemoryPlan, kv_layout, weight_bytes, workspace
 from quire.analysis.shape import ModelShape
-from quire.backends import Backend
-from quire.config import EngineConfig, format_bytes
+from quire.backends import Backend, summary_bytes
+from quire.config import CacheConfig, EngineConfig, format_bytes
+from quire.engine.reading import read_layers
 from quire.errors import ConfigError
+from quire.evict_choice import parse_eviction
 from quire.layout import CacheLayout, fit_pages, with_open_pages
 from quire.machine import Machine
 
@@ -51,7 +53,7 @@ class Room:
 class EnginePlan:
     """What an engine takes.
 
-    memory      bytes of weights, pages and workspace
+    memory      bytes of weights, pages, what the engine's own policy knows of them, and workspace
     num_pages   of each area of the cache
     tokens      that the pages hold, of one long sequence
     available   bytes that could be had when the plan was made; None where it is unknown
@@ -99,12 +101,30 @@ def plan_engine(
     )
     free = room.free
     _require_fit(memory, room)
-    pages = _pages(config, layout, room, None if free is None else free - memory.total)
+    area, known = _known(settings, layout)
+    left = None if free is None else free - memory.total
+    if left is not None and known:
+        left = left * layout.area_bytes[area] // (layout.area_bytes[area] + known)
+    pages = _pages(config, layout, room, left)
     kept = sum(count * size for count, size in zip(pages, layout.area_bytes, strict=True))
-    memory = replace(memory, kv=kept)
+    memory = replace(memory, kv=kept, known=pages[area] * known)
     _require_fit(memory, room)
     tokens = _tokens(shape, layout, pages)
     return EnginePlan(memory, pages, tokens, room.available, layout.format_text)
+
+
+def _known(settings: CacheConfig, layout: CacheLayout) -> tuple[int, int]:
+    """What the engine's own policy knows of a page, in bytes, and the area of such pages."""
+    choice = parse_eviction(settings.evict)
+    if choice is None or choice.drops:
+        return 0, 0
+    layers = read_layers(layout, choice)
+    if not layers:  # which is refused
+        return 0, 0
+    each = [summary_bytes(choice.policy, choice.bits, layout.shapes[layer]) for layer in layers]
+    group = layout.group_of_layer[layers[0]]
+    areas = [(area.group, area.is_open) for area in layout.areas]
+    return areas.index((group, False)), sum(each)
 
 
 def _require_fit(memory: MemoryPlan, room: Room) -> None:
@@ -118,7 +138,9 @@ def _require_fit(memory: MemoryPlan, room: Room) -> None:
 
 
 def _advice(memory: MemoryPlan, free: int) -> str:
-    left = free - memory.total + memory.kv
+    left = free - memory.total + memory.kv + memory.known
+    if memory.known:  # it shrinks with the pages
+        left = left * memory.kv // (memory.kv + memory.known)
     if left <= 0:
         return "choose a smaller model, or free memory"
     return f"lower kv_memory to at most {left} bytes, choose a smaller kv_format, or free memory"

@@ -95,31 +95,38 @@ def score_signs_kernel(
 
 @triton.jit
 def _orders(scores, first, scored, BLOCK: tl.constexpr):
-    """Int64 numbers from 0 as ordered as a block of scores are; -1 behind the last of them."""
+    """Int32 numbers as ordered as a block of scores are; behind the last of them the least."""
     at = first + tl.arange(0, BLOCK)
     x = tl.load(scores + at, mask=at < scored, other=0.0)
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # -0.0 is no less than 0.0
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 0x80000000
-    return tl.where(at < scored, order, -1)
+    return tl.where(at < scored, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
 
 
 @triton.jit
 def _least_of(scores, scored, wanted, BLOCK: tl.constexpr):
-    """The order of the ``wanted``-th highest score, eight bits at a time; how many are higher."""
-    bins = tl.arange(0, 256)
-    least, above = tl.full((), 0, tl.int64), 0
-    for shift in tl.static_range(24, -1, -8):
-        found = tl.zeros((256,), tl.int32)
+    """The order of the ``wanted``-th highest score, two bits at a time; how many are higher.
+
+    Three counts of at most 2**21 are parts of one number, which is summed once.
+    """
+    least = tl.full((), -0x80000000, tl.int64)
+    one = tl.full((), 1, tl.int64)
+    for nth in range(16):
+        part = one << (30 - 2 * nth)
+        found = one - 1
         for first in range(0, scored, BLOCK):
             order = _orders(scores, first, scored, BLOCK)
-            # Those that differ in higher bits are in the lowest bin, which is enough anyway.
-            own = tl.where((order >> (shift + 8)) == least, (order >> shift) & 255, 0)
-            found += tl.histogram(own.to(tl.int32), 256)
-        enough = above + tl.cumsum(found, axis=0, reverse=True) >= wanted
-        best = tl.max(tl.where(enough, bins, 0), axis=0)
-        above += tl.sum(tl.where(bins > best, found, 0), axis=0)
-        least = least * 256 + best
-    return least, above
+            first_quarter = (order >= (least + part).to(tl.int32)).to(tl.int64)
+            half = (order >= (least + 2 * part).to(tl.int32)).to(tl.int64)
+            last_quarter = (order >= (least + 3 * part).to(tl.int32)).to(tl.int64)
+            found += tl.sum(first_quarter + (half << 21) + (last_quarter << 42), axis=0)
+        least += tl.where((found & 0x1FFFFF) >= wanted, part, 0)
+        least += tl.where(((found >> 21) & 0x1FFFFF) >= wanted, part, 0)
+        least += tl.where((found >> 42) >= wanted, part, 0)
+    above = 0
+    for first in range(0, scored, BLOCK):
+        order = _orders(scores, first, scored, BLOCK)
+        above += tl.sum((order > least.to(tl.int32)).to(tl.int32), axis=0)
+    return least.to(tl.int32), above
 
 
 @triton.jit(do_not_specialize=["longest"])
