@@ -105,10 +105,10 @@ class Backend(Protocol):
         """Take all integers of a step together, before anything is computed of it.
 
         tokens [T], and those rows [R] (ascending) whose logits are wanted. What it gives stands in
-        their place from here on, as ids of :meth:`embed` and in :meth:`attention_rows` and
-        :meth:`rows`, with this very batch. Without it the same comes out, but each op hands over
-        what it is the first to need. :meth:`logits` and :meth:`whole_step` take their step
-        themselves.
+        their place from here on, as ids of :meth:`embed` and in :meth:`attention_rows`,
+        :meth:`select` and :meth:`rows`, with this very batch. Without it the same comes out, but
+        each op hands over what it is the first to need. :meth:`logits` and :meth:`whole_step` take
+        their step themselves.
         """
 
     def embed(self, table: Array, ids: Sequence[int] | HostArray) -> Array:
@@ -254,6 +254,9 @@ class Backend(Protocol):
 
     def rows(self, x: Array, indices: Sequence[int] | HostArray) -> Array:
         """Rows ``indices`` of x [T, n] -> [len(indices), n]."""
+
+    def select(self, batch: PagedBatch, rows: Sequence[int] | HostArray) -> PagedBatch:
+        """The batch of tokens ``rows`` [R] (ascending) alone, for :meth:`attend`."""
 
     def to_logits(self, x: Array) -> Logits:
         """x [n, vocab] as rows of logits, which stay where they are."""

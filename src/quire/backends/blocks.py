@@ -177,19 +177,16 @@ def attention_rows(
     *,
     group: int,
     rows: Sequence[int] | HostArray,
-    some: PagedBatch | None = None,
 ) -> Array:
     """Rows ``rows`` (ascending) of what :func:`attention_block` gives, [R, hidden]; fills the pool.
 
     In a model's last layer only rows whose logits are wanted matter, but all keys and values.
-    ``some`` is the batch of these rows alone, where it is at hand.
     """
     normed = backend.rms_norm(x, params.norm, params.norm_eps)
     _keep(backend, normed, params, batch, pool, group=group)
     if not len(rows):
         return backend.rows(x, rows)
-    if some is None:
-        some = batch.select(np.asarray(rows, dtype=np.int64))
+    some = backend.select(batch, rows)
     mixed = _mix(backend, backend.rows(normed, rows), params, some, pool, group=group)
     return backend.add(backend.rows(x, rows), mixed)
 

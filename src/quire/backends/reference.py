@@ -180,6 +180,10 @@ class ReferenceBackend:
         """[T, n], [R] -> [R, n]."""
         return x[np.asarray(indices, dtype=np.int64)]
 
+    def select(self, batch: PagedBatch, rows: Sequence[int] | Array) -> PagedBatch:
+        """Rows [R]."""
+        return batch.select(np.asarray(rows, dtype=np.int64))
+
     def block(self, params: AttentionParams | MlpParams) -> Any:
         """The parameters as they are."""
         return params

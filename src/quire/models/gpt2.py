@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al., 2019): learned positions, LayerNorm, plain MLP, biases everywhere."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from quire.backends import Backend, Logits, keep, turned
@@ -29,21 +30,15 @@ class GPT2:
         ``rows`` ascend.
         """
         if len(rows) == len(tokens) and isinstance(pools, tuple):
-            return self.backend.whole_step(self._logits, tokens, batch, pools)
-        asked = self.backend.take_step(tokens, batch, rows)
-        return self.backend.to_logits(self._run(asked, batch, pools, self._attending(batch)))
-
-    def _logits(self, tokens: Sequence[int], batch: PagedBatch, pools: Sequence[PagePool]) -> Any:
-        """[T] -> [T, vocab], the backend's own."""
-        return self._run((tokens, range(len(tokens))), batch, pools, self._attending(batch))
-
-    def _attending(self, batch: PagedBatch) -> Callable[[int, Any, PagePool], Any]:
-        groups = batch.group_of_layer
-
-        def attend(layer: int, query: Any, pool: PagePool) -> Any:
-            return self.backend.attend(query, pool, batch, groups[layer])
-
-        return attend
+            return self.backend.whole_step(self._all_logits, tokens, batch, pools)
+        tokens, rows = self.backend.take_step(tokens, batch, rows)
+        x = self._embed(tokens, batch)
+        for layer, pool in enumerate(pools):
+            if layer + 1 == len(pools) and len(rows) < batch.num_tokens:  # nobody reads the others
+                x = self._layer_rows(layer, x, batch, pool, rows)
+            else:
+                x = self._layer(layer, x, batch, pool)
+        return self.backend.to_logits(self._logits(x))
 
     def forward_with(
         self,
@@ -54,29 +49,81 @@ class GPT2:
         attend: Callable[[int, Any], Any],
     ) -> Logits:
         """See :class:`quire.models.CausalLM`."""
-        asked = self.backend.take_step(tokens, batch, rows)
-        mixed = self._run(asked, batch, pools, lambda layer, q, _: attend(layer, q))
-        return self.backend.to_logits(mixed)
-
-    def _run(
-        self,
-        asked: tuple[Sequence[int], Sequence[int]],
-        batch: PagedBatch,
-        pools: Sequence[PagePool],
-        attend: Callable[[int, Any, PagePool], Any],
-    ) -> Any:
-        """Logits [R, vocab]. ``asked``: tokens [T], and which of them want logits."""
-        backend, params, (tokens, rows) = self.backend, self.params, asked
-        at = backend.embed(params["positions"], batch.positions)
-        x = backend.add(backend.embed(params["embed"], tokens), at)
+        backend = self.backend
+        tokens, rows = backend.take_step(tokens, batch, rows)
+        x = self._embed(tokens, batch)
         for layer, pool in enumerate(pools):
-            at = f"layers.{layer}."
-            query = self._place(layer, self._norm(at + "attn_norm", x), batch, pool)
-            mixed = attend(layer, query, pool)
-            x = backend.add(x, self._linear(at + "o", mixed))
-            x = backend.add(x, self._mlp(at, self._norm(at + "mlp_norm", x)))
-        x = self._norm("norm", backend.rows(x, rows))
-        return backend.linear(x, params.get("head", params["embed"]))
+            x = self._layer(layer, x, batch, pool, partial(attend, layer))
+        return backend.to_logits(self._logits(backend.rows(x, rows)))
+
+    def _all_logits(
+        self, tokens: Sequence[int], batch: PagedBatch, pools: Sequence[PagePool]
+    ) -> Any:
+        """[T] -> [T, vocab], the backend's own."""
+        x = self._embed(tokens, batch)
+        for layer, pool in enumerate(pools):
+            x = self._layer(layer, x, batch, pool)
+        return self._logits(x)
+
+    def _embed(self, tokens: Sequence[int], batch: PagedBatch) -> Any:
+        """[T] -> [T, hidden]."""
+        backend, params = self.backend, self.params
+        at = backend.embed(params["positions"], batch.positions)
+        return backend.add(backend.embed(params["embed"], tokens), at)
+
+    def _layer(
+        self,
+        layer: int,
+        x: Any,
+        batch: PagedBatch,
+        pool: PagePool,
+        attend: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """[T, hidden] -> [T, hidden]; ``attend`` in the place of the backend's."""
+        normed = self._keep(layer, x, batch, pool)
+        return self._mix(layer, x, normed, batch, pool, attend=attend)
+
+    def _layer_rows(
+        self, layer: int, x: Any, batch: PagedBatch, pool: PagePool, rows: Sequence[int]
+    ) -> Any:
+        """Rows ``rows`` of what :meth:`_layer` gives, [R, hidden]; keys and values of all."""
+        backend = self.backend
+        normed = self._keep(layer, x, batch, pool)
+        x, normed = backend.rows(x, rows), backend.rows(normed, rows)
+        if not len(rows):
+            return x
+        return self._mix(layer, x, normed, backend.select(batch, rows), pool)
+
+    def _keep(self, layer: int, x: Any, batch: PagedBatch, pool: PagePool) -> Any:
+        """Put keys and values of x [T, hidden] into the pool; gives x normed, as they meet it."""
+        backend, heads, at = self.backend, self.config.num_heads, f"layers.{layer}."
+        normed = self._norm(at + "attn_norm", x)
+        key, value = (backend.heads(self._linear(at + name, normed), heads) for name in "kv")
+        keep(backend, pool, batch.groups[batch.group_of_layer[layer]], key, value)
+        return normed
+
+    def _mix(
+        self,
+        layer: int,
+        x: Any,
+        normed: Any,
+        batch: PagedBatch,
+        pool: PagePool,
+        *,
+        attend: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """x [T, hidden] -> [T, hidden]: attention and MLP, when keys and values are there."""
+        backend, at = self.backend, f"layers.{layer}."
+        query = backend.heads(self._linear(at + "q", normed), self.config.num_heads)
+        query, group = turned(backend, query, pool), batch.group_of_layer[layer]
+        mixed = backend.attend(query, pool, batch, group) if attend is None else attend(query)
+        x = backend.add(x, self._linear(at + "o", mixed))
+        return backend.add(x, self._mlp(at, self._norm(at + "mlp_norm", x)))
+
+    def _logits(self, x: Any) -> Any:
+        """[R, hidden] -> [R, vocab]."""
+        head = self.params.get("head", self.params["embed"])
+        return self.backend.linear(self._norm("norm", x), head)
 
     def _norm(self, key: str, x: Any) -> Any:
         weight, bias = self.params[key], self.params[f"{key}_bias"]
@@ -84,14 +131,6 @@ class GPT2:
 
     def _linear(self, key: str, x: Any) -> Any:
         return self.backend.linear(x, self.params[key], self.params[f"{key}_bias"])
-
-    def _place(self, layer: int, x: Any, batch: PagedBatch, pool: PagePool) -> Any:
-        """Put keys and values of x [T, hidden] into the pool; its queries [T, H, D]."""
-        backend, heads, at = self.backend, self.config.num_heads, f"layers.{layer}."
-        query, key, value = (backend.heads(self._linear(at + name, x), heads) for name in "qkv")
-        group = batch.group_of_layer[layer]
-        keep(backend, pool, batch.groups[group], key, value)
-        return turned(backend, query, pool)
 
     def _mlp(self, at: str, x: Any) -> Any:
         hidden = self.backend.activate(self._linear(at + "up", x), self.config.activation)

@@ -218,6 +218,11 @@ class CudaBackend:
             return x  # a step that only decodes
         return x.index_select(0, self.device.integers(indices))
 
+    def select(self, batch: PagedBatch, rows: Sequence[int] | Array) -> PagedBatch:
+        """Rows [R]; the batch that is on the device, of rows that a step was taken with."""
+        taken = None if self._taken is None else self._taken.selected(batch, rows)
+        return batch.select(np.asarray(rows, dtype=np.int64)) if taken is None else taken
+
     def block(self, params: AttentionParams | MlpParams) -> Any:
         """Matrices that meet the same numbers become one, of which the parameters are rows."""
         joined = fused(params)
@@ -242,9 +247,8 @@ class CudaBackend:
     ) -> Tensor:
         """[T, hidden] -> [R, hidden]."""
         step = self._step(batch)
-        some = None if self._taken is None else self._taken.selected(batch, rows)
         if isinstance(block, AttentionParams):
-            return attention_rows(self, x, block, batch, pool, group=group, rows=rows, some=some)
+            return attention_rows(self, x, block, batch, pool, group=group, rows=rows)
         _require(step, pool, group, len(x))
         params, layers = block.params, self._layers
         _, normed = layers.norm(Residual(x), params.norm, params.norm_eps, block.whole.dtype)
@@ -252,10 +256,8 @@ class CudaBackend:
         layers.keep(normed, block, at)
         if not len(rows):
             return self.rows(x, rows)
-        if some is None:
-            some = batch.select(np.asarray(rows, dtype=np.int64))
         cos, sin = (self.rows(each, rows) for each in at.angles)
-        at = replace(at, step=self._step(some), angles=(cos, sin))
+        at = replace(at, step=self._step(self.select(batch, rows)), angles=(cos, sin))
         return self.rows(x, rows) + layers.mix(self.rows(normed, rows), block, at)
 
     def mlp_block(self, x: Tensor, block: Any) -> Tensor:

@@ -330,6 +330,10 @@ class NativeBackend:
             return x  # a step that only decodes
         return x[np.asarray(indices, dtype=np.int64)]
 
+    def select(self, batch: PagedBatch, rows: Sequence[int] | Array) -> PagedBatch:
+        """Rows [R]."""
+        return batch.select(np.asarray(rows, dtype=np.int64))
+
     def to_logits(self, x: Array) -> HostLogits:
         """The array itself."""
         return HostLogits(x)
