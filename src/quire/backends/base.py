@@ -240,12 +240,14 @@ class Backend(Protocol):
     def whole_step(
         self,
         compute: Compute,
+        head: Array,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
     ) -> Logits:
-        """``compute(tokens, batch, pools)``, logits [T, vocab] of every row.
+        """``linear(compute(tokens, batch, pools), head)``, logits [T, vocab] of every row.
 
+        ``compute`` gives [T, hidden], ``head`` is [vocab, hidden].
         A backend may keep what that launches and launch it again for another batch of the same
         shape. So ``compute`` must be the same object for each step of a model, work by the
         backend's ops alone, and hand the arrays of the batch that it is called with to them as

@@ -234,12 +234,13 @@ class ReferenceBackend:
     def whole_step(
         self,
         compute: Compute,
+        head: Array,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
     ) -> Logits:
         """[T] -> [T, vocab], computed anew."""
-        return self.to_logits(compute(tokens, batch, pools))
+        return self.to_logits(self.linear(compute(tokens, batch, pools), head))
 
     def to_logits(self, x: Array) -> HostLogits:
         """The array itself."""

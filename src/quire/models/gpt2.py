@@ -17,6 +17,7 @@ class GPT2:
 
     def __init__(self, config: ModelConfig, params: Mapping[str, Any], backend: Backend) -> None:
         self.config, self.params, self.backend = config, params, backend
+        self._head = params.get("head", params["embed"])
 
     def forward(
         self,
@@ -30,7 +31,7 @@ class GPT2:
         ``rows`` ascend.
         """
         if len(rows) == len(tokens) and isinstance(pools, tuple):
-            return self.backend.whole_step(self._all_logits, tokens, batch, pools)
+            return self.backend.whole_step(self._hidden, self._head, tokens, batch, pools)
         tokens, rows = self.backend.take_step(tokens, batch, rows)
         x = self._embed(tokens, batch)
         for layer, pool in enumerate(pools):
@@ -38,7 +39,7 @@ class GPT2:
                 x = self._layer_rows(layer, x, batch, pool, rows)
             else:
                 x = self._layer(layer, x, batch, pool)
-        return self.backend.to_logits(self._logits(x))
+        return self._logits(x)
 
     def forward_with(
         self,
@@ -54,16 +55,14 @@ class GPT2:
         x = self._embed(tokens, batch)
         for layer, pool in enumerate(pools):
             x = self._layer(layer, x, batch, pool, partial(attend, layer))
-        return backend.to_logits(self._logits(backend.rows(x, rows)))
+        return self._logits(backend.rows(x, rows))
 
-    def _all_logits(
-        self, tokens: Sequence[int], batch: PagedBatch, pools: Sequence[PagePool]
-    ) -> Any:
-        """[T] -> [T, vocab], the backend's own."""
+    def _hidden(self, tokens: Sequence[int], batch: PagedBatch, pools: Sequence[PagePool]) -> Any:
+        """[T] -> what the head makes logits of, [T, hidden]."""
         x = self._embed(tokens, batch)
         for layer, pool in enumerate(pools):
             x = self._layer(layer, x, batch, pool)
-        return self._logits(x)
+        return self._norm("norm", x)
 
     def _embed(self, tokens: Sequence[int], batch: PagedBatch) -> Any:
         """[T] -> [T, hidden]."""
@@ -120,10 +119,10 @@ class GPT2:
         x = backend.add(x, self._linear(at + "o", mixed))
         return backend.add(x, self._mlp(at, self._norm(at + "mlp_norm", x)))
 
-    def _logits(self, x: Any) -> Any:
+    def _logits(self, x: Any) -> Logits:
         """[R, hidden] -> [R, vocab]."""
-        head = self.params.get("head", self.params["embed"])
-        return self.backend.linear(self._norm("norm", x), head)
+        x = self.backend.linear(self._norm("norm", x), self._head)
+        return self.backend.to_logits(x)
 
     def _norm(self, key: str, x: Any) -> Any:
         weight, bias = self.params[key], self.params[f"{key}_bias"]

@@ -306,22 +306,25 @@ class CudaBackend:
         self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
     ) -> Logits:
         """[T] -> [T, vocab]."""
-        return self._stepped(network, partial(self._logits, network), tokens, batch, pools)
+        compute = partial(self._hidden, network)
+        return self._stepped(network, compute, network.head, tokens, batch, pools)
 
     def whole_step(
         self,
         compute: Compute,
+        head: Tensor,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
     ) -> Logits:
         """[T] -> [T, vocab]."""
-        return self._stepped(compute, compute, tokens, batch, pools)
+        return self._stepped(compute, compute, head, tokens, batch, pools)
 
     def _stepped(
         self,
         model: Hashable,
         compute: Compute,
+        head: Tensor,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
@@ -330,36 +333,39 @@ class CudaBackend:
         shape = shape_of(batch)
         if shape is None:
             tokens, _ = self.take_step(tokens, batch, range(batch.num_tokens))
-            return self.to_logits(compute(tokens, batch, pools))
+            return self.to_logits(self._products(compute(tokens, batch, pools), head))
         ours = [pool for pool in pools if isinstance(pool, CudaPool)]
         for group, pool in dict(zip(batch.group_of_layer, ours, strict=True)).items():
             _require_slots(batch.groups[group].slots, pool)
             _require_readable(batch.groups[group], pool)
         known, key = ours[0].graphs, (model, shape, self.exact)
         if key not in known:
-            known[key] = StepGraph(self, compute, ours, shape, batch)
+            known[key] = StepGraph(self, compute, head, ours, shape, batch)
         return known[key].run(tokens, batch)
 
     def computed(
         self, compute: Compute, tokens: Any, step: steps.Step, pools: Sequence[PagePool]
     ) -> Tensor:
-        """Logits of a step that is on the device, tokens too; copies nothing there or back."""
+        """Of a step that is on the device, tokens too; copies nothing there or back."""
         self._take(steps.Taken(step))
         out = compute(tokens, step.batch, pools)
         self._taken = self._angles = None  # the same arrays hold other numbers next time
         return out
 
+    def product(self, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """:meth:`linear` of [T, in] and [out, in], written to ``out`` float32 [T, out]."""
+        return self._products.into(out, x, weight)
+
     def to_logits(self, x: Tensor) -> CudaLogits:
         """[n, vocab] where they are."""
         return CudaLogits(self.device, x)
 
-    def _logits(
+    def _hidden(
         self, network: Network, tokens: Any, batch: PagedBatch, pools: Sequence[PagePool]
     ) -> Tensor:
         held = self._run(self.embed(network.embed, tokens), network.blocks, batch, pools)
         kind = network.head.dtype
-        _, normed = self._layers.norm(held, network.norm, network.norm_eps, kind)
-        return self._products(normed, network.head)
+        return self._layers.norm(held, network.norm, network.norm_eps, kind)[1]
 
     def to_host(self, x: Tensor) -> npt.NDArray[np.float32]:
         """A copy in host memory; waits for what it depends on."""

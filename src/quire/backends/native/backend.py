@@ -317,12 +317,13 @@ class NativeBackend:
     def whole_step(
         self,
         compute: Compute,
+        head: Array,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
     ) -> Logits:
         """[T] -> [T, vocab], computed anew."""
-        return self.to_logits(compute(tokens, batch, pools))
+        return self.to_logits(self.linear(compute(tokens, batch, pools), head))
 
     def rows(self, x: Array, indices: Sequence[int] | Array) -> Array:
         """[T, n], [R] -> [R, n]."""
