@@ -1,4 +1,4 @@
-"""Products of ``cuda-exact``, which sum in one order however many rows there are."""
+"""Products of ``cuda-exact``, which sum in one order however many rows there are; where they go."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ pytestmark = pytest.mark.skipif(
     not STATUS["cuda-exact"].available, reason=f"cuda-exact: {STATUS['cuda-exact'].detail}"
 )
 if STATUS["cuda-exact"].available:
-    from quire.backends.cuda.device import Device
+    from quire.backends.cuda.device import Device, find_device
+    from quire.backends.cuda.products import Products
 
 DTYPES: dict[str, Any] = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 
@@ -65,3 +66,30 @@ def test_few_rows_are_computed_in_spans(monkeypatch: pytest.MonkeyPatch) -> None
         grids.clear()
         backend.linear(backend.weight(np.ones((rows, 2085), np.float32)), weight)
         assert grids == grid
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 300])  # of cuda-exact in spans, and not
+def test_a_product_is_the_same_where_it_is_written_to(dtype: str, rows: int, exact: bool) -> None:
+    random, backend = np.random.default_rng(0), create_backend("cuda")
+    products = Products(backend.device, exact)  # type: ignore[attr-defined]
+    weight = backend.weight(random.standard_normal((70, 2085)).astype(DTYPES[dtype]))
+    x = backend.weight(random.standard_normal((rows, 2085)).astype(np.float32))
+    memory = backend.device.empty((rows + 1, 70)).fill_(7)  # type: ignore[attr-defined]
+    out = memory[:rows]
+    assert products.into(out, x, weight) is out
+    assert same_bits(backend.to_host(out), backend.to_host(products(x, weight)))
+    assert (backend.to_host(memory[rows:]) == 7).all()
+
+
+def test_logits_of_captured_steps_lie_in_one_memory() -> None:
+    """Of any number of rows and any vocabulary; what became too small stays as it is."""
+    device = find_device()
+    four, other = device.logits(4, 100).fill_(4), device.logits(2, 61)
+    assert (tuple(four.shape), tuple(other.shape)) == ((4, 100), (2, 61))
+    assert other.data_ptr() == four.data_ptr()
+    eight = device.logits(8, 100).fill_(8)
+    assert device.to_host(four).eq(4).all()
+    assert device.to_host(device.logits(1, 800)).eq(8).all()
+    assert device.logits(4, 100).data_ptr() == eight.data_ptr() != four.data_ptr()

@@ -182,6 +182,35 @@ def test_logits_that_another_graph_may_have_overwritten_are_refused(
         held[1].host()
 
 
+def test_logits_that_a_step_that_failed_may_have_overwritten_are_refused(
+    models: dict[str, Path], on_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(models["full"])
+    held: list[CudaLogits] = []
+    inner = engine._loaded.model.forward
+
+    def kept(*args: Any) -> Any:
+        held.append(inner(*args))  # type: ignore[arg-type]
+        return held[-1]
+
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine._loaded.model, "forward", kept)
+    waits = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=0)
+    engine.submit([1, 2, 3], waits)
+    for _ in range(2):
+        engine.step()  # the second replays a step of one sequence
+    engine.submit([4, 5], waits)
+    engine.step()  # launched kernel by kernel
+    assert held[1].row(0).shape == (VOCAB,)
+    monkeypatch.setattr("quire.backends.cuda.graphs.best_of", fail)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    with pytest.raises(BackendError, match="these logits are gone"):
+        held[1].row(0)
+
+
 @pytest.mark.parametrize("name", ["cuda", "cuda-exact"])
 def test_a_second_round_comes_only_where_the_largest_were_not_enough(
     name: str, fetched: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch

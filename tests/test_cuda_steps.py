@@ -221,10 +221,12 @@ def test_a_decode_that_is_not_replayed_takes_tokens_from_where_they_were_chosen(
     assert [each.token_ids for each in done] == [each.token_ids for each in law]
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
 def test_a_chunk_whose_logits_nobody_wants_attends_in_all_layers_but_the_last(
-    tmp_path: Path, on_cuda: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, on_cuda: None, monkeypatch: pytest.MonkeyPatch, kind: str, layers: str
 ) -> None:
-    engine = tiny_engine(write_llama(tmp_path / "model", num_hidden_layers=3), max_batch_tokens=8)
+    config = tiny_config(kind, vocab_size=VOCAB, **{layers: 3})
+    engine = tiny_engine(write_checkpoint(tmp_path / "model", config), max_batch_tokens=8)
     attended, inner = [], Attention.__call__
 
     def counted(self: Attention, query: Any, *args: Any) -> Any:
@@ -331,9 +333,10 @@ def test_all_integers_of_a_step_are_in_its_copy_once_and_aligned(
     arrays += [group.slots, group.indptr, group.indices, group.first_page]
     some = None
     if len(rows) == 2:
-        some = backend._taken.selected(batch, wanted)
+        some = backend.select(batch, wanted)
         arrays += [wanted, some.positions, some.places, some.query_indptr, some.groups[0].slots]
-        assert backend._taken.selected(batch, list(wanted)) is None, "other rows, for all it knows"
+        assert backend.select(batch, wanted) is some
+        assert backend.select(batch, list(wanted)) is not some, "other rows, for all it knows"
     else:
         assert wanted is rows
     there = [backend.device.integers(array) for array in arrays]

@@ -184,6 +184,22 @@ def test_a_captured_step_is_computed_when_it_is_replayed(card: Runtime) -> None:
         assert y.tolist() == [2 * number + 1]
 
 
+def test_memory_of_graphs_is_held_where_a_tensor_is_left_of_it(card: Runtime) -> None:
+    x, before = torch.ones(1000, device="cuda"), card.memory.held
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        y = (x * 2)[:1] + 1
+    assert card.memory.held - before == 512
+    del y
+    assert card.memory.held == before
+
+
+def test_a_product_of_a_cards_own_dtype_is_written_where_it_is_wanted(card: Runtime) -> None:
+    x, y = (torch.full(shape, 3.0, device="cuda").bfloat16() for shape in ((2, 5), (5, 4)))
+    out = torch.zeros((2, 4), device="cuda")
+    assert torch.mm(x, y, out_dtype=torch.float32, out=out) is out
+    assert out.tolist() == [[45.0] * 4] * 2 == torch.mm(x, y, out_dtype=torch.float32).tolist()
+
+
 def test_what_a_capture_refuses(card: Runtime) -> None:
     x, mark = torch.ones(2, device="cuda"), torch.cuda.Event()
     refused = [

@@ -18,7 +18,7 @@ from quire.backends import create_backend
 from quire.errors import BackendError, ConfigError
 from quire.formats import PAGE_FORMATS
 from quire.pages import PageShape
-from tiny import random_prompt
+from tiny import random_prompt, write_llama
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from quire.backends.cuda.transfer import DEPTH
@@ -237,6 +237,34 @@ def test_steps_are_captured_beside_a_thread_that_moves_pages(
 
 
 # -- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("buckets", "most"), [((64, 8, 2, 1), 1), ((1, 2, 8, 64), 75 / 64)], ids=["falling", "rising"]
+)
+def test_captured_steps_keep_one_memory_for_logits(
+    tmp_path: Path, buckets: tuple[int, ...], most: float
+) -> None:
+    """Buckets of sequences and of pages; ``most``: of what the logits of the largest take."""
+    model = write_llama(tmp_path, vocab_size=128_256)
+    cache = quire.CacheConfig(page_size=1, num_pages=4000, prefix_cache=False)
+    params = quire.SamplingParams(max_new_tokens=2, ignore_eos=True)
+    with (
+        whole_card(computes=False) as card,
+        quire.Engine(
+            model, backend="cuda", cache=cache, max_sequences=64, max_batch_tokens=4096
+        ) as engine,
+    ):
+        engine.generate([random_prompt(5)], quire.SamplingParams(max_new_tokens=1))
+        before = card.memory.held
+        for length in (4, 15, 40):
+            for count in buckets:
+                engine.generate([random_prompt(length)] * count, params)
+        shapes = {shape for _, shape, _ in engine.cache.pools[0].graphs}
+        kept = card.memory.held - before
+    row = 4 * 128_256
+    assert sum(row * shape.sequences for shape in shapes) > 3 * row * 64
+    assert 64 * row < kept < most * 64 * row + len(shapes) * 50_000, "and integers of each shape"
 
 
 def test_a_card_too_small_for_the_model_is_refused_with_the_plans_numbers(

@@ -273,6 +273,8 @@ def test_what_is_given_for_a_step_picks_the_same_rows(subject: Subject, rows: li
         assert np.array_equal(
             backend.to_host(backend.rows(x, wanted)), table[np.array(tokens)][rows]
         )
+        some = backend.select(batch, wanted)
+        assert (some.positions.tolist(), some.query_indptr.tolist()) == (rows, [0, len(rows)])
 
 
 def test_heads_split_a_row_in_order(subject: Subject) -> None:

@@ -132,6 +132,11 @@ class Memory:
         return numbers
 
     @property
+    def held(self) -> int:
+        """Bytes of tensors that live now: the rest of a graph's memory may be another graph's."""
+        return sum(block.size for block in self._blocks.values() if block.tensors)
+
+    @property
     def free(self) -> int:
         """Bytes that nobody has."""
         return self.total - self.used - self.kept

@@ -15,6 +15,7 @@ from quire.backends.blocks import (
     Network,
     Projection,
     attend_chosen,
+    choosing,
     keep,
     turned,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Summaries",
     "attend_chosen",
     "backend_status",
+    "choosing",
     "create_backend",
     "keep",
     "read_memory",

@@ -130,11 +130,11 @@ class Backend(Protocol):
         """Take all integers of a step together, before anything is computed of it.
 
         tokens [T], and those rows [R] (ascending) whose logits are wanted. What it gives stands in
-        their place from here on, as ids of :meth:`embed` and in :meth:`attention_rows` and
-        :meth:`rows`, with this very batch. ``beside``: rows of the batch, and batches of them
-        alone, for which layers attend apart. Without it the same comes out, but each op hands over
-        what it is the first to need. :meth:`logits` and :meth:`whole_step` take their step
-        themselves.
+        their place from here on, as ids of :meth:`embed` and in :meth:`attention_rows`,
+        :meth:`select` and :meth:`rows`, with this very batch. ``beside``: rows of the batch, and
+        batches of them alone, for which layers attend apart. Without it the same comes out, but
+        each op hands over what it is the first to need. :meth:`logits` and :meth:`whole_step` take
+        their step themselves.
         """
 
     def embed(self, table: Array, ids: Sequence[int] | HostArray) -> Array:
@@ -281,12 +281,14 @@ class Backend(Protocol):
     def whole_step(
         self,
         compute: Compute,
+        head: Array,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
     ) -> Logits:
-        """``compute(tokens, batch, pools)``, logits [T, vocab] of every row.
+        """``linear(compute(tokens, batch, pools), head)``, logits [T, vocab] of every row.
 
+        ``compute`` gives [T, hidden], ``head`` is [vocab, hidden].
         A backend may keep what that launches and launch it again for another batch of the same
         shape. So ``compute`` must be equal, and hashed alike, for each step of a model, work by the
         backend's ops alone, and hand the arrays of the batch that it is called with to them as
@@ -295,6 +297,9 @@ class Backend(Protocol):
 
     def rows(self, x: Array, indices: Sequence[int] | HostArray) -> Array:
         """Rows ``indices`` of x [T, n] -> [len(indices), n]."""
+
+    def select(self, batch: PagedBatch, rows: Sequence[int] | HostArray) -> PagedBatch:
+        """The batch of tokens ``rows`` [R] (ascending) alone, for :meth:`attend`."""
 
     def to_logits(self, x: Array) -> Logits:
         """x [n, vocab] as rows of logits, which stay where they are."""

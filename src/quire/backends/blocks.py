@@ -6,7 +6,6 @@ compositions say what it must give.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ __all__ = [
     "attend_chosen",
     "attention_block",
     "attention_rows",
+    "choosing",
     "choosing_layers",
     "keep",
     "logits",
@@ -180,19 +180,16 @@ def attention_rows(
     *,
     group: int,
     rows: Sequence[int] | HostArray,
-    some: PagedBatch | None = None,
 ) -> Array:
     """Rows ``rows`` (ascending) of what :func:`attention_block` gives, [R, hidden]; fills the pool.
 
     In a model's last layer only rows whose logits are wanted matter, but all keys and values.
-    ``some`` is the batch of these rows alone, where it is at hand.
     """
     normed = backend.rms_norm(x, params.norm, params.norm_eps)
     _keep(backend, normed, params, batch, pool, group=group)
     if not len(rows):
         return backend.rows(x, rows)
-    if some is None:
-        some = batch.select(np.asarray(rows, dtype=np.int64))
+    some = backend.select(batch, rows)
     mixed = _mix(backend, backend.rows(normed, rows), params, some, pool, group=group)
     return backend.add(backend.rows(x, rows), mixed)
 
@@ -229,18 +226,17 @@ def choosing_layers(
     """
     layers = zip(blocks, pools, batch.group_of_layer, summaries, strict=True)
     for (params, mlp), pool, group, known in layers:
-        attend = None
-        if known is not None:
-            attend = partial(_attend_chosen, backend, pool, batch, known)
+        attend = None if known is None else choosing(backend, pool, batch, known)
         x = attention_block(backend, x, params, batch, pool, group=group, attend=attend)
         x = backend.mlp_block(x, mlp)
     return x
 
 
-def _attend_chosen(
-    backend: Backend, pool: PagePool, batch: PagedBatch, summaries: Summaries, query: Array
-) -> Array:
-    return attend_chosen(backend, query, pool, batch, summaries)
+def choosing(
+    backend: Backend, pool: PagePool, batch: PagedBatch, summaries: Summaries
+) -> Callable[[Array], Array]:
+    """:func:`attend_chosen` of a layer's queries, in the place of attention to all pages."""
+    return lambda query: attend_chosen(backend, query, pool, batch, summaries)
 
 
 def logits(

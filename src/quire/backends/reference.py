@@ -194,6 +194,10 @@ class ReferenceBackend:
         """[T, n], [R] -> [R, n]."""
         return x[np.asarray(indices, dtype=np.int64)]
 
+    def select(self, batch: PagedBatch, rows: Sequence[int] | Array) -> PagedBatch:
+        """Rows [R]."""
+        return batch.select(np.asarray(rows, dtype=np.int64))
+
     def block(self, params: AttentionParams | MlpParams) -> Any:
         """The parameters as they are."""
         return params
@@ -247,12 +251,13 @@ class ReferenceBackend:
     def whole_step(
         self,
         compute: Compute,
+        head: Array,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
     ) -> Logits:
         """[T] -> [T, vocab], computed anew."""
-        return self.to_logits(compute(tokens, batch, pools))
+        return self.to_logits(self.linear(compute(tokens, batch, pools), head))
 
     def to_logits(self, x: Array) -> HostLogits:
         """The array itself."""

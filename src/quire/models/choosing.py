@@ -17,12 +17,12 @@ OfLayers: TypeAlias = Sequence[Summaries | None]
 class ChoosingStep:
     """Equal for all steps of a model that choose by the same summaries.
 
-    compute   a model's own method: tokens [T], batch, pools, summaries of layers -> [T, vocab]
+    compute   a model's own method: tokens [T], batch, pools, summaries of layers -> [T, hidden]
     """
 
     compute: Callable[[Sequence[int], PagedBatch, Sequence[PagePool], OfLayers], Any]
     summaries: tuple[Summaries | None, ...]
 
     def __call__(self, tokens: Sequence[int], batch: PagedBatch, pools: Sequence[PagePool]) -> Any:
-        """[T, vocab], the backend's own."""
+        """[T, hidden], the backend's own."""
         return self.compute(tokens, batch, pools, self.summaries)

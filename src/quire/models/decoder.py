@@ -95,7 +95,7 @@ class Decoder:
     ) -> Logits:
         """See :class:`quire.models.CausalLM`."""
         step = ChoosingStep(self._choosing, tuple(summaries))
-        return self.backend.whole_step(step, tokens, batch, pools)
+        return self.backend.whole_step(step, self._network.head, tokens, batch, pools)
 
     def _choosing(
         self,
@@ -104,17 +104,16 @@ class Decoder:
         pools: Sequence[PagePool],
         summaries: OfLayers,
     ) -> Any:
-        """[T] -> [T, vocab], the backend's own."""
-        backend, network = self.backend, self._network
-        x = backend.embed(network.embed, tokens)
-        return self._head(backend.layers(x, network.blocks, batch, pools, summaries))
+        """[T] -> what the head makes logits of, [T, hidden]."""
+        x = self.backend.embed(self._network.embed, tokens)
+        return self._norm(self.backend.layers(x, self._blocks, batch, pools, summaries))
 
     def _logits(self, x: Any) -> Logits:
-        return self.backend.to_logits(self._head(x))
+        backend = self.backend
+        return backend.to_logits(backend.linear(self._norm(x), self._network.head))
 
-    def _head(self, x: Any) -> Any:
-        backend, network = self.backend, self._network
-        return backend.linear(backend.rms_norm(x, network.norm, network.norm_eps), network.head)
+    def _norm(self, x: Any) -> Any:
+        return self.backend.rms_norm(x, self._network.norm, self._network.norm_eps)
 
     def _layer_by_layer(
         self, x: Any, batch: PagedBatch, pools: Sequence[PagePool], rows: Sequence[int]

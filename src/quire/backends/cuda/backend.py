@@ -235,6 +235,11 @@ class CudaBackend:
             return x  # a step that only decodes
         return x.index_select(0, self.device.integers(indices))
 
+    def select(self, batch: PagedBatch, rows: Sequence[int] | Array) -> PagedBatch:
+        """Rows [R]; the batch that is on the device, of rows that a step was taken with."""
+        taken = None if self._taken is None else self._taken.selected(batch, rows)
+        return batch.select(np.asarray(rows, dtype=np.int64)) if taken is None else taken
+
     def block(self, params: AttentionParams | MlpParams) -> Any:
         """Matrices that meet the same numbers become one, of which the parameters are rows."""
         joined = fused(params)
@@ -259,9 +264,8 @@ class CudaBackend:
     ) -> Tensor:
         """[T, hidden] -> [R, hidden]."""
         step = self._step(batch)
-        some = None if self._taken is None else self._taken.selected(batch, rows)
         if isinstance(block, AttentionParams):
-            return attention_rows(self, x, block, batch, pool, group=group, rows=rows, some=some)
+            return attention_rows(self, x, block, batch, pool, group=group, rows=rows)
         _require(step, pool, group, len(x))
         params, layers = block.params, self._layers
         _, normed = layers.norm(Residual(x), params.norm, params.norm_eps, block.whole.dtype)
@@ -269,10 +273,8 @@ class CudaBackend:
         layers.keep(normed, block, at)
         if not len(rows):
             return self.rows(x, rows)
-        if some is None:
-            some = batch.select(np.asarray(rows, dtype=np.int64))
         cos, sin = (self.rows(each, rows) for each in at.angles)
-        at = replace(at, step=self._step(some), angles=(cos, sin))
+        at = replace(at, step=self._step(self.select(batch, rows)), angles=(cos, sin))
         return self.rows(x, rows) + layers.mix(self.rows(normed, rows), block, at)
 
     def mlp_block(self, x: Tensor, block: Any) -> Tensor:
@@ -352,22 +354,25 @@ class CudaBackend:
         self, tokens: Sequence[int], network: Network, batch: PagedBatch, pools: Sequence[PagePool]
     ) -> Logits:
         """[T] -> [T, vocab]."""
-        return self._stepped(network, partial(self._logits, network), tokens, batch, pools)
+        compute = partial(self._hidden, network)
+        return self._stepped(network, compute, network.head, tokens, batch, pools)
 
     def whole_step(
         self,
         compute: Compute,
+        head: Tensor,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
     ) -> Logits:
         """[T] -> [T, vocab]."""
-        return self._stepped(compute, compute, tokens, batch, pools)
+        return self._stepped(compute, compute, head, tokens, batch, pools)
 
     def _stepped(
         self,
         model: Hashable,
         compute: Compute,
+        head: Tensor,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
@@ -376,7 +381,7 @@ class CudaBackend:
         shape = shape_of(batch)
         if shape is None:
             tokens, _ = self.take_step(tokens, batch, range(batch.num_tokens))
-            return self.to_logits(compute(tokens, batch, pools))
+            return self.to_logits(self._products(compute(tokens, batch, pools), head))
         ours = [pool for pool in pools if isinstance(pool, CudaPool)]
         for group, pool in dict(zip(batch.group_of_layer, ours, strict=True)).items():
             _require_slots(batch.groups[group].slots, pool)
@@ -385,29 +390,32 @@ class CudaBackend:
             _require_ids(batch.candidates.indices, ours[0])
         known, key = ours[0].graphs, (model, shape, self.exact)
         if key not in known:
-            known[key] = StepGraph(self, compute, ours, shape, batch)
+            known[key] = StepGraph(self, compute, head, ours, shape, batch)
         return known[key].run(tokens, batch)
 
     def computed(
         self, compute: Compute, tokens: Any, taken: steps.Taken, pools: Sequence[PagePool]
     ) -> Tensor:
-        """Logits of a step that is on the device, tokens too; copies nothing there or back."""
+        """Of a step that is on the device, tokens too; copies nothing there or back."""
         self._take(taken)
         out = compute(tokens, taken.whole.batch, pools)
         self._taken = self._angles = None  # the same arrays hold other numbers next time
         return out
 
+    def product(self, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """:meth:`linear` of [T, in] and [out, in], written to ``out`` float32 [T, out]."""
+        return self._products.into(out, x, weight)
+
     def to_logits(self, x: Tensor) -> CudaLogits:
         """[n, vocab] where they are."""
         return CudaLogits(self.device, x)
 
-    def _logits(
+    def _hidden(
         self, network: Network, tokens: Any, batch: PagedBatch, pools: Sequence[PagePool]
     ) -> Tensor:
         held = self._run(self.embed(network.embed, tokens), network.blocks, batch, pools)
         kind = network.head.dtype
-        _, normed = self._layers.norm(held, network.norm, network.norm_eps, kind)
-        return self._products(normed, network.head)
+        return self._layers.norm(held, network.norm, network.norm_eps, kind)[1]
 
     def to_host(self, x: Tensor) -> npt.NDArray[np.float32]:
         """A copy in host memory; waits for what it depends on."""

@@ -72,6 +72,7 @@ class Device:
         self.kind, self.hardware = kind, hardware
         self._known: Known | None = None
         self.replays = 0  # of steps: they share memory, so one may overwrite what any other gave
+        self._logits: Any = None
 
     @property
     def name(self) -> str:
@@ -180,6 +181,17 @@ class Device:
     def graph_memory(self) -> Any:
         """The memory that captured steps share: only one of them runs at a time."""
         return torch.cuda.graph_pool_handle()
+
+    def logits(self, rows: int, vocab: int) -> Any:
+        """float32 [rows, vocab] for a captured step, in memory that all of them write to.
+
+        Where it has become too small there is a new one, and steps that have the old one keep it:
+        buckets double, so that all old ones together are smaller than the new one.
+        """
+        count = rows * vocab
+        if self._logits is None or len(self._logits) < count:
+            self._logits = self.empty((count,))
+        return self._logits[:count].view(rows, vocab)
 
     @functools.cached_property
     def streams(self) -> Streams:

@@ -79,7 +79,10 @@ class Computes(Protocol):
     def computed(
         self, compute: Compute, tokens: IntArray, taken: Taken, pools: Sequence[Any]
     ) -> Tensor:
-        """Logits float32 [T, vocab] of a step whose arrays, tokens too, have copies there."""
+        """[T, hidden] of a step whose arrays, tokens too, have copies there."""
+
+    def product(self, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """``x @ weight.T`` in the memory of ``out``, float32."""
 
 
 class StepGraph:
@@ -89,36 +92,39 @@ class StepGraph:
         self,
         backend: Computes,
         compute: Compute,
+        head: Tensor,
         pools: Sequence[CudaPool],
         shape: StepShape,
         like: PagedBatch,
     ) -> None:
-        self._backend, self._model, self._pools, self.shape = backend, compute, pools, shape
+        self._backend, self._model, self._head = backend, compute, head
+        self._pools, self.shape = pools, shape
         self._buffers = _Buffers(backend.device, shape, like)
+        self._logits = backend.device.logits(shape.sequences, len(head))
         self._graph: Any = None
-        self._out: tuple[Tensor, Tensor] | None = None
+        self._best: Tensor = None
 
     def run(self, tokens: Sequence[int] | Tensor, batch: PagedBatch) -> CudaLogits:
         """Logits of ``batch`` [T, vocab], on the device until any graph runs. Waits for nothing."""
         device = self._backend.device
+        device.replays += 1  # a capture overwrites what others gave, even one that fails
+        now = device.replays
         self._buffers.fill(tokens, batch)
         if not device.hardware:
-            self._out = self._compute()
+            self._best = self._compute()
         else:
             if self._graph is None:
                 self._graph = self._capture()
             self._graph.replay()
-        assert self._out is not None
-        logits, best = (each[: len(tokens)] for each in self._out)
-        device.replays += 1
-        now = device.replays
+        logits, best = (each[: len(tokens)] for each in (self._logits, self._best))
         return CudaLogits(device, logits, best, lambda: device.replays != now)
 
-    def _compute(self) -> tuple[Tensor, Tensor]:
-        """Logits, and which of each row is the largest: most steps need no more of them."""
+    def _compute(self) -> Tensor:
+        """Logits, and which of each row is the largest, which most steps need no more than."""
         held = self._buffers
-        logits = self._backend.computed(self._model, held.tokens, held.taken, self._pools)
-        return logits, best_of(self._backend.device, logits)
+        hidden = self._backend.computed(self._model, held.tokens, held.taken, self._pools)
+        logits = self._backend.product(self._logits, hidden, self._head)
+        return best_of(self._backend.device, logits)
 
     def _capture(self) -> Any:
         """Runs the step once, so that kernels are compiled and libraries ready, then captures it.
@@ -136,7 +142,7 @@ class StepGraph:
             device.streams.submitting,  # a thread that moves pages hands nothing over meanwhile
             torch.cuda.graph(graph, pool=device.graph_memory, capture_error_mode="thread_local"),
         ):
-            self._out = self._compute()
+            self._best = self._compute()
         return graph
 
 

@@ -34,20 +34,28 @@ class Products:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in], float32 or rounded already, weight [out, in] -> float32 [T, out]."""
         if self._exact:
-            return self._in_order(x.contiguous(), weight, bias)
-        narrow = x.to(weight.dtype)
+            out = self._device.empty((len(x), len(weight)))
+            return self._in_order(out, x.contiguous(), weight, bias)
         if weight.dtype == torch.float32:
-            return torch.nn.functional.linear(narrow, weight, bias)
-        if self._device.hardware:
-            out = torch.mm(narrow, weight.t(), out_dtype=torch.float32)
-        else:
-            out = torch.nn.functional.linear(narrow.float(), weight.float())
+            return torch.nn.functional.linear(x, weight, bias)
+        out = self._fastest(x, weight, None)
         return out if bias is None else out + bias
 
-    def _in_order(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def into(self, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Without bias, and written to ``out`` float32 [T, out], which is given back."""
+        if self._exact:
+            return self._in_order(out, x.contiguous(), weight, None)
+        return self._fastest(x, weight, out)
+
+    def _fastest(self, x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        narrow = x.to(weight.dtype)
+        if self._device.hardware and weight.dtype != torch.float32:
+            return torch.mm(narrow, weight.t(), out_dtype=torch.float32, out=out)
+        return torch.mm(narrow.float(), weight.float().t(), out=out)
+
+    def _in_order(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Tiles that are fewer than the card's processors are split along what is summed over."""
         (rows, inner), columns = x.shape, len(weight)
-        out = self._device.empty((rows, columns))
         tiles = -(-columns // _TILES["BLOCK_N"]), -(-rows // _TILES["BLOCK_M"])
         spans = -(-inner // _TILES["SPAN"]) if tiles[0] * tiles[1] < self._device.processors else 1
         into = out if spans == 1 else self._device.empty((spans, rows, columns))

@@ -335,18 +335,23 @@ class NativeBackend:
     def whole_step(
         self,
         compute: Compute,
+        head: Array,
         tokens: Sequence[int],
         batch: PagedBatch,
         pools: Sequence[PagePool],
     ) -> Logits:
         """[T] -> [T, vocab], computed anew."""
-        return self.to_logits(compute(tokens, batch, pools))
+        return self.to_logits(self.linear(compute(tokens, batch, pools), head))
 
     def rows(self, x: Array, indices: Sequence[int] | Array) -> Array:
         """[T, n], [R] -> [R, n]."""
         if len(indices) == len(x) and list(indices) == list(range(len(x))):
             return x  # a step that only decodes
         return x[np.asarray(indices, dtype=np.int64)]
+
+    def select(self, batch: PagedBatch, rows: Sequence[int] | Array) -> PagedBatch:
+        """Rows [R]."""
+        return batch.select(np.asarray(rows, dtype=np.int64))
 
     def to_logits(self, x: Array) -> HostLogits:
         """The array itself."""
