@@ -140,10 +140,12 @@ def new_pool(backend: Backend, case: Case, num_pages: int) -> PagePool:
 
 
 def fill(backend: Backend, case: Case, pool: PagePool, number: float) -> None:
-    """Write ``number`` into every slot of a pool."""
-    slots = np.arange(pool.num_pages * case.page_size, dtype=np.int64)
+    """Write ``number`` into every slot of a pool: into a page, which is copied to the others."""
+    slots = np.arange(case.page_size, dtype=np.int64)
     junk = np.full((len(slots), *case.heads[1:]), number, np.float32)
     backend.append(pool, slots, activations(backend, junk), activations(backend, junk))
+    others = range(1, pool.num_pages)
+    pool.copy_pages([0] * len(others), others)
 
 
 def run(

@@ -114,10 +114,12 @@ class Book:
         self.open_ids: list[list[int]] = [[] for _ in range(sequences)]
         self.ids: list[list[int]] = [[] for _ in range(sequences)]  # in their final form
         self.length = [0] * sequences
-        junk = np.full((len(self._open) * case.page_size, *case.heads[1:]), np.nan, np.float32)
-        slots = np.arange(most * case.page_size, (2 * most + 2) * case.page_size, dtype=np.int64)
+        first, *others = self._open
+        junk = np.full((case.page_size, *case.heads[1:]), np.nan, np.float32)
+        slots = np.arange(first * case.page_size, (first + 1) * case.page_size, dtype=np.int64)
         taken = activations(backend, junk)
         backend.append(self.pool, slots, taken, taken)
+        self.pool.copy_pages([first] * len(others), others)
 
     def batch(self, counts: list[int]) -> PagedBatch:
         """Grow sequences by ``counts`` tokens; open pages that are sealed stay taken."""
