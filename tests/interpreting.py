@@ -2,11 +2,13 @@
 
 It puts its own functions in the places of the language's at each launch, and anew whenever a kernel
 calls a function: a third of the time that our kernels take there. Nobody else wants the language in
-a process that interprets, so that once for each module with kernels is enough. And it makes a table
-of all types each time that it asks for NumPy's name of one.
+a process that interprets, so that once for each module with kernels is enough. It makes a table of
+all types each time that it asks for NumPy's name of one. And it computes whether integers overflow,
+in 64 bits, but looks at the answer only in its debugging mode: a quarter of the rest.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,9 @@ def interpret_quickly() -> None:
 
     interpreter._patch_lang = _once_a_module(interpreter._patch_lang)
     interpreter._get_np_dtype = _once_a_type(interpreter._get_np_dtype)
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 def _once_a_module(patch: Callable[[FunctionType], Any]) -> Callable[[FunctionType], Any]:
