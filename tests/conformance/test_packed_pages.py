@@ -1,6 +1,7 @@
 """Formats that store whole pages at once: what is sealed, and which form of a page a query sees."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
 
@@ -81,6 +82,7 @@ class Case:
         return out[0], out[1]
 
 
+@lru_cache(maxsize=200)  # subjects share most of it
 def expected(case: Case, dtype: Any, operand: Any = None) -> Array:
     """The law, query by query: its own page and page 0 open, the others packed."""
     query, key, value = case.numbers()
