@@ -5,6 +5,7 @@ that holds another's numbers is always seen. Tokens below 2**17 are exact in flo
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -75,6 +76,15 @@ def stored(layer: int, tokens: Sequence[int]) -> tuple[Array, Array]:
     return both[..., :KEY_DIM], -1 - both[..., :VALUE_DIM]
 
 
+@lru_cache(maxsize=10_000)  # long histories ask for the same tokens after every step
+def open_and_packed(shape: PageShape, of: tuple[int, ...], value: bytes) -> tuple[Array, Array]:
+    """Values float32 [S, HEADS, VALUE_DIM] as open pages hold them, and as packed ones do."""
+    numbers = np.frombuffer(value, np.float32).reshape(of)
+    held = numbers.astype(ml_dtypes.bfloat16).astype(np.float32)
+    coding = shape.value_format.value
+    return held, coding.decode(coding.encode(held), shape.value_dim)
+
+
 def as_kept(pool: PagePool, value: Array, start: int, length: int) -> Array:
     """Values [S, HEADS, VALUE_DIM] of places from ``start`` on as a sequence of ``length`` tokens
     keeps them: bf16 in its first page and its unfinished one where the others are packed.
@@ -82,9 +92,7 @@ def as_kept(pool: PagePool, value: Array, start: int, length: int) -> Array:
     shape = pool.shape
     if not shape.by_page:
         return value
-    held = value.astype(ml_dtypes.bfloat16).astype(np.float32)
-    coding = shape.value_format.value
-    packed = coding.decode(coding.encode(held), shape.value_dim)
+    held, packed = open_and_packed(shape, value.shape, value.tobytes())
     page = np.arange(start, start + len(value)) // shape.page_size
     is_packed = (page > 0) & (page < length // shape.page_size)
     return np.where(is_packed[:, None, None], packed, held)

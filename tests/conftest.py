@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from conformance import SUBJECTS
+from interpreting import interpret_quickly
 from quire.backends import Backend
 from tiny import WRITERS
 
+_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+if _INTERPRETS and importlib.util.find_spec("triton"):
+    interpret_quickly()
+
 # Where kernels are compiled: it takes the extra cuda, and a process that does not interpret them.
-_COMPILES = os.environ.get("TRITON_INTERPRET") != "1" and all(
-    importlib.util.find_spec(name) for name in ("torch", "triton")
-)
+_COMPILES = not _INTERPRETS and all(importlib.util.find_spec(name) for name in ("torch", "triton"))
 collect_ignore = [] if _COMPILES else ["test_softcard.py", "test_compiled.py"]
 
 

@@ -117,15 +117,16 @@ class Schedule:
 def assert_as_alone(directory: Path, schedule: Schedule) -> None:
     """Every recorded row and every reply equals what the request gives on an engine of its own."""
     for request in schedule.requests:
+        alone = tiny_engine(directory, kv_format=schedule.kv_format, page_size=16, num_pages=8)
+        whole = [c for c in request.completions if c.finish_reason == "length"]
+        samples = alone.generate([list(request.prompt_tokens)], request.params) if whole else []
+        for completion in whole:
+            assert completion.token_ids == samples[completion.index].token_ids
         for index, completion in enumerate(request.completions):
-            alone = tiny_engine(directory, kv_format=schedule.kv_format, page_size=16, num_pages=8)
-            if completion.finish_reason == "length":
-                [*samples] = alone.generate([list(request.prompt_tokens)], request.params)
-                assert completion.token_ids == samples[index].token_ids
-            whole = alone.logits([*request.prompt_tokens, *completion.token_ids])
+            law = alone.logits([*request.prompt_tokens, *completion.token_ids])
             for sample, position, logits in schedule.recorder.rows:
                 if sample is request.samples[index]:
-                    assert same_bits(logits, whole[position]), f"position {position}"
+                    assert same_bits(logits, law[position]), f"position {position}"
 
 
 def check_schedule(directory: Path, seed: int, formats: Sequence[str] = PLAIN) -> Schedule:

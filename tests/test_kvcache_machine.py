@@ -378,9 +378,9 @@ class CacheMachine(RuleBasedStateMachine):
                     np.stack([side[:, head] for head, side in enumerate(sides)], axis=1)
                     for sides in zip(*wanted, strict=True)  # each head, its own token
                 )
-                np.testing.assert_array_equal(kv.key[0], key)
+                assert np.array_equal(kv.key[0], key)
                 kept = as_kept(self.cache.pools[layer], value, kv.start, len(seq.tokens))
-                np.testing.assert_array_equal(kv.value[0], kept)
+                assert np.array_equal(kv.value[0], kept)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)

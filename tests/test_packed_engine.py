@@ -164,9 +164,9 @@ def test_any_schedule_computes_the_bits_of_each_request_alone(
 def test_hits_forks_and_preemptions_change_no_bit(
     long: dict[str, Path], kind: str, kv_format: str
 ) -> None:
-    engine = engine_with(long[kind], 8, kv_format=kv_format, max_batch_tokens=40, max_sequences=6)
+    engine = engine_with(long[kind], 7, kv_format=kv_format, max_batch_tokens=40, max_sequences=6)
     recorder = Recorder(engine, all_rows=True)
-    params = quire.SamplingParams(max_new_tokens=110, n=2, temperature=1.0, seed=3, ignore_eos=True)
+    params = quire.SamplingParams(max_new_tokens=60, n=2, temperature=1.0, seed=3, ignore_eos=True)
     base = random_prompt(75, seed=4)
     requests = [engine.submit([*base, *random_prompt(5, seed=i)], params) for i in range(3)]
     while engine.has_work:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from checkpoints import tiny_config, write_checkpoint
+from quire.analysis import calibrate
 from quire.analysis.catalogue import known_model
 from quire.analysis.hardware import known_hardware
 from quire.analysis.memory import Load, kv_layout, plan_memory
@@ -224,7 +225,11 @@ def test_hardware_is_listed() -> None:
     assert "GB/s" in said
 
 
-def test_this_machine_is_measured_and_the_plan_verified() -> None:
+def test_this_machine_is_measured_and_the_plan_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer sizes, and once: until times can be relied upon takes half a minute."""
+    monkeypatch.setattr(calibrate, "ROWS", (1, 8, 128))
+    monkeypatch.setattr(calibrate, "REPEATS", 1)
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
     found = answer("--verify", "--context", "512", "--requests", "4")
     assert found["hardware"]["kind"] == "machine"
     assert found["hardware"]["bandwidth_bytes_per_s"] > 1e8

@@ -1,6 +1,7 @@
 """Formats that store whole pages at once: what is sealed, and which form of a page a query sees."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
 
@@ -81,6 +82,7 @@ class Case:
         return out[0], out[1]
 
 
+@lru_cache(maxsize=200)  # subjects share most of it
 def expected(case: Case, dtype: Any, operand: Any = None) -> Array:
     """The law, query by query: its own page and page 0 open, the others packed."""
     query, key, value = case.numbers()
@@ -114,10 +116,12 @@ class Book:
         self.open_ids: list[list[int]] = [[] for _ in range(sequences)]
         self.ids: list[list[int]] = [[] for _ in range(sequences)]  # in their final form
         self.length = [0] * sequences
-        junk = np.full((len(self._open) * case.page_size, *case.heads[1:]), np.nan, np.float32)
-        slots = np.arange(most * case.page_size, (2 * most + 2) * case.page_size, dtype=np.int64)
+        first, *others = self._open
+        junk = np.full((case.page_size, *case.heads[1:]), np.nan, np.float32)
+        slots = np.arange(first * case.page_size, (first + 1) * case.page_size, dtype=np.int64)
         taken = activations(backend, junk)
         backend.append(self.pool, slots, taken, taken)
+        self.pool.copy_pages([first] * len(others), others)
 
     def batch(self, counts: list[int]) -> PagedBatch:
         """Grow sequences by ``counts`` tokens; open pages that are sealed stay taken."""

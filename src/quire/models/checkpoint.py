@@ -4,6 +4,7 @@ Nothing is ever unpickled. Tensors are views of the mapped file until a backend 
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,6 +82,16 @@ class Checkpoint:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A read-only view of the mapped file; CheckpointError unless it has ``shape``."""
+        stored = self._found(name, shape)
+        # A Path would be resolved, link by link, for each tensor.
+        return np.memmap(str(stored.path), _DTYPES[stored.dtype], "r", stored.offset, shape)
+
+    def nbytes(self, name: str, shape: tuple[int, ...]) -> int:
+        """Of a tensor, as it is stored; CheckpointError unless it has ``shape``."""
+        size: int = _DTYPES[self._found(name, shape).dtype].itemsize
+        return math.prod(shape) * size
+
+    def _found(self, name: str, shape: tuple[int, ...]) -> _Stored:
         stored = self._stored.get(name)
         if stored is None:
             raise CheckpointError(
@@ -96,7 +107,7 @@ class Checkpoint:
                 f"{stored.path}: tensor {name!r} of shape {list(shape)} is {stored.dtype}; "
                 f"supported are {', '.join(_DTYPES)}"
             )
-        return np.memmap(stored.path, _DTYPES[stored.dtype], "r", stored.offset, shape)
+        return stored
 
     def _check_index(self) -> None:
         path = self.directory / "model.safetensors.index.json"
@@ -201,8 +212,7 @@ def stored_bytes(checkpoint: Checkpoint, specs: list[TensorSpec]) -> dict[str, i
     """Bytes of every parameter in ``specs`` as the checkpoint stores it, by Quire's name."""
     prefix = _common_prefix(checkpoint, specs)
     return {
-        spec.key: checkpoint.tensor(spec.name.removeprefix(prefix), spec.shape).nbytes
-        // spec.part[1]
+        spec.key: checkpoint.nbytes(spec.name.removeprefix(prefix), spec.shape) // spec.part[1]
         for spec in specs
     }
 
