@@ -26,6 +26,7 @@ if RUNS:
     from quire.backends.cuda.backend import CudaBackend
     from quire.backends.cuda.graphs import StepGraph
     from quire.backends.cuda.summaries import pick
+    from test_cuda_fused import counted
 
 PAGE, DIM, LAYERS = 4, 6, 3
 QUEST, LSH = "quest:budget=20,dense=1", "lsh:budget=20,bits=64,dense=1"
@@ -180,10 +181,10 @@ def test_tokens_are_those_of_the_reference_backend(
     policy: str, llama: Path, checked: list[int]
 ) -> None:
     """In fp32, launched kernel by kernel; and every choice is the slow rule's."""
-    prompts = [random_prompt(length, seed=length) for length in (30, 41)]
-    params = long(max_new_tokens=8)
+    prompts = [random_prompt(length, seed=length) for length in (22, 29)]
+    params = long(max_new_tokens=5)
     ours = open_engine(llama, policy).generate(prompts, params)
-    assert len(checked) > 20
+    assert len(checked) == 2 * 2 * 4, "layers, requests, steps"
     law = open_engine(llama, policy, backend="reference").generate(prompts, params)
     assert [c.token_ids for c in ours] == [c.token_ids for c in law]
     assert [c.reading for c in ours] == [c.reading for c in law]
@@ -273,6 +274,25 @@ def test_other_models(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [done] = open_engine(model, policy).generate([prompt], params)
     assert (done.token_ids, done.reading) == (law.token_ids, law.reading)
     assert counted.replays >= 3
+
+
+@pytest.mark.parametrize(("policy", "more"), [(QUEST, 3), (LSH, 4)])
+def test_a_layer_that_chooses_takes_three_or_four_launches_more(
+    policy: str, more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Than ten: what is known of fresh pages and, for signs, of the query; scores; the choice."""
+    totals = []
+    for layers in (2, 3):
+        model = write_llama(tmp_path / str(layers), num_hidden_layers=layers, head_dim=16)
+        engine = open_engine(model, policy, backend="cuda")
+        engine.submit(random_prompt(30), long())
+        for _ in range(4):
+            engine.step()
+        with counted(engine.backend, monkeypatch) as found:
+            engine.step()
+        totals.append(found)
+    assert totals[0]["pick_kernel"] == 1
+    assert (totals[1] - totals[0]).total() == 10 + more
 
 
 def test_pages_outside_the_pool_and_too_little_memory_are_refused(

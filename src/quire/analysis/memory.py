@@ -333,7 +333,6 @@ class MemoryPlan:
             "weights": dict(self.weights),
             "weight_bytes": self.weight_bytes,
             "kv_bytes": self.kv,
-            "known_bytes": self.known,
             "workspace": {**asdict(self.workspace), "total": self.workspace.total},
             "total_bytes": self.total,
         }
