@@ -81,9 +81,9 @@ def test_choosing_all_pages_reads_what_attention_reads(
 
     def everything(query: Any, summaries: Any, candidates: Any) -> Any:
         counts, [last, *_] = np.diff(candidates.indptr), candidates.chosen.places % PAGE + 1
-        pages, heads = candidates.indices, summaries.pool.shape.num_kv_heads
-        every = {"last_page_len": [last], "fresh": candidates.fresh}
-        return inner(query, summaries, Candidates.of(PAGE, heads, [pages], counts, **every))
+        tables, heads = (candidates.indptr, candidates.indices), summaries.pool.shape.num_kv_heads
+        every = {"counts": counts, "last_page_len": [last], "fresh": candidates.fresh}
+        return inner(query, summaries, Candidates.of(PAGE, heads, tables, **every))
 
     settings: dict[str, Any] = {"kv_format": kv_format, "backend": backend}
     engine = open_engine(llama, POLICIES[0], **settings)

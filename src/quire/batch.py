@@ -218,30 +218,27 @@ class Candidates:
         cls,
         page_size: int,
         heads: int,
-        lists: Sequence[IntArray],
-        counts: Sequence[int],
+        tables: tuple[IntArray, IntArray],
         *,
+        counts: Sequence[int],
         last_page_len: Sequence[int],
         fresh: IntArray,
     ) -> "Candidates":
-        """Of each sequence's pages, and how many tokens the last of them holds; ``heads`` is G."""
-        sizes, read = _int64([len(pages) for pages in lists]), _int64(counts)
-        each, last = np.repeat(read, heads), np.repeat(_int64(last_page_len), heads)
+        """Of each sequence's pages, and how many tokens the last of them holds.
+
+        ``heads`` is G, ``tables`` are indptr and indices, which may be those of the batch itself.
+        """
+        indptr, indices = tables
+        read = np.array(counts, np.int64)
+        each, last = np.repeat(read, heads), np.repeat(np.array(last_page_len, np.int64), heads)
         none, places = np.zeros(len(each), np.int64), (each - 1) * page_size + last - 1
-        table = GroupBatch(page_size, None, none, _starts(each), none[:0], last, none)
+        starts = np.concatenate([[0], np.cumsum(each)])
+        table = GroupBatch(page_size, None, none, starts, none[:0], last, none)
         chosen = PagedBatch(places, np.arange(len(each) + 1), (table,), (0,))
-        longest, most = int(sizes.max()), int(read.max())
-        return cls(_starts(sizes), np.concatenate(lists), read, fresh, chosen, longest, most)
+        longest, most = int(np.diff(indptr).max()), int(read.max())
+        return cls(indptr, indices, read, fresh, chosen, longest, most)
 
     def choose(self, indices: Any) -> ChosenPages:
         """What is chosen, when it is: page ids, the backend's own."""
         [table] = self.chosen.groups
         return ChosenPages(table.page_size, table.indptr, indices, self.chosen.places)
-
-
-def _int64(numbers: Sequence[int]) -> IntArray:
-    return np.array(numbers, np.int64)
-
-
-def _starts(sizes: IntArray) -> IntArray:
-    return np.concatenate([[0], np.cumsum(sizes)])

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends import Backend, Logits, SomeRows, attend_chosen, summary_bytes
+from quire.backends import Backend, Logits, SomeRows, attend_chosen
 from quire.batch import Candidates, PagedBatch
 from quire.cache import KVCache
 from quire.config import CacheConfig
@@ -167,7 +167,7 @@ class SparseStep:
         self._tokens = [token for token in tokens if token.chooses]
         if not self.whole:
             by = {known: [t for t in some if t.chooses] for known, some in by.items()}
-        self._unknown = {known: known.unknown(_middle(some)) for known, some in by.items()}
+        self._unknown: dict[KnownPages, tuple[Array, Array]] = {}
         self._choosing = {known: self._part(known, some) for known, some in by.items() if some}
         self._rest = {} if self.whole else self._rests()
 
@@ -220,17 +220,28 @@ class SparseStep:
 
     def _part(self, known: KnownPages, tokens: Sequence[_Token]) -> SomeRows:
         """The batch of tokens that choose by the same, with the pages that they choose from."""
+        tables = self._tables(known, tokens)
+        self._unknown[known] = fresh, _ = known.unknown(*tables)
         candidates = Candidates.of(
             self._cache.layout.page_size,
             self._cache.layout.shapes[known.layers[0]].num_kv_heads,
-            [token.pages for token in tokens],
-            [min(token.followed.pages, len(token.pages)) for token in tokens],
+            tables,
+            counts=[min(token.followed.pages, len(token.pages)) for token in tokens],
             last_page_len=[token.last for token in tokens],
-            fresh=self._unknown[known][0],
+            fresh=fresh,
         )
         rows = np.array([token.row for token in tokens])
         batch = self._batch if self.whole else self._batch.select(rows)
         return rows, replace(batch, candidates=candidates)
+
+    def _tables(self, known: KnownPages, tokens: Sequence[_Token]) -> tuple[Array, Array]:
+        """Where the pages of each token begin, and all of them: the batch's own if that is so."""
+        [group] = {self._batch.group_of_layer[layer] for layer in known.layers}
+        tables = self._batch.groups[group]
+        if self.whole and not tables.open.are_used:
+            return tables.indptr, tables.indices
+        starts = np.cumsum([0, *(len(token.pages) for token in tokens)])
+        return starts, np.concatenate([token.pages for token in tokens])
 
     def _choose_in(self, layer: int) -> frozenset[KnownPages]:
         """By what tokens choose in a layer."""
@@ -248,19 +259,14 @@ class SparseStep:
         return rests
 
     def _usage_of(self, token: _Token) -> ReadUsage:
-        layout, size = self._cache.layout, self._cache.layout.page_size
+        size = self._cache.layout.page_size
         held = (len(token.pages) - 1) * size + token.last
         read = (token.followed.pages - 1) * size + token.last
-        known, choice = len(token.pages) - 2, token.followed.choice
-        choosing = token.known.layers
-        bytes_read = bytes_held = 0.0
-        for layer, shape in enumerate(layout.shapes):
-            window = layout.groups[layout.group_of_layer[layer]].window
+        bytes_read, bytes_held = float((len(token.pages) - 2) * token.known.bytes_per_page), 0.0
+        for (chooses, window), each in token.known.bytes_of_layers.items():
             seen = held if window is None else min(held, window)
-            bytes_held += seen * shape.bytes_per_token
-            bytes_read += (read if layer in choosing else seen) * shape.bytes_per_token
-            if layer in choosing:
-                bytes_read += known * summary_bytes(choice.policy, choice.bits, shape)
+            bytes_held += seen * each
+            bytes_read += (read if chooses else seen) * each
         return ReadUsage(1, read, held, round(bytes_read), round(bytes_held))
 
 
@@ -330,8 +336,3 @@ class Reader:
 
 def _each_known(tokens: Iterable[_Token]) -> list[KnownPages]:
     return list(dict.fromkeys(token.known for token in tokens))
-
-
-def _middle(tokens: Sequence[_Token]) -> Array:
-    """Pages that are chosen for what is known of them: all but the first and the newest."""
-    return np.concatenate([np.empty(0, np.int64), *(token.pages[1:-1] for token in tokens)])

@@ -5,6 +5,8 @@ until its page is written to again, which the page's generation tells: forks, pr
 that come back from a tier or a session need nothing else.
 """
 
+from collections import defaultdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,24 +42,38 @@ class KnownPages:
         )
         self._made = np.full(self.num_pages, -1, np.int64)  # the generation that it is known of
 
-    @property
+    @cached_property
     def bytes_per_page(self) -> int:
         """Bytes of what is known of one page, in all layers."""
         return sum(each.bytes_per_page for each in self.summaries if each is not None)
+
+    @cached_property
+    def bytes_of_layers(self) -> dict[tuple[bool, int | None], float]:
+        """Bytes of a token's keys and values in layers that choose pages or do not, by window."""
+        layout, found = self._cache.layout, defaultdict[tuple[bool, int | None], float](float)
+        for layer, shape in enumerate(layout.shapes):
+            window = layout.groups[layout.group_of_layer[layer]].window
+            found[layer in self.layers, window] += shape.bytes_per_token
+        return dict(found)
 
     @property
     def bytes(self) -> int:
         """Bytes of all that is known."""
         return int((self._made >= 0).sum()) * self.bytes_per_page
 
-    def unknown(self, pages: Array) -> tuple[Array, Array]:
-        """Which of complete ``pages``, int64 [n], are not known as they are now; and what they are:
+    def unknown(self, indptr: Array, indices: Array) -> tuple[Array, Array]:
+        """Which pages are not known as they are now, and what they are: ids and generations, int64.
 
-        their generations. Both int64, for :meth:`note`.
+        Of pages ``indices[indptr[s]:indptr[s + 1]]`` of each sequence but the first and the last,
+        which are read whatever is known of them. For :meth:`note`.
         """
-        now = self._cache.generations(self._group)
-        missing = np.unique(pages[self._made[pages] != now[pages]])
-        return missing, now[missing]
+        now = self._cache.generations(self._group)[: self.num_pages]
+        stale = np.zeros(int(indices.max()) + 1, bool)  # ids of open pages are higher
+        stale[: self.num_pages] = (self._made != now)[: len(stale)]
+        missing = stale[indices]
+        missing[indptr[:-1]] = missing[indptr[1:] - 1] = False
+        pages = np.unique(indices[missing])
+        return pages, now[pages]
 
     def note(self, pages: Array, generations: Array) -> None:
         """They are known now, as they were in these generations."""

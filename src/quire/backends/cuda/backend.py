@@ -31,11 +31,17 @@ from quire.backends.cuda.layer import At, Layers, Residual, fused
 from quire.backends.cuda.memory import tells_of_memory
 from quire.backends.cuda.pool import CudaPool, require_formats
 from quire.backends.cuda.products import Products
+from quire.backends.cuda.refusals import (
+    require,
+    require_ids,
+    require_readable,
+    require_slots,
+)
 from quire.backends.cuda.rows import layer_norm_kernel, rope_kernel
 from quire.backends.cuda.sampling import CudaLogits
 from quire.backends.cuda.stored import power_of_two
 from quire.backends.cuda.summaries import CudaSummaries, choose
-from quire.batch import Candidates, ChosenPages, GroupBatch, PagedBatch
+from quire.batch import Candidates, ChosenPages, PagedBatch
 from quire.errors import BackendError
 from quire.pages import PageFormat, PagePool, PageShape
 
@@ -176,7 +182,7 @@ class CudaBackend:
         if not len(slots) == len(key) == len(value):
             raise BackendError(f"{len(slots)} slots for {len(key)} tokens")
         if self._taken is None or self._taken.whole.reach is None:
-            _require_slots(slots, pool)
+            require_slots(slots, pool)
         pool.store(self.device.integers(slots), key.contiguous(), value.contiguous())
 
     def attend(self, query: Tensor, pool: PagePool, batch: PagedBatch, group: int) -> Tensor:
@@ -186,7 +192,7 @@ class CudaBackend:
         if len(query) != batch.num_tokens:
             raise BackendError(f"{len(query)} queries for {batch.num_tokens} tokens")
         if step.reach is None:
-            _require_readable(batch.groups[group], pool)
+            require_readable(batch.groups[group], pool)
         return self._attention(query.contiguous(), pool, step, group)
 
     def attend_pages(self, query: Tensor, pool: PagePool, chosen: ChosenPages) -> Tensor:
@@ -198,7 +204,7 @@ class CudaBackend:
         self, query: Tensor, pool: CudaPool, chosen: ChosenPages, dtype: Any = torch.float32
     ) -> Tensor:
         if isinstance(chosen.indices, np.ndarray):
-            _require_ids(chosen.indices, pool)
+            require_ids(chosen.indices, pool)
         step = None if self._taken is None else self._taken.step_choosing(chosen)
         if step is None:
             step = steps.chosen_step(chosen, self.device)
@@ -216,7 +222,7 @@ class CudaBackend:
         """Queries [S, H, D]; nothing of it goes to the host."""
         assert isinstance(summaries, CudaSummaries)
         if self._taken is None or self._taken.whole.reach is None:
-            _require_ids(candidates.indices, summaries.pool)
+            require_ids(candidates.indices, summaries.pool)
         return candidates.choose(choose(query.contiguous(), summaries, candidates))
 
     def join_rows(self, parts: Sequence[tuple[Array, Tensor]]) -> Tensor:
@@ -266,7 +272,7 @@ class CudaBackend:
         step = self._step(batch)
         if isinstance(block, AttentionParams):
             return attention_rows(self, x, block, batch, pool, group=group, rows=rows)
-        _require(step, pool, group, len(x))
+        require(step, pool, group, len(x))
         params, layers = block.params, self._layers
         _, normed = layers.norm(Residual(x), params.norm, params.norm_eps, block.whole.dtype)
         at = self._at(step, pool, group, params.inv_freq)
@@ -329,7 +335,7 @@ class CudaBackend:
             return Residual(
                 attention_block(self, x, block, batch, pool, group=group, attend=choosing)
             )
-        _require(step, pool, group, len(held.x))
+        require(step, pool, group, len(held.x))
         at = self._at(step, pool, group, block.params.inv_freq)
         return self._layers.attention(held, block, replace(at, attend=choosing))
 
@@ -384,10 +390,10 @@ class CudaBackend:
             return self.to_logits(self._products(compute(tokens, batch, pools), head))
         ours = [pool for pool in pools if isinstance(pool, CudaPool)]
         for group, pool in dict(zip(batch.group_of_layer, ours, strict=True)).items():
-            _require_slots(batch.groups[group].slots, pool)
-            _require_readable(batch.groups[group], pool)
+            require_slots(batch.groups[group].slots, pool)
+            require_readable(batch.groups[group], pool)
         if batch.candidates is not None:
-            _require_ids(batch.candidates.indices, ours[0])
+            require_ids(batch.candidates.indices, ours[0])
         known, key = ours[0].graphs, (model, shape, self.exact)
         if key not in known:
             known[key] = StepGraph(self, compute, head, ours, shape, batch)
@@ -455,45 +461,6 @@ class CudaBackend:
         if self._frequencies is None or self._frequencies[0] is not inv_freq:
             self._frequencies = inv_freq, self.device.to_device(inv_freq)
         return self._frequencies[1]
-
-
-def _require(step: steps.Step, pool: PagePool, group: int, tokens: int) -> None:
-    """Raise BackendError for what a step cannot store or read; known already if it is static."""
-    assert isinstance(pool, CudaPool)
-    if tokens != step.batch.num_tokens:
-        raise BackendError(f"{tokens} rows for {step.batch.num_tokens} tokens")
-    if step.reach is None:
-        _require_slots(step.batch.groups[group].slots, pool)
-        _require_readable(step.batch.groups[group], pool)
-
-
-def _require_slots(slots: Array, pool: CudaPool) -> None:
-    """Raise BackendError for slots where the pool takes no tokens."""
-    inside = pool.slots
-    if len(slots) and (slots.min() < inside.start or slots.max() >= inside.stop):
-        raise BackendError(
-            f"tokens are to be stored outside of slots {inside.start} to {inside.stop - 1}"
-        )
-
-
-def _require_readable(tables: GroupBatch, pool: CudaPool) -> None:
-    """Raise BackendError for ids that the pool does not have, or not of that kind."""
-    last, opened = pool.num_pages + pool.open_pages - 1, tables.open.indices
-    _require_ids(tables.indices, pool)
-    if not pool.shape.by_page or not len(opened):
-        return
-    if opened.min() < pool.num_pages or opened.max() > last:
-        raise BackendError(
-            f"queries stand in pages {opened.min()} to {opened.max()}, but ids of open pages are "
-            f"{pool.num_pages} to {last}"
-        )
-
-
-def _require_ids(indices: Array, pool: CudaPool) -> None:
-    """Raise BackendError for ids that the pool does not have."""
-    pages = pool.num_pages + pool.open_pages
-    if indices.max(initial=-1) >= pages:
-        raise BackendError(f"page {indices.max()} of a pool of {pages} is to be read")
 
 
 @functools.cache

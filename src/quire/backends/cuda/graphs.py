@@ -64,7 +64,8 @@ def shape_of(batch: PagedBatch) -> StepShape | None:
     if candidates is not None:
         if len(candidates.fresh) > count:  # behind a prompt
             return None
-        pages += len(candidates.indices)
+        shared = any(candidates.indices is group.indices for group in batch.groups)
+        pages += 0 if shared else len(candidates.indices)
         heads = len(candidates.chosen.places) // count
         choosing = power_of_two(candidates.longest), power_of_two(candidates.most), heads
     ids = power_of_two(max(_PAGES, pages))
@@ -192,18 +193,16 @@ class _Buffers:
     def fill(self, tokens: Sequence[int] | Tensor, batch: PagedBatch) -> None:
         """Put a step into the buffers, those of the device too: in one copy of what is used."""
         self._device.wait(self._copied)
-        into, used = self.batch, 0
+        into, ids = self.batch, _Ids(self._indices)
         there = isinstance(tokens, torch.Tensor)  # chosen by the step before
         _put(self.tokens, () if there else tokens, 0)
         _put(into.positions, batch.positions, 0)
         _put(into.places, batch.places, 0)
         _put(into.query_indptr, batch.query_indptr, len(tokens))
         for to, group in zip(into.groups, batch.groups, strict=True):
+            ids.put(to.indptr, group.indptr, group.indices)
             _put(to.slots, group.slots, -1)
-            _put(to.indptr, group.indptr + used, used + len(group.indices))
             _put(to.first_page, group.first_page, 0)
-            self._indices[used : used + len(group.indices)] = group.indices
-            used += len(group.indices)
             if to.open.are_used:
                 opened = group.open
                 _put(to.open.indptr, opened.indptr, len(opened.indices))
@@ -212,14 +211,27 @@ class _Buffers:
                 _put(to.open.seal_from, opened.seal_from, -1)
                 _put(to.open.seal_to, opened.seal_to, -1)
         if batch.candidates is not None and into.candidates is not None:
-            ids = batch.candidates.indices
-            _fill(into.candidates, batch.candidates, used)
-            self._indices[used : used + len(ids)] = ids
-            used += len(ids)
-        self._device.renew(self._there, self._host, self._fixed + used)
+            ids.put(into.candidates.indptr, batch.candidates.indptr, batch.candidates.indices)
+            _fill(into.candidates, batch.candidates)
+        self._device.renew(self._there, self._host, self._fixed + ids.used)
         self._copied = self._device.mark()
         if there:
             self._there[: len(tokens)].copy_(tokens)
+
+
+class _Ids:
+    """Lists of page ids in one static buffer, one behind the other; the same array once."""
+
+    def __init__(self, into: IntArray) -> None:
+        self._into, self._starts, self.used = into, dict[int, int](), 0
+
+    def put(self, to: IntArray, indptr: IntArray, indices: IntArray) -> None:
+        """``indptr`` as it is there goes into ``to``."""
+        at = self._starts.setdefault(id(indices), self.used)
+        if at == self.used:
+            self.used += len(indices)
+            self._into[at : self.used] = indices
+        _put(to, indptr + at, at + len(indices))
 
 
 def _taken(batch: PagedBatch, copies: list[tuple[IntArray, Tensor]], reach: int) -> Taken:
@@ -245,11 +257,10 @@ def _candidates(
     return Candidates(indptr, indices, counts, fresh, chosen, longest, most)
 
 
-def _fill(into: Candidates, candidates: Candidates, used: int) -> None:
-    """Put them into static buffers, their ids being behind ``used`` others."""
+def _fill(into: Candidates, candidates: Candidates) -> None:
+    """Put all but their ids into static buffers."""
     [to], [table] = into.chosen.groups, candidates.chosen.groups
     places = candidates.chosen.places
-    _put(into.indptr, candidates.indptr + used, used + len(candidates.indices))
     _put(into.counts, candidates.counts, 0)
     _put(into.fresh, candidates.fresh, -1)
     _put(into.chosen.places, places, 0)
