@@ -13,6 +13,7 @@ go on. Every row is in FILE as soon as it is known.
     streaming     a small model beside a plain loop over pages (``bench/gpu_baseline.py``)
     step          what of a decode step of Llama 1B shapes lies outside kernels
     exact         what batch invariance costs: steps of cuda-exact and of cuda
+    reading       tokens that choose what they read of {8k, 32k} tokens, beside ones that read all
     moving        pages to and from host memory, alone and beside steps; what the steps lose
     transformers  tokens a second beside transformers: static cache, continuous batching
 
@@ -48,6 +49,7 @@ PARTS = {
     "linear": 45,
     "exact": 80,
     "moving": 60,
+    "reading": 40,
     "transformers": 240,
 }
 _GRACE = 0.85  # of a part's seconds, after which it begins no new case

@@ -35,6 +35,7 @@ PARTS = {  # where the function of that name is
     "step": "gpu_steps",
     "exact": "gpu_steps",
     "moving": "gpu_moving",
+    "reading": "gpu_reading",
     "transformers": "gpu_transformers",
 }
 
