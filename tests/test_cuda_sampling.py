@@ -116,6 +116,30 @@ def test_no_row_of_logits_goes_to_the_host(
     assert 2 * VOCAB > 7 * 3 + 2 * 5
 
 
+def test_rules_of_all_samples_go_over_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Penalties, which logprobs are of, and where tokens go that are drawn ahead, included."""
+    backend, copied, inner = create_backend("cuda"), [], Device.to_device
+    rows = activations(backend, np.random.default_rng(0).standard_normal((6, 50), np.float32))
+    free, *rules = [{"temperature": 1.0}, *({**rule, "n": 1} for rule in RULES)]
+    asked = [
+        Ask(nth, SamplingParams(**rule), 0.4, [1, 2, 3 + nth], 1)
+        for nth, rule in enumerate([free, *rules[1:], free])
+    ]
+
+    def counted(self: Device, array: Any) -> Any:
+        copied.append(len(array))
+        return inner(self, array)
+
+    monkeypatch.setattr(Device, "to_device", counted)
+    assert len(backend.to_logits(rows).choose(asked)) == 6
+    assert len(copied) == 1
+    drawn = [Ask(nth, SamplingParams(**(free if nth % 2 else {})), 0.4, [1], 1) for nth in range(6)]
+    ahead = backend.to_logits(rows).ahead(drawn)
+    assert ahead is not None
+    assert len(ahead.take()) == 6
+    assert len(copied) == 2
+
+
 def test_a_greedy_step_has_its_tokens_before_they_are_asked_for(
     models: dict[str, Path], on_cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

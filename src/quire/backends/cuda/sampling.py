@@ -122,8 +122,10 @@ class CudaLogits:
             self._best = best_of(self.device, self._rows)
         tokens = LOW - (self._best & LOW)
         if drawn:
-            chosen, _ = self._drawn([asked[nth] for nth in drawn], whole=False)
-            tokens.index_copy_(0, self.device.integers(drawn), chosen)
+            draws = self._draws([asked[nth] for nth in drawn])
+            [at], sent = self._send([drawn], draws)
+            chosen, _ = self._drawn(draws, sent, whole=False)
+            tokens.index_copy_(0, at, chosen)
         fetched = self.device.fetch(torch.stack((self._best, tokens)))
         return CudaAhead(tokens, fetched, asked)
 
@@ -155,10 +157,10 @@ class CudaLogits:
         assert self._best is not None
         bent = [nth for nth, ask in enumerate(asked) if not ask.params.is_plain]
         told = [nth for nth, ask in enumerate(asked) if ask.params.logprobs is not None]
-        drawn, certain = self._drawn([asked[nth] for nth in bent], whole)
-        rows, bent_there, told_there = self.device.all_to_device(
-            [np.asarray(n, np.int64) for n in ([a.row for a in asked], bent, told)]
-        )
+        draws = self._draws([asked[nth] for nth in bent])
+        listed = [ask.row for ask in asked]
+        (rows, bent_there, told_there), sent = self._send([listed, bent, told], draws)
+        drawn, certain = self._drawn(draws, sent, whole)
         chosen = (LOW - (self._best & LOW)).index_select(0, rows).index_copy_(0, bent_there, drawn)
         most = max((asked[nth].params.logprobs or 0 for nth in told), default=0)
         spread = self._spread(
@@ -179,30 +181,37 @@ class CudaLogits:
                 choices.append(Choice(token))
         return choices
 
-    def _drawn(self, asked: Sequence[Ask], whole: bool) -> tuple[Tensor, Tensor]:
+    def _draws(self, asked: Sequence[Ask]) -> list["_Draws"]:
+        """How tokens that are not greedy are drawn, as many at a time as there is memory for."""
+        vocab = self.shape[1]
+        most = max(1, CHUNK // vocab)
+        return [_Draws.of(asked[at : at + most], vocab) for at in range(0, len(asked), most)]
+
+    def _send(
+        self, lists: Sequence[Sequence[int]], draws: Sequence["_Draws"]
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Lists of int64, and the arrays of each of ``draws``, to the device in one copy."""
+        first = [np.asarray(numbers, np.int64) for numbers in lists]
+        arrays = [*first, *(array for each in draws for array in each.arrays)]
+        there = iter(self.device.all_to_device(arrays))
+        return [next(there) for _ in first], [[next(there) for _ in d.arrays] for d in draws]
+
+    def _drawn(
+        self, draws: Sequence["_Draws"], sent: Sequence[Sequence[Tensor]], whole: bool
+    ) -> tuple[Tensor, Tensor]:
         """int64 [a] twice: the tokens of what is not greedy, and whether they are certain."""
-        most = max(1, CHUNK // self.shape[1])
-        chunks = [asked[first : first + most] for first in range(0, len(asked), most)]
-        if not chunks:
+        if not draws:
             none = self.device.empty((0,), torch.int64)
             return none, none
-        drawn, certain = zip(*(self._draw(chunk, whole) for chunk in chunks), strict=True)
+        pairs = [self._draw(*each, whole) for each in zip(draws, sent, strict=True)]
+        drawn, certain = zip(*pairs, strict=True)
         return torch.cat(drawn), torch.cat(certain)
 
-    def _draw(self, asked: Sequence[Ask], whole: bool) -> tuple[Tensor, Tensor]:
-        device, vocab, count = self.device, self.shape[1], len(asked)
-        rules = [_Rule.of(ask, vocab) for ask in asked]
-        narrow = [nth for nth, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]
-        columns = list(zip(*rules, strict=True))
-        listed = [ask.row for ask in asked]
-        rows, narrowed, top_k, top_p, temperature, floor, draw, *bends = device.all_to_device(
-            [
-                *(np.asarray(n, np.int64) for n in (listed, narrow, columns[0])),
-                *(np.asarray(n, np.float64) for n in columns[1:]),
-                *_bends(asked, vocab),
-            ],
-        )
-        values = self._wide(rows, listed)
+    def _draw(self, draws: "_Draws", sent: Sequence[Tensor], whole: bool) -> tuple[Tensor, Tensor]:
+        device, vocab = self.device, self.shape[1]
+        rows, narrowed, top_k, top_p, temperature, floor, draw, *bends = sent
+        count, narrow = len(draws.rows), draws.narrow
+        values = self._wide(rows, draws.rows)
         _bend(values, bends[3:], bends[:3])
         parts = _parts(vocab)
         sums = device.empty((count, parts), torch.float64)
@@ -212,12 +221,12 @@ class CudaLogits:
         cuts = torch.full_like(draw, -np.inf), torch.full_like(rows, vocab)
         certain = torch.ones_like(rows)
         if narrow:
-            some = values if len(narrow) == count else values.index_select(0, narrowed)
+            some = values if narrow == count else values.index_select(0, narrowed)
             ordered, tokens = _in_order(some, vocab if whole else min(MOST, vocab))
             args = *cuts, certain, sums, ordered, tokens, narrowed, top_k, top_p, *sizes
             every = {"PARTS": power_of_two(parts), "BLOCK": min(MOST, power_of_two(vocab))}
-            device.launch(cut_kernel, (len(narrow),), *args, ordered.shape[1], **every)
-        if narrow or any(rule.floor > -np.inf for rule in rules):
+            device.launch(cut_kernel, (narrow,), *args, ordered.shape[1], **every)
+        if narrow or draws.has_floors:
             device.launch(mass_kernel, grid, sums, values, floor, *cuts, *sizes, BLOCK=BLOCK)
         chosen = device.empty((count,), torch.int64)
         left = chosen, sums, values, draw, floor, *cuts, *sizes
@@ -305,6 +314,34 @@ class _Rule(NamedTuple):
         floor = float(np.log(params.min_p)) if params.min_p > 0 else -np.inf
         top_k = params.top_k if params.top_k < vocab else 0
         return cls(top_k, params.top_p, params.temperature, floor, ask.draw, *bend)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """How tokens are drawn from some rows of logits, together.
+
+    rows     of the logits
+    narrow   how many of them top-k or top-p narrow
+    arrays   int64 and float64, as they go to the device: rows, which are narrowed, the columns of
+             :class:`_Rule`, and what penalties change, if they do
+    """
+
+    rows: list[int]
+    narrow: int
+    has_floors: bool
+    arrays: list[Array]
+
+    @classmethod
+    def of(cls, asked: Sequence[Ask], vocab: int) -> "_Draws":
+        rules = [_Rule.of(ask, vocab) for ask in asked]
+        narrow = [nth for nth, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]
+        columns, rows = list(zip(*rules, strict=True)), [ask.row for ask in asked]
+        arrays = [
+            *(np.asarray(n, np.int64) for n in (rows, narrow, columns[0])),
+            *(np.asarray(n, np.float64) for n in columns[1:]),
+            *_bends(asked, vocab),
+        ]
+        return cls(rows, len(narrow), any(rule.floor > -np.inf for rule in rules), arrays)
 
 
 @dataclass(frozen=True)
