@@ -148,6 +148,35 @@ def test_every_kind_of_cache(device: Device, tmp_path: Path, kv_format: str) -> 
     assert device.launched > 60
 
 
+@pytest.mark.parametrize("others", ["quest:budget=12,dense=1", "none"])
+def test_pages_are_chosen_for_tokens_that_the_host_does_not_know(
+    device: Device, tmp_path: Path, others: str
+) -> None:
+    """What they read is told, and none of it is taken for exact later."""
+    directory = write_llama(tmp_path, num_hidden_layers=3)
+    policies = ["quest:budget=12,dense=1", others, others]
+    prompts = [random_prompt(14 + 5 * seed, seed) for seed in range(3)]
+    done = []
+    for engine in (engine_on(device, directory), waits(directory)):
+        requests = [
+            engine.submit(prompt, greedy(evict=policy))
+            for prompt, policy in zip(prompts, policies, strict=True)
+        ]
+        while engine.has_work:
+            engine.step()
+            engine.cache.check()
+        first = requests[0].completions[0]
+        [after] = engine.generate([[*prompts[0], *first.token_ids, 3]], greedy(3))
+        known = engine.status().reading
+        assert known is not None
+        reading = [request.completions[0].reading for request in requests]
+        done.append((list(map(replies, requests)), reading, known, after.token_ids))
+        done[-1] += (after.cached_tokens,)
+    assert done[0] == done[1]
+    assert done[0][1][0].steps == 19
+    assert device.launched == 19 + 2
+
+
 def test_tokens_are_drawn_with_the_numbers_of_their_own_positions(
     device: Device, directory: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Choosing pages on the device: what is known of them, what is picked, and whole engines."""
 
+from collections import Counter
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
@@ -285,15 +286,15 @@ def test_a_layer_that_chooses_takes_three_or_four_launches_more(
     """Than ten: what is known of fresh pages and, for signs, of the query; scores; the choice."""
     totals = []
     for layers in (2, 3):
-        # A card would replay, or launch twice to capture.
-        monkeypatch.setattr("quire.backends.cuda.backend.shape_of", lambda _batch: None)
         model = write_llama(tmp_path / str(layers), num_hidden_layers=layers, head_dim=16)
         engine = open_engine(model, policy, backend="cuda")
-        engine.submit(random_prompt(30), long())
-        for _ in range(4):
-            engine.step()  # two chunks, and the last places of a page
-        with counted(engine.backend, monkeypatch) as found:
-            engine.step()
+        engine.submit(random_prompt(30), long(logprobs=0))  # a step at a time
+        found = Counter[str]()
+        while not found["pick_kernel"]:  # in the first step behind the prompt
+            # A card would replay, or launch twice to capture.
+            monkeypatch.setattr("quire.backends.cuda.backend.shape_of", lambda _batch: None)
+            with counted(engine.backend, monkeypatch) as found:
+                engine.step()
         totals.append(found)
     assert totals[0]["pick_kernel"] == 1
     assert (totals[1] - totals[0]).total() == 10 + more

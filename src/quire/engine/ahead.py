@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from quire.backends import Ahead, Logits
 from quire.cache import KVCache, Reservation
 from quire.engine.deciding import ask_of
+from quire.engine.policies import Policies, Step
 from quire.engine.queues import Queues
 from quire.engine.request import Sample, Status
 from quire.engine.scheduler import places
@@ -22,6 +23,8 @@ from quire.models import CausalLM
 from quire.sampling import Choice
 
 __all__ = ["StepsAhead"]
+
+_UNKNOWN = (-1,)  # a token that only the device knows
 
 
 @dataclass
@@ -49,9 +52,17 @@ class _Flight:
 class StepsAhead:
     """The step that an engine's device computes while the host is elsewhere; at most one."""
 
-    def __init__(self, cache: KVCache, model: CausalLM, queues: Queues, max_sequences: int) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        model: CausalLM,
+        queues: Queues,
+        *,
+        policies: Policies,
+        max_sequences: int,
+    ) -> None:
         self._cache, self._model, self._queues = cache, model, queues
-        self._most = max_sequences
+        self._policies, self._most = policies, max_sequences
         self._flight: _Flight | None = None
 
     @property
@@ -94,9 +105,10 @@ class StepsAhead:
         if launched is not None:
             reservation, following = launched
             told = [None if choice.token is None else [choice.token] for choice in choices]
-            self._cache.commit(reservation, told)
+            self._cache.commit(reservation, self._policies.exact(told))
             for sample in flight.samples:
                 sample.computed += 1
+            self._policies.count(flight.samples)
             self._flight = _Flight(flight.samples, flight.sequences, following)
         landed = zip(flight.samples, choices, strict=True)
         return [pair for row, pair in enumerate(landed) if flight.has(row)]
@@ -111,9 +123,10 @@ class StepsAhead:
             for sample, grows in zip(flight.samples, reservation.grows, strict=True):
                 if grows:
                     sample.count_bytes(self._cache)
-            rows = range(len(flight.samples))
-            step = flight.ahead.tokens, reservation.batch, self._cache.pools, rows
-            logits = self._model.forward(*step)
+            parts = [(sequence, _UNKNOWN, (0,)) for sequence in flight.sequences]
+            rows = range(len(parts))
+            step = Step(parts, flight.ahead.tokens, rows, reservation.batch)
+            logits = self._policies.forward(self._model, step)
             asked = [ask_of(sample, row, known=False) for row, sample in enumerate(flight.samples)]
             following = logits.ahead(asked)
             assert following is not None  # what was asked for once can be asked for again
@@ -133,7 +146,7 @@ class StepsAhead:
 
 def _may_run_ahead(sample: Sample) -> bool:
     request = sample.request
-    plain = request.eviction is None and request.reading is None and request.params.beam_width == 1
+    plain = request.eviction is None and request.params.beam_width == 1
     return plain and len(sample.tokens) + 1 < request.most_tokens
 
 

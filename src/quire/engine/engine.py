@@ -166,7 +166,9 @@ class Engine:
         self._forward = Forward(cache, self._loaded.model, self._policies, config.max_batch_tokens)
         self._replies = Replies(codec, queues, self._loads, self._alone, self._shadow)
         self._searches = Searches(cache, queues, self._replies)
-        self._ahead = StepsAhead(cache, self._loaded.model, queues, most)
+        self._ahead = StepsAhead(
+            cache, self._loaded.model, queues, policies=self._policies, max_sequences=most
+        )
         self._outcomes = Outcomes(
             *(queues, self._replies, self._searches, self._ahead),
             shadow=self._shadow,

@@ -38,7 +38,7 @@ class Forward:
         except BaseException:
             self._cache.rollback(reservation)
             raise
-        self._cache.commit(reservation, self._policies.exact_tokens(parts))
+        self._cache.commit(reservation, self._policies.exact([chunk for _, chunk, _ in parts]))
         return logits
 
     def forced(self, parts: Sequence[Part]) -> npt.NDArray[np.float32]:

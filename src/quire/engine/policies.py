@@ -34,11 +34,11 @@ def require_usable(layout: CacheLayout, settings: CacheConfig, choice: EvictChoi
 @dataclass(frozen=True)
 class Step:
     """New tokens of sequences: ``parts``, all ``tokens`` one behind the other, ``rows`` of those
-    that want logits, and where they go.
+    that want logits, and where they go. ``tokens`` may be on a device that has chosen them.
     """
 
     parts: Sequence[Part]
-    tokens: Sequence[int]
+    tokens: Any
     rows: Sequence[int]
     batch: PagedBatch
 
@@ -151,10 +151,13 @@ class Policies:
         pools, groups = self._cache.pools, batch.group_of_layer
         return lambda layer, query: self._backend.attend(query, pools[layer], batch, groups[layer])
 
-    def exact_tokens(self, parts: Sequence[Part]) -> list[Sequence[int] | None]:
-        """For the prefix index, the tokens of each part; None where keys are not the exact ones."""
+    def exact(self, tokens: Sequence[Sequence[int] | None]) -> list[Sequence[int] | None]:
+        """For the prefix index, the new tokens of each sequence of the step that was computed last.
+
+        None where keys are not the exact ones.
+        """
         sparse = {} if self._sparse is None else self._sparse.usage
-        return [None if at in sparse else chunk for at, (_, chunk, _) in enumerate(parts)]
+        return [None if at in sparse else chunk for at, chunk in enumerate(tokens)]
 
     def settle(self, parts: Sequence[Part]) -> None:
         """``parts`` were committed: drop what is above budgets."""
