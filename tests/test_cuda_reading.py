@@ -295,6 +295,7 @@ def test_a_layer_that_chooses_takes_three_or_four_launches_more(
             monkeypatch.setattr("quire.backends.cuda.backend.shape_of", lambda _batch: None)
             with counted(engine.backend, monkeypatch) as found:
                 engine.step()
+        del found["zeros.default"]  # what is known gets its memory, once
         totals.append(found)
     assert totals[0]["pick_kernel"] == 1
     assert (totals[1] - totals[0]).total() == 10 + more
