@@ -34,7 +34,7 @@ if RUNS:
 
     from quire.backends.cuda.layer import FusedAttention, FusedMlp
     from quire.backends.cuda.products import Products
-    from quire.backends.cuda.steps import to_device
+    from quire.backends.cuda.steps import Taken, to_device
 
 HIDDEN, INNER = 72, 100
 DTYPES = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}
@@ -376,7 +376,7 @@ def launches(
         books = [Book(backend, case, len(counts)) for _ in range(layers)]
         # The same tables for all, over pools of their own; sealed pages would add launches.
         batch = replace(books[0].batch(counts), group_of_layer=(0,) * layers)
-        step = to_device(batch, backend.device)
+        step = Taken(to_device(batch, backend.device))
         tokens = backend.device.integers([0] * batch.num_tokens)
         compute = partial(backend._hidden, network)
         pools = [book.pool for book in books]
