@@ -13,7 +13,8 @@ import pytest
 
 from conformance import SUBJECTS, Subject, activations, assert_as_good_as_plain, naive
 from conformance.test_attention import Case, lay_out, new_pool
-from quire.batch import PagedBatch
+from quire.backends.selecting import key_bounds
+from quire.batch import Candidates, PagedBatch
 from recording import same_bits
 from test_cuda import INTERPRETED, RUNS, STATUS
 
@@ -122,3 +123,54 @@ def test_exact_rows_have_the_same_bits_alone(
     rows = np.random.default_rng(0).choice(len(whole), min(len(whole), 12), replace=False)
     for row in rows:
         assert same_bits(filled.attend(np.array([row]))[0], whole[row])
+
+
+CHOOSING = [
+    pytest.param((4, 2, 32), ((130, 1), (90, 1), (20, 1)), id="small"),
+    *(
+        pytest.param(heads, DECODE, marks=[pytest.mark.gpu, real])
+        for heads in ((32, 8, 128), (32, 8, 64), (24, 8, 96), (16, 2, 256))
+    ),
+]
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8"])
+@pytest.mark.parametrize(("heads", "sequences"), CHOOSING)
+def test_pages_with_the_highest_bounds_are_chosen(heads: Any, sequences: Any, format: str) -> None:
+    """But for those whose bounds differ by no more than float32 sums can tell. One head of each."""
+    case = Drawn(sequences, heads, 16, None, format)
+    filled = fill(next(subject for subject in CUDA if subject.name == "cuda"), case)
+    backend, pool, [tables] = filled.backend, filled.pool, filled.batch.groups
+    budget = max(3, max(stored for stored, _ in sequences) // 160)
+    counts = np.minimum(np.diff(tables.indptr), budget)
+    asked = Candidates.of(
+        16,
+        heads[1],
+        (tables.indptr, tables.indices),
+        counts=counts.tolist(),
+        last_page_len=tables.last_page_len.tolist(),
+        fresh=np.unique(tables.indices),
+    )
+    summaries, taken = backend.summaries(pool, "quest", 0), activations(backend, filled.query)
+    chosen = backend.choose_pages(taken, summaries, asked)
+    picked = chosen.indices.cpu().numpy()
+    for s, count in enumerate(counts.tolist()):
+        g, share = s % heads[1], heads[0] // heads[1]
+        ids = tables.indices[tables.indptr[s] : tables.indptr[s + 1]]
+        first = chosen.indptr[s * heads[1] + g]
+        numbers = np.searchsorted(np.sort(ids), picked[first : first + count])
+        numbers = np.argsort(ids)[numbers]
+        assert (np.diff(numbers) > 0).all()
+        assert (numbers[0], numbers[-1]) == (0, len(ids) - 1)
+        if count == len(ids):
+            continue
+        keys = pool.read_pages(ids[1:-1].tolist())[0][:, :, g : g + 1]
+        bounds = key_bounds(keys)[:, 0].astype(np.float64)
+        query = filled.query[s].reshape(heads[1], share, -1)[g].astype(np.float64)
+        terms = np.stack([np.minimum(query, 0).sum(0), np.maximum(query, 0).sum(0)]) * bounds
+        scores, size = terms.sum((1, 2)), np.abs(terms).sum((1, 2)).max()
+        room = 2.0**-24 * (2 * heads[2] + share) * size
+        kept = np.zeros(len(scores), bool)
+        kept[numbers[1:-1] - 1] = True
+        assert kept.sum() == count - 2
+        assert scores[kept].min() >= scores[~kept].max() - 2 * room
