@@ -266,6 +266,23 @@ def test_company_hits_and_replays_change_no_bit(
     assert requests[0].completions[0].token_ids == alone.token_ids
 
 
+def test_what_replays_know_of_pages_is_what_is_stored(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of pages that were completed by replayed steps, too."""
+    counted, engine = Replayed(monkeypatch), open_engine(llama, QUEST, kv_format="bf16")
+    engine.generate([random_prompt(22)], long(max_new_tokens=13))
+    assert counted.replays >= 10
+    [known] = engine._policies.reader._known.values()
+    pages = np.flatnonzero(known._made >= 0)
+    assert len(pages) == (22 + 12) // PAGE - 1, "all but the first and the newest"
+    for layer in known.layers:
+        summaries = known.summaries[layer]
+        held = summaries.held.cpu().numpy().view(ml_dtypes.bfloat16)[pages]
+        keys = engine.cache.pools[layer].read_pages(pages.tolist())[0]
+        np.testing.assert_array_equal(held.astype(np.float32), key_bounds(keys).astype(np.float32))
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 def test_other_models(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Op by op, and with norms of heads."""
