@@ -59,14 +59,14 @@ def test_what_the_own_policy_knows_of_pages_has_its_place(evict: str, kv_format:
     least = plan(400 * MIB, kv_format=kv_format, page_size=32)
     assert made.memory.total <= 0.95 * 400 * MIB
     assert made.memory.kv < least.memory.kv
-    assert made.memory.known > 0
-    assert "what is known of it" in str(made)
+    assert made.memory.summaries > 0
+    assert "summaries " in str(made)
     settings = {"evict": evict, "kv_format": kv_format, "page_size": 32}
     engine = quire.Engine(cache=quire.CacheConfig(**settings, num_pages=24), max_batch_tokens=200)
     engine.generate([list(range(5, 180))], quire.SamplingParams(max_new_tokens=2, ignore_eos=True))
     status = engine.status()
     assert status.reading is not None
-    assert status.reading.bytes_most == engine.plan.memory.known
+    assert status.reading.bytes_most == engine.plan.memory.summaries
 
 
 def test_too_many_pages_with_what_is_known_of_them_are_refused_with_the_most_that_fit() -> None:

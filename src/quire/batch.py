@@ -131,6 +131,13 @@ class ChosenPages:
     indices: Any
     places: IntArray
 
+    def by_head(self) -> "PagedBatch":
+        """Each head of each sequence as a sequence with one token; ids are not in that batch."""
+        none, rows = np.zeros(len(self.places), np.int64), np.arange(len(self.places) + 1)
+        last = self.places % self.page_size + 1
+        table = GroupBatch(self.page_size, None, none, self.indptr, none[:0], last, none)
+        return PagedBatch(self.places, rows, (table,), (0,))
+
 
 @dataclass(frozen=True, eq=False)
 class PagedBatch:
@@ -231,10 +238,8 @@ class Candidates:
         indptr, indices = tables
         read = np.array(counts, np.int64)
         each, last = np.repeat(read, heads), np.repeat(np.array(last_page_len, np.int64), heads)
-        none, places = np.zeros(len(each), np.int64), (each - 1) * page_size + last - 1
-        starts = np.concatenate([[0], np.cumsum(each)])
-        table = GroupBatch(page_size, None, none, starts, none[:0], last, none)
-        chosen = PagedBatch(places, np.arange(len(each) + 1), (table,), (0,))
+        places, starts = (each - 1) * page_size + last - 1, np.concatenate([[0], np.cumsum(each)])
+        chosen = ChosenPages(page_size, starts, None, places).by_head()
         longest, most = int(np.diff(indptr).max()), int(read.max())
         return cls(indptr, indices, read, fresh, chosen, longest, most)
 

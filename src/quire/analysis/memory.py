@@ -309,13 +309,13 @@ def score_matrix_bytes(queries: int, keys: int, number_bytes: int = FLOAT) -> in
 class MemoryPlan:
     """Bytes of a model under a load.
 
-    known   of what a policy that chooses pages remembers of them
+    summaries   of pages, by which a policy chooses those that are read
     """
 
     weights: dict[Part, int]
     kv: int
     workspace: Workspace
-    known: int = 0
+    summaries: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -325,7 +325,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """All of it; the process itself and its libraries come on top."""
-        return self.weight_bytes + self.kv + self.known + self.workspace.total
+        return self.weight_bytes + self.kv + self.summaries + self.workspace.total
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -333,14 +333,15 @@ class MemoryPlan:
             "weights": dict(self.weights),
             "weight_bytes": self.weight_bytes,
             "kv_bytes": self.kv,
+            "summary_bytes": self.summaries,
             "workspace": {**asdict(self.workspace), "total": self.workspace.total},
             "total_bytes": self.total,
         }
 
     def __str__(self) -> str:
-        known = f"what is known of it {format_bytes(self.known)}, " if self.known else ""
+        summaries = f"summaries {format_bytes(self.summaries)}, " if self.summaries else ""
         return (
-            f"weights {format_bytes(self.weight_bytes)}, KV {format_bytes(self.kv)}, {known}"
+            f"weights {format_bytes(self.weight_bytes)}, KV {format_bytes(self.kv)}, {summaries}"
             f"workspace {format_bytes(self.workspace.total)}: {format_bytes(self.total)}"
         )
 
@@ -354,7 +355,7 @@ class Share:
 
     def bytes(self, memory: MemoryPlan) -> int:
         """On that device; it has a workspace of its own."""
-        held = self.weights * memory.weight_bytes + self.kv * (memory.kv + memory.known)
+        held = self.weights * memory.weight_bytes + self.kv * (memory.kv + memory.summaries)
         return int(held) + memory.workspace.total
 
 

@@ -53,7 +53,7 @@ class Room:
 class EnginePlan:
     """What an engine takes.
 
-    memory      bytes of weights, pages, what the engine's own policy knows of them, and workspace
+    memory      bytes of weights, pages, summaries that the engine's own policy keeps, workspace
     num_pages   of each area of the cache
     tokens      that the pages hold, of one long sequence
     available   bytes that could be had when the plan was made; None where it is unknown
@@ -101,20 +101,20 @@ def plan_engine(
     )
     free = room.free
     _require_fit(memory, room)
-    area, known = _known(settings, layout)
+    area, each = _summaries(settings, layout)
     left = None if free is None else free - memory.total
-    if left is not None and known:
-        left = left * layout.area_bytes[area] // (layout.area_bytes[area] + known)
+    if left is not None and each:
+        left = left * layout.area_bytes[area] // (layout.area_bytes[area] + each)
     pages = _pages(config, layout, room, left)
     kept = sum(count * size for count, size in zip(pages, layout.area_bytes, strict=True))
-    memory = replace(memory, kv=kept, known=pages[area] * known)
+    memory = replace(memory, kv=kept, summaries=pages[area] * each)
     _require_fit(memory, room)
     tokens = _tokens(shape, layout, pages)
     return EnginePlan(memory, pages, tokens, room.available, layout.format_text)
 
 
-def _known(settings: CacheConfig, layout: CacheLayout) -> tuple[int, int]:
-    """What the engine's own policy knows of a page, in bytes, and the area of such pages."""
+def _summaries(settings: CacheConfig, layout: CacheLayout) -> tuple[int, int]:
+    """The area of pages by whose summaries the engine's own policy chooses; bytes of one's."""
     choice = parse_eviction(settings.evict)
     if choice is None or choice.drops:
         return 0, 0
@@ -138,9 +138,9 @@ def _require_fit(memory: MemoryPlan, room: Room) -> None:
 
 
 def _advice(memory: MemoryPlan, free: int) -> str:
-    left = free - memory.total + memory.kv + memory.known
-    if memory.known:  # it shrinks with the pages
-        left = left * memory.kv // (memory.kv + memory.known)
+    left = free - memory.total + memory.kv + memory.summaries
+    if memory.summaries:  # it shrinks with the pages
+        left = left * memory.kv // (memory.kv + memory.summaries)
     if left <= 0:
         return "choose a smaller model, or free memory"
     return f"lower kv_memory to at most {left} bytes, choose a smaller kv_format, or free memory"

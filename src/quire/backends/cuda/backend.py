@@ -207,7 +207,7 @@ class CudaBackend:
             require_ids(chosen.indices, pool)
         step = None if self._taken is None else self._taken.step_choosing(chosen)
         if step is None:
-            step = steps.chosen_step(chosen, self.device)
+            step = steps.to_device(chosen.by_head(), self.device)
         ready = steps.reading(step, self.device.integers(chosen.indices))
         return self._attention.chosen(query.contiguous(), pool, ready, dtype)
 

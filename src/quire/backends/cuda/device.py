@@ -186,7 +186,7 @@ class Device:
         """float32 [rows, vocab] for a captured step, in memory that all of them write to.
 
         Where it has become too small there is a new one, and steps that have the old one keep it:
-        buckets double, so that all old ones together are smaller than the new one.
+        buckets double, so that of one vocabulary all old ones together are smaller than the new.
         """
         count = rows * vocab
         if self._logits is None or len(self._logits) < count:

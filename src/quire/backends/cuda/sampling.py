@@ -333,6 +333,7 @@ class _Draws:
 
     @classmethod
     def of(cls, asked: Sequence[Ask], vocab: int) -> "_Draws":
+        """Of all that ask, from rows of ``vocab`` logits."""
         rules = [_Rule.of(ask, vocab) for ask in asked]
         narrow = [nth for nth, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]
         columns, rows = list(zip(*rules, strict=True)), [ask.row for ask in asked]

@@ -18,7 +18,6 @@ __all__ = [
     "Step",
     "StepGroup",
     "Taken",
-    "chosen_step",
     "reading",
     "static_step",
     "take",
@@ -245,14 +244,6 @@ def _group(
         first=np.maximum(stored, np.maximum(at - window + 1, 0)),
         chunks=chunks,
     )
-
-
-def chosen_step(chosen: ChosenPages, device: Device) -> Step:
-    """Each KV head of a token as a sequence with pages of its own; their ids are to come."""
-    none, rows = np.zeros(len(chosen.places), np.int64), np.arange(len(chosen.places) + 1)
-    last = chosen.places % chosen.page_size + 1
-    group = GroupBatch(chosen.page_size, None, none, chosen.indptr, none[:0], last, none)
-    return to_device(PagedBatch(chosen.places, rows, (group,), (0,)), device)
 
 
 def reading(step: Step, indices: torch.Tensor) -> Step:
