@@ -25,6 +25,8 @@ from tiny import VOCAB, random_prompt, tiny_engine, write_llama, write_mixed
 class Device(ReferenceBackend):
     """Chooses tokens where they are computed; ``queued`` steps' tokens nobody has asked for."""
 
+    replays = True
+
     def __init__(self) -> None:
         super().__init__()
         self.queued = self.most_queued = self.launched = 0
@@ -148,7 +150,7 @@ def test_every_kind_of_cache(device: Device, tmp_path: Path, kv_format: str) -> 
     assert device.launched > 60
 
 
-@pytest.mark.parametrize("others", ["quest:budget=12,dense=1", "none"])
+@pytest.mark.parametrize("others", ["quest:budget=12,dense=1", "lsh:budget=12,dense=1", "none"])
 def test_pages_are_chosen_for_tokens_that_the_host_does_not_know(
     device: Device, tmp_path: Path, others: str
 ) -> None:

@@ -145,10 +145,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_engine(directory: Path, evict: str = "none", **options: Any) -> quire.Engine:
-    backend = options.pop("backend", "cuda-exact")
+    backend, most = options.pop("backend", "cuda-exact"), options.pop("max_batch_tokens", 16)
     cache = {"page_size": PAGE, "num_pages": 64, "evict": evict} | options
     return quire.Engine(
-        directory, backend=backend, cache=quire.CacheConfig(**cache), max_batch_tokens=16
+        directory, backend=backend, cache=quire.CacheConfig(**cache), max_batch_tokens=most
     )
 
 
@@ -233,12 +233,12 @@ def test_company_hits_and_replays_change_no_bit(
     policy: str, kv_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reply alone, launched kernel by kernel; behind a prefix hit, in replays beside one that has
-    nothing to choose from yet; and beside others that choose by something else, or not at all.
+    nothing to choose from yet and others that read all; and beside one that chooses by another.
     """
     model = write_llama(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=320)
     length = 101 if "int4" in kv_format else 30
     prompt, params = random_prompt(length, seed=1), long(max_new_tokens=6)
-    engine = open_engine(model, **settings_of(kv_format))
+    engine = open_engine(model, max_batch_tokens=256, **settings_of(kv_format))
     with monkeypatch.context() as patch:
         patch.setattr("quire.backends.cuda.backend.shape_of", lambda _batch: None)
         [alone] = engine.generate([prompt], long(max_new_tokens=4, evict=policy))
@@ -252,18 +252,34 @@ def test_company_hits_and_replays_change_no_bit(
     assert short.reading is None
     assert counted.replays >= 2, "all but those behind the prompts"
 
+    packed = "int4" in kv_format
+    reads_all = ["none", *([] if packed else ["window:budget=16"])]
+    before, prompts = counted.replays, [prompt, *[random_prompt(length, seed=3)] * len(reads_all)]
+    done = generate(engine, prompts, [policy, *reads_all])
+    assert done[0].token_ids == alone.token_ids
+    assert counted.replays >= before + 2
+    fresh = open_engine(model, **settings_of(kv_format))
+    for prompt_of, each, ours in zip(prompts[1:], reads_all, done[1:], strict=True):
+        [law] = generate(fresh, [prompt_of], [each])
+        assert ours.reading is None
+        assert (ours.token_ids, ours.logprobs) == (law.token_ids, law.logprobs)
+
     before = counted.launched
-    others = ["none", "lsh:budget=96,bits=64,dense=1"]
-    others += ["window:budget=96"] if "int4" not in kv_format else []
+    other = "lsh:budget=96,bits=64,dense=1" if packed else "lsh:budget=12,bits=64,dense=1"
+    assert generate(engine, [prompt] * 2, [policy, other])[0].token_ids == alone.token_ids
+    assert counted.launched > before
+
+
+def generate(engine: quire.Engine, prompts: list[Any], policies: list[str]) -> list[Any]:
+    """Completions of four tokens, with their logprobs, each by a policy of its own."""
     requests = [
-        engine.submit(prompt, long(max_new_tokens=4 - nth, evict=each))
-        for nth, each in enumerate([policy, *others])
+        engine.submit(prompt, long(max_new_tokens=4, evict=policy, logprobs=0))
+        for prompt, policy in zip(prompts, policies, strict=True)
     ]
     while engine.has_work:
         engine.step()
         engine.cache.check()
-    assert counted.launched > before
-    assert requests[0].completions[0].token_ids == alone.token_ids
+    return [request.completions[0] for request in requests]
 
 
 def test_what_replays_know_of_pages_is_what_is_stored(

@@ -101,12 +101,22 @@ def test_every_step_reads_what_the_paper_says(policy: str, backend: str, llama: 
 
 
 @each_backend
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "k=fp8,v=bf16"])
 def test_every_format_and_company(
-    format: str, backend: str, llama: Path, choices: list[int]
+    format: str,
+    alike: bool,
+    backend: str,
+    llama: Path,
+    choices: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With and without policies in one batch, of which the pool holds a part at a time."""
+    """With and without policies in one batch, of which the pool holds a part at a time.
+
+    And so where a backend computes all tokens alike if it can, as one does that replays steps.
+    """
     engine = open_engine(llama, backend=backend, kv_format=format, num_pages=40)
+    monkeypatch.setattr(engine.backend, "replays", alike)
     policies = QUEST, "none", LSH, "h2o:budget=20", "quest:budget=50%,dense=0", "none"
     prompts = [random_prompt(30 + 7 * i, seed=i) for i in range(len(policies))]
     requests = [

@@ -143,18 +143,32 @@ def test_a_step_is_one_copy_to_the_card_and_its_tokens_one_back(models: dict[str
 def test_tokens_that_choose_pages_are_replayed_too(
     models: dict[str, Path], when: str | int
 ) -> None:
-    """In one copy a step; behind the prompts what is known of pages is made kernel by kernel."""
-    prompts, evict = [random_prompt(30), random_prompt(5, seed=1)], "quest:budget=12,dense=1"
-    params = quire.SamplingParams(max_new_tokens=6, ignore_eos=True)
-    cache = {"evict": evict, "num_pages": 24, "prefix_cache": False}
+    """In one copy a step; behind the prompts what is known of pages is made kernel by kernel.
+
+    Beside one that has nothing to choose from yet, and one that reads all.
+    """
+    asked = [(30, "quest:budget=12,dense=1"), (5, "quest:budget=12,dense=1"), (7, "none")]
+    params = [
+        quire.SamplingParams(max_new_tokens=6, ignore_eos=True, evict=evict) for _, evict in asked
+    ]
+
+    def replies(engine: quire.Engine) -> list[Any]:
+        requests = [
+            engine.submit(random_prompt(length, seed=length), each)
+            for (length, _), each in zip(asked, params, strict=True)
+        ]
+        while engine.has_work:
+            engine.step()
+        return [(r.completions[0].token_ids, r.completions[0].reading) for r in requests]
+
+    cache = {"num_pages": 24, "prefix_cache": False}
     with make(models["full"], **cache) as engine:
-        law = engine.generate(prompts, params)
-    assert law[0].reading is not None
+        law = replies(engine)
+    assert [reading is not None for _, reading in law] == [True, False, False]
     with whole_card(policy=when) as card, make(models["full"], **cache) as engine:
-        engine.generate([random_prompt(2)], params)  # frequencies are there now
+        engine.generate([random_prompt(2)], params[0])  # frequencies are there now
         sent, fetched, replays = card.sent, card.fetched, card.timeline.replays
-        found = engine.generate(prompts, params)
-        assert [each.token_ids for each in found] == [each.token_ids for each in law]
+        assert replies(engine) == law
         steps = 2 + 5
         assert card.timeline.replays - replays == steps - 3
         assert card.sent - sent == steps

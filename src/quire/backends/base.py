@@ -88,9 +88,14 @@ class Summaries(Protocol):
 
 
 class Backend(Protocol):
-    """What a model needs. Only ``append`` changes an argument: the pool that it fills."""
+    """What a model needs. Only ``append`` changes an argument: the pool that it fills.
+
+    replays   True if it keeps what a step launches, for others of that shape: then it is best that
+              all tokens of a step are computed alike, even where some could be spared something
+    """
 
     name: str
+    replays: bool
 
     @property
     def identity(self) -> str:

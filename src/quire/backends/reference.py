@@ -59,6 +59,7 @@ class ReferenceBackend:
     """See :class:`quire.backends.base.Backend` for what each op does, with shapes and sources."""
 
     name = "reference"
+    replays = False
 
     @property
     def identity(self) -> str:

@@ -139,12 +139,16 @@ class Policies:
     def forward(self, model: CausalLM, step: Step) -> Logits:
         """Logits of a step's wanted rows."""
         attend = self.attention(step.parts, step.batch)
-        pools = self._cache.pools
-        if self._sparse is not None:
-            return self._sparse.forward(model, step.tokens, step.rows, attend)
-        if self._watch is not None:
-            return model.forward_with(step.tokens, step.batch, pools, step.rows, attend=attend)
-        return model.forward(step.tokens, step.batch, pools, step.rows)
+        pools, sparse, watch = self._cache.pools, self._sparse, self._watch
+        if sparse is None and watch is None:
+            return model.forward(step.tokens, step.batch, pools, step.rows)
+        all_wanted = len(step.rows) == len(step.tokens)
+        if sparse is not None and sparse.whole and watch is None and all_wanted:
+            return sparse.forward(model, step.tokens)
+        beside = [] if sparse is None else sparse.beside
+        return model.forward_with(
+            step.tokens, step.batch, pools, step.rows, attend=attend, beside=beside
+        )
 
     def _plain(self, batch: PagedBatch) -> Attend:
         """Attention over all pages."""

@@ -6,7 +6,8 @@ first ``dense`` ones reads, for each KV head, the first page, the newest page an
 of the others, as many as the budget allows. A sequence within its budget is read whole.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -130,45 +131,59 @@ class _Followed:
 
 @dataclass(frozen=True)
 class _Token:
-    """The one new token of a sequence that is followed, when its prompt is there.
+    """The one new token of a sequence, whose prompt is there.
 
     at, row   its sequence's number and its own in the batch
     pages     int64 [n]: of its sequence, in order, as it sees them; the last holds the token
     last      tokens in the last page, itself included
+    reads     how many pages each head reads
     """
 
     at: int
     row: int
-    followed: _Followed
-    known: KnownPages
     pages: Array
     last: int
+    reads: int
+
+    @classmethod
+    def of(cls, batch: PagedBatch, group: int, at: int, most: int | None = None) -> "_Token":
+        """Of a sequence that reads at most so many pages of a layer group, or all of them."""
+        tables = batch.groups[group]
+        row, last = int(batch.query_indptr[at]), int(tables.last_page_len[at])
+        pages = tables.pages_seen(at, int(batch.places[row]) // tables.page_size)
+        return cls(at, row, pages, last, len(pages) if most is None else min(most, len(pages)))
 
     @property
     def chooses(self) -> bool:
-        """False within its budget."""
-        return len(self.pages) > self.followed.pages
+        """False if it reads all."""
+        return self.reads < len(self.pages)
 
 
 class SparseStep:
     """A step in which some tokens read chosen pages.
 
-    whole    True if ``tokens`` are all of the batch, and choose by the same: then those within
-             their budget choose all their pages
+    whole    True if all are computed alike: each sequence has one new token, and those that choose
+             do it by the same. The others, policy or not, choose all their pages then, if the
+             backend replays steps; if it does not, there must be no others
     beside   the batches of some tokens that :meth:`attend` attends with, and which these are
     """
 
     def __init__(
-        self, cache: KVCache, backend: Backend, batch: PagedBatch, tokens: Sequence[_Token]
+        self,
+        cache: KVCache,
+        backend: Backend,
+        batch: PagedBatch,
+        choosing: Mapping[KnownPages, Sequence[_Token]],
     ) -> None:
         self._cache, self._backend, self._batch = cache, backend, batch
-        by = {known: [t for t in tokens if t.known is known] for known in _each_known(tokens)}
-        self.whole = len(by) == 1 and len(tokens) == batch.num_tokens == batch.num_sequences
-        self._tokens = [token for token in tokens if token.chooses]
-        if not self.whole:
-            by = {known: [t for t in some if t.chooses] for known, some in by.items()}
+        self._tokens = choosing
+        self.whole = (
+            len(choosing) == 1
+            and bool((np.diff(batch.query_indptr) == 1).all())
+            and (backend.replays or self._choosers == batch.num_sequences)
+        )
         self._unknown: dict[KnownPages, tuple[Array, Array]] = {}
-        self._choosing = {known: self._part(known, some) for known, some in by.items() if some}
+        self._choosing = {known: self._part(known, some) for known, some in choosing.items()}
         self._rest = {} if self.whole else self._rests()
 
     @property
@@ -176,19 +191,12 @@ class SparseStep:
         """See the class."""
         return [*self._choosing.values(), *self._rest.values()]
 
-    def forward(
-        self, model: CausalLM, tokens: Sequence[int], rows: Sequence[int], attend: Attend
-    ) -> Logits:
-        """Logits of ``rows``; ``attend`` is :meth:`attend`, or does more."""
-        pools = self._cache.pools
-        if self.whole and len(rows) == len(tokens):
-            [(known, (_, batch))] = self._choosing.items()
-            logits = model.forward_choosing(tokens, batch, pools, known.summaries)
-            known.note(*self._unknown[known])
-            return logits
-        return model.forward_with(
-            tokens, self._batch, pools, rows, attend=attend, beside=self.beside
-        )
+    def forward(self, model: CausalLM, tokens: Sequence[int]) -> Logits:
+        """Logits of all tokens of a step that is ``whole``."""
+        [(known, (_, batch))] = self._choosing.items()
+        logits = model.forward_choosing(tokens, batch, self._cache.pools, known.summaries)
+        known.note(*self._unknown[known])
+        return logits
 
     def attend(self, layer: int, query: Any) -> Any:
         """Queries [T, H, D] of ``layer`` -> [T, H * D], both the backend's own."""
@@ -214,19 +222,28 @@ class SparseStep:
     @cached_property
     def usage(self) -> dict[int, ReadUsage]:
         """What each sequence that reads sparsely reads, by its number in the batch."""
-        return {token.at: self._usage_of(token) for token in self._tokens}
+        return {
+            token.at: self._usage_of(known, token)
+            for known, tokens in self._tokens.items()
+            for token in tokens
+        }
 
     # -- inside ------------------------------------------------------------------------------
 
+    @property
+    def _choosers(self) -> int:
+        return sum(map(len, self._tokens.values()))
+
     def _part(self, known: KnownPages, tokens: Sequence[_Token]) -> SomeRows:
         """The batch of tokens that choose by the same, with the pages that they choose from."""
-        tables = self._tables(known, tokens)
-        self._unknown[known] = fresh, _ = known.unknown(*tables)
+        self._unknown[known] = fresh, _ = known.unknown(*self._tables(known.group, tokens))
+        if self.whole and len(tokens) < self._batch.num_sequences:
+            tokens = self._with_others(known.group, tokens)
         candidates = Candidates.of(
             self._cache.layout.page_size,
             self._cache.layout.shapes[known.layers[0]].num_kv_heads,
-            tables,
-            counts=[min(token.followed.pages, len(token.pages)) for token in tokens],
+            self._tables(known.group, tokens),
+            counts=[token.reads for token in tokens],
             last_page_len=[token.last for token in tokens],
             fresh=fresh,
         )
@@ -234,11 +251,16 @@ class SparseStep:
         batch = self._batch if self.whole else self._batch.select(rows)
         return rows, replace(batch, candidates=candidates)
 
-    def _tables(self, known: KnownPages, tokens: Sequence[_Token]) -> tuple[Array, Array]:
+    def _with_others(self, group: int, tokens: Sequence[_Token]) -> list[_Token]:
+        """Of every sequence; those that are not among ``tokens`` read all."""
+        own, batch = {token.at: token for token in tokens}, self._batch
+        every = range(batch.num_sequences)
+        return [own[at] if at in own else _Token.of(batch, group, at) for at in every]
+
+    def _tables(self, group: int, tokens: Sequence[_Token]) -> tuple[Array, Array]:
         """Where the pages of each token begin, and all of them: the batch's own if that is so."""
-        [group] = {self._batch.group_of_layer[layer] for layer in known.layers}
         tables = self._batch.groups[group]
-        if self.whole and not tables.open.are_used:
+        if len(tokens) == self._batch.num_sequences and not tables.open.are_used:
             return tables.indptr, tables.indices
         starts = np.cumsum([0, *(len(token.pages) for token in tokens)])
         return starts, np.concatenate([token.pages for token in tokens])
@@ -258,12 +280,12 @@ class SparseStep:
                     rests[choosing] = others, self._batch.select(others)
         return rests
 
-    def _usage_of(self, token: _Token) -> ReadUsage:
+    def _usage_of(self, known: KnownPages, token: _Token) -> ReadUsage:
         size = self._cache.layout.page_size
         held = (len(token.pages) - 1) * size + token.last
-        read = (token.followed.pages - 1) * size + token.last
-        bytes_read, bytes_held = float((len(token.pages) - 2) * token.known.bytes_per_page), 0.0
-        for (chooses, window), each in token.known.bytes_of_layers.items():
+        read = (token.reads - 1) * size + token.last
+        bytes_read, bytes_held = float((len(token.pages) - 2) * known.bytes_per_page), 0.0
+        for (chooses, window), each in known.bytes_of_layers.items():
             seen = held if window is None else min(held, window)
             bytes_held += seen * each
             bytes_read += (read if chooses else seen) * each
@@ -304,27 +326,21 @@ class Reader:
         """How a step attends; None if all of it reads all pages."""
         if not self._followed:
             return None
-        tokens = []
+        choosing = defaultdict[KnownPages, list[_Token]](list)
         for at, (sequence, new, _) in enumerate(parts):
             followed = self._followed.get(sequence)
             if followed is None or len(new) != 1:
                 continue
             if self._cache.length(sequence) >= followed.prompt:
-                tokens.append(self._token(at, followed, batch))
-        if not any(token.chooses for token in tokens):
-            return None
-        return SparseStep(self._cache, self._backend, batch, tokens)
+                known = self._known_of(followed.choice)
+                token = _Token.of(batch, known.group, at, followed.pages)
+                if token.chooses:
+                    choosing[known].append(token)
+        return SparseStep(self._cache, self._backend, batch, choosing) if choosing else None
 
     def settle(self, step: SparseStep) -> None:
         """``step`` was committed."""
         self.usage = sum(step.usage.values(), self.usage)
-
-    def _token(self, at: int, followed: _Followed, batch: PagedBatch) -> _Token:
-        known = self._known_of(followed.choice)
-        tables = batch.groups[batch.group_of_layer[known.layers[0]]]
-        row, last = int(batch.query_indptr[at]), int(tables.last_page_len[at])
-        pages = tables.pages_seen(at, int(batch.places[row]) // tables.page_size)
-        return _Token(at, row, followed, known, pages, last)
 
     def _known_of(self, choice: EvictChoice) -> KnownPages:
         layers = read_layers(self._cache.layout, choice)
@@ -332,7 +348,3 @@ class Reader:
         if key not in self._known:
             self._known[key] = KnownPages(self._cache, self._backend, choice, layers)
         return self._known[key]
-
-
-def _each_known(tokens: Iterable[_Token]) -> list[KnownPages]:
-    return list(dict.fromkeys(token.known for token in tokens))

@@ -25,6 +25,7 @@ class KnownPages:
     """Of some layers of one group; made for all of them together.
 
     layers      those that choose pages; they share page tables
+    group       their layer group
     summaries   of every layer; None of those that do not choose
     num_pages   how many there can be. Where pages are packed, none but those: the first page and
                 the newest, which are not, are always read
@@ -34,7 +35,7 @@ class KnownPages:
         self, cache: KVCache, backend: Backend, choice: EvictChoice, layers: tuple[int, ...]
     ) -> None:
         self._cache, self.layers = cache, layers
-        self._group = cache.layout.group_of_layer[layers[0]]
+        self.group = cache.layout.group_of_layer[layers[0]]
         self.num_pages = cache.pools[layers[0]].num_pages
         self.summaries = tuple(
             backend.summaries(pool, choice.policy, choice.bits) if layer in layers else None
@@ -67,7 +68,7 @@ class KnownPages:
         Of pages ``indices[indptr[s]:indptr[s + 1]]`` of each sequence but the first and the last,
         which are read whatever is known of them. For :meth:`note`.
         """
-        now = self._cache.generations(self._group)[: self.num_pages]
+        now = self._cache.generations(self.group)[: self.num_pages]
         stale = np.zeros(int(indices.max()) + 1, bool)  # ids of open pages are higher
         stale[: self.num_pages] = (self._made != now)[: len(stale)]
         missing = stale[indices]

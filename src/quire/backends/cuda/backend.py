@@ -66,6 +66,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    replays = True
 
     def __init__(self, exact: bool = False) -> None:
         self.exact, self.device = exact, find_device()

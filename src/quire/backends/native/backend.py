@@ -53,6 +53,7 @@ class NativeBackend:
     """
 
     name = "native"
+    replays = False
 
     def __init__(self, variant: str | None = None, threads: int | None = None) -> None:
         threads = this_machine().threads if threads is None else threads
