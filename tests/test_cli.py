@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import quire
+from quire.cli import cli
 from quire.models import resolve_model
 
 QUILL = resolve_model(None)
@@ -371,6 +374,23 @@ def test_tokens_above_a_budget_are_dropped_and_counted() -> None:
     refused = run("generate", prompt, "--evict", "windows:budget=40")
     assert refused.returncode != 0
     assert b"did you mean 'window'?" in refused.stderr
+
+
+def test_what_evict_asks_for_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the engine's own policy, so its summaries of pages are counted before loading."""
+    engines: list[quire.Engine] = []
+
+    def submit(engine: quire.Engine, *_: Any) -> Any:
+        engines.append(engine)
+        raise quire.QuireError("that will do")
+
+    monkeypatch.setattr(quire.Engine, "submit", submit)
+    for evict in ("quest:budget=64", "none"):
+        CliRunner().invoke(cli, ["generate", "import", "--evict", evict, "--num-pages", "32"])
+    [sparse, plain] = [engine.plan.memory.summaries for engine in engines]
+    heads, dim, layers = 2, 64, 2  # of quill; two of its four layers choose
+    assert sparse == 32 * layers * heads * 2 * dim * 2
+    assert plain == 0
 
 
 def test_a_chat_that_is_saved_keeps_every_token(tmp_path: Path) -> None:

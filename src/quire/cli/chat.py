@@ -42,7 +42,7 @@ def chat(system: str | None, path: Path | None, **options: Any) -> None:
     if saved and system is not None:
         raise click.UsageError(f"{path} begins with its own messages; leave --system away")
     params = sampling_params(options)
-    _require_kept(path, params)
+    _require_kept(path, options["evict"])
     engine = make_engine(options)
     if engine.codec is None:
         raise RequestError(f"{engine.directory} has no tokenizer, so it cannot chat")
@@ -73,9 +73,9 @@ def chat(system: str | None, path: Path | None, **options: Any) -> None:
             _save(engine, path, last, messages)
 
 
-def _require_kept(path: Path | None, params: "SamplingParams") -> None:
+def _require_kept(path: Path | None, evict: str) -> None:
     """Refuse to save a conversation of which tokens are dropped."""
-    choice = None if params.evict is None else parse_eviction(params.evict)
+    choice = parse_eviction(evict)
     if path is not None and choice is not None and choice.drops:
         raise click.UsageError(
             "a session keeps every token, and --evict drops some; leave one of them away"

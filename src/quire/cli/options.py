@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from quire.cli.progress import loading_progress
+from quire.evict_choice import NO_EVICTION
 
 if TYPE_CHECKING:
     from quire.engine import Engine, SamplingParams
@@ -144,9 +145,11 @@ _SAMPLING = (
     click.option(
         "--evict",
         metavar="SPEC",
+        default=NO_EVICTION,
+        show_default=True,
         help="Drop what is above a budget of tokens, at a loss: window:budget=512,sink=4, "
         "knorm:budget=512, snapkv:budget=25% or h2o:budget=512; or keep all and read a budget of "
-        "them: quest:budget=1024 or lsh:budget=1024.  [default: none]",
+        "them: quest:budget=1024 or lsh:budget=1024.",
     ),
 )
 
@@ -166,6 +169,7 @@ sampling_options = _with(_SAMPLING)
 def make_engine(options: dict[str, Any]) -> "Engine":
     """The engine that ``engine_options`` describe; takes its options out of ``options``.
 
+    And ``evict`` of ``sampling_options``: as the engine's own policy it is in the plan.
     Shows progress while loading, and says on standard error which model is used when none was
     named and which config keys were not understood.
     """
@@ -175,6 +179,7 @@ def make_engine(options: dict[str, Any]) -> "Engine":
     cache = CacheConfig(
         page_size=_page_size(options.pop("page_size")),
         kv_format=options.pop("kv_format"),
+        evict=options.pop("evict", NO_EVICTION),
         **{name: options.pop(name) for name in _TIERS},
         **_pool_size(options.pop("num_pages"), options.pop("kv_memory")),
     )
@@ -244,13 +249,13 @@ def _warn_of_tiers(engine: "Engine") -> None:
 
 
 def sampling_params(options: dict[str, Any], **fixed: Any) -> "SamplingParams":
-    """The parameters that ``sampling_options`` describe; takes them out of ``options``."""
+    """The parameters that ``sampling_options`` describe, but ``evict``; takes them out."""
     from quire.engine import SamplingParams
 
     names = (
         *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"),
         *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-        *("beam_width", "length_penalty", "evict"),
+        *("beam_width", "length_penalty"),
     )
     return SamplingParams(**{name: options.pop(name) for name in names}, **fixed)
 

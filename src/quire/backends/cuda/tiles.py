@@ -37,10 +37,13 @@ class Tiles:
 
 
 def in_columns(shape: PageShape, share: int) -> bool:
-    """True where decode has the ``share`` heads of a KV head for columns: see ``columns.py``."""
+    """True where decode has the ``share`` heads of a KV head for columns: see ``columns.py``.
+
+    Of packed keys every other number is one operand, which products want 16 of.
+    """
     key, value = shape.key_format, shape.value_format
     whole = shape.value_dim % parts_of(value.name) == 0
-    fours = key.kind != "page" or shape.key_dim % 4 == 0
+    fours = key.kind != "page" or (shape.key_dim % 4 == 0 and shape.key_dim > 16)
     return share <= 16 and whole and fours and "fp32" not in (key.name, value.name)
 
 
