@@ -214,7 +214,7 @@ def test_a_query_sees_its_own_page_and_the_first_open_and_others_packed(
     check(subject, Case(150, (7, 64, 65, 128), format=format, window=window))
 
 
-@pytest.mark.parametrize("heads", [(1, 1, 32), (6, 3, 33), (2, 1, 64), (14, 2, 128)])
+@pytest.mark.parametrize("heads", [(4, 2, 16), (1, 1, 32), (6, 3, 33), (2, 1, 64), (14, 2, 128)])
 @pytest.mark.parametrize("format", ["int4", "int2"])
 def test_every_head_size(subject: Subject, heads: tuple[int, int, int], format: str) -> None:
     check(subject, Case(80, (33,), heads, format=format))
