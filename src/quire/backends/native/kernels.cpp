@@ -11,11 +11,26 @@
 
 namespace quire {
 namespace {
-// Sixteen floats to bf16, rounded to nearest even.
-inline void store_bf16(const float* x, uint16_t* to) {
+#if defined(__AVX512F__)
+// Sixteen floats as bf16, rounded to nearest even.
+inline __m256i rounded(__m512 x) {
 #if defined(__AVX512BF16__)
-    __m256bh h = _mm512_cvtneps_pbh(_mm512_loadu_ps(x));
-    std::memcpy(to, &h, 32);
+    return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+#endif
+}
+#endif
+
+// Sixteen floats to bf16.
+inline void store_bf16(const float* x, uint16_t* to) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded(_mm512_loadu_ps(x)));
 #else
     for (int i = 0; i < 16; ++i) to[i] = float_to_bf16(x[i]);
 #endif
@@ -23,8 +38,8 @@ inline void store_bf16(const float* x, uint16_t* to) {
 
 // The same from lanes; gives what was stored.
 inline F16 store_rounded(F16 x, uint16_t* to) {
-#if defined(__AVX512BF16__)
-    __m256i h = (__m256i)_mm512_cvtneps_pbh(x.v);
+#if defined(__AVX512F__)
+    __m256i h = rounded(x.v);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), h);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 #else

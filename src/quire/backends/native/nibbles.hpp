@@ -53,9 +53,8 @@ __attribute__((always_inline)) inline Pairs load_packed(const char* p, int k) {
 #else
     uint16_t half[32];
     std::memcpy(half, p, sizeof half);
-    Pairs r;
-    for (int i = 0; i < 32; ++i) r.v[i] = table[half[i] >> (BITS * k) & ((1 << BITS) - 1)];
-    return r;
+    for (uint16_t& x : half) x = table[x >> (BITS * k) & ((1 << BITS) - 1)];
+    return Pairs::load(half);
 #endif
 }
 

@@ -39,9 +39,11 @@ inline void store_integers(F16 x, uint32_t* to) {
     __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
     store_words(_mm256_permute4x64_epi64(both, 0xd8), to);
 #else
+    float lane[16];
     uint16_t v[16];
+    x.store(lane);
     for (int i = 0; i < 16; ++i)  // NaN has no integer
-        v[i] = x.v[i] == x.v[i] ? uint16_t(int16_t(x.v[i])) : 0;
+        v[i] = lane[i] == lane[i] ? uint16_t(int16_t(lane[i])) : 0;
     store_words(v, to);
 #endif
 }
@@ -151,13 +153,13 @@ inline Pairs load_fp8(const uint8_t* p, bool second) {
     }
     return r;
 #else
-    Pairs r;
+    uint16_t v[32];
     for (int i = 0; i < 32; ++i) {
         uint8_t x = p[2 * i + second];
         uint16_t size = x & 0x78 ? uint16_t(((x & 0x7f) << 4) + EXPONENT) : SMALL[x & 7];
-        r.v[i] = uint16_t(size | (x & 0x80) << 8);
+        v[i] = uint16_t(size | (x & 0x80) << 8);
     }
-    return r;
+    return Pairs::load(v);
 #endif
 }
 
@@ -228,9 +230,9 @@ struct Sums {
         return r;
     }
     F16 value() const {
-        F16 r;
-        for (int i = 0; i < 16; ++i) r.v[i] = float(int32_t(all[i]));
-        return r;
+        float lane[16];
+        for (int i = 0; i < 16; ++i) lane[i] = float(int32_t(all[i]));
+        return F16::load(lane);
     }
 #endif
 };

@@ -1,4 +1,4 @@
-// Sixteen float32 lanes, whatever the machine: AVX-512, two AVX2 registers, or a plain array.
+// Sixteen float32 lanes, whatever the machine: AVX-512, two AVX2 registers, or four of four lanes.
 //
 // Every kernel is written once against F16 and Pairs and compiled once per variant with other
 // flags, so that layouts and reduction orders are those of 16 lanes everywhere. Within a variant an
@@ -178,70 +178,103 @@ inline void store_some(F16 x, float* p, int n) {
 
 #else
 
+// Four registers of four lanes, which SSE2 and NEON have.
+typedef float Four __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef int32_t Integers __attribute__((vector_size(16)));
+
+inline Four pick(Words mask, Four a, Four b) { return Four((mask & Words(a)) | (~mask & Words(b))); }
+
 struct F16 {
-    float v[16];
+    Four v[4];
     static F16 zero() { return set(0.0f); }
     static F16 set(float x) {
-        F16 r;
-        for (float& lane : r.v) lane = x;
-        return r;
+        Four all = {x, x, x, x};
+        return {{all, all, all, all}};
     }
     static F16 load(const float* p) {
         F16 r;
         std::memcpy(r.v, p, sizeof r.v);
         return r;
     }
+    // Each of sixteen numbers of 16 bits in its lane.
+    template <class Op>
+    static F16 widen(const uint16_t* p, Op op) {
+        Words w[4];
+        for (int i = 0; i < 4; ++i) w[i] = Words{p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]};
+        return {{op(w[0]), op(w[1]), op(w[2]), op(w[3])}};
+    }
     static F16 load_bf16(const uint16_t* p) {
-        F16 r;
-        for (int i = 0; i < 16; ++i) r.v[i] = bf16_to_float(p[i]);
-        return r;
+        return widen(p, [](Words x) { return Four(x << 16); });
     }
     static F16 load_fp16(const uint16_t* p) {
-        F16 r;
-        for (int i = 0; i < 16; ++i) r.v[i] = fp16_to_float(p[i]);
-        return r;
+        return widen(p, [](Words x) {  // as fp16_to_float
+            Words bits = Words(Four((x & 0x7fff) << 13) * 0x1p112f);
+            Words special = Words((x & 0x7c00) == 0x7c00) & 0x7f800000;
+            return Four(bits | special | (x & 0x8000) << 16);
+        });
     }
     void store(float* p) const { std::memcpy(p, v, sizeof v); }
 };
 template <class Op>
 inline F16 each(F16 a, F16 b, Op op) {
-    for (int i = 0; i < 16; ++i) a.v[i] = op(a.v[i], b.v[i]);
-    return a;
+    return {{op(a.v[0], b.v[0]), op(a.v[1], b.v[1]), op(a.v[2], b.v[2]), op(a.v[3], b.v[3])}};
 }
-inline F16 operator+(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x + y; }); }
-inline F16 operator-(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x - y; }); }
-inline F16 operator*(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x * y; }); }
-inline F16 operator/(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x / y; }); }
+// Lane by lane, with its number.
+template <class Op>
+inline F16 each_lane(F16 a, Op op) {
+    float lane[16];
+    a.store(lane);
+    for (int i = 0; i < 16; ++i) lane[i] = op(lane[i], i);
+    return F16::load(lane);
+}
+inline Four greater(Four x, Four y) { return pick(Words(x > y), x, y); }
+inline F16 operator+(F16 a, F16 b) { return each(a, b, [](Four x, Four y) { return x + y; }); }
+inline F16 operator-(F16 a, F16 b) { return each(a, b, [](Four x, Four y) { return x - y; }); }
+inline F16 operator*(F16 a, F16 b) { return each(a, b, [](Four x, Four y) { return x * y; }); }
+inline F16 operator/(F16 a, F16 b) { return each(a, b, [](Four x, Four y) { return x / y; }); }
 inline F16 fma(F16 a, F16 b, F16 c) { return a * b + c; }  // two roundings: compiled uncontracted
-inline F16 max(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x > y ? x : y; }); }
-inline F16 min(F16 a, F16 b) { return each(a, b, [](float x, float y) { return x < y ? x : y; }); }
+inline F16 max(F16 a, F16 b) { return each(a, b, greater); }
+inline F16 min(F16 a, F16 b) {
+    return each(a, b, [](Four x, Four y) { return pick(Words(x < y), x, y); });
+}
+inline Four round_four(Four x) {  // adding 2^23 leaves no place behind the point
+    Words sign = Words(x) & 0x80000000u;
+    Four size = Four(Words(x) ^ sign), whole = (size + 0x1p23f) - 0x1p23f;
+    return pick(Words(size < 0x1p23f), Four(Words(whole) | sign), x);
+}
 inline F16 round_even(F16 a) {
-    for (float& lane : a.v) lane = std::nearbyint(lane);
-    return a;
+    return each(a, a, [](Four x, Four) { return round_four(x); });
 }
 inline F16 scale_by_power(F16 a, F16 n) {
-    for (int i = 0; i < 16; ++i)  // NaN has no integer
-        if (n.v[i] == n.v[i]) a.v[i] = std::ldexp(a.v[i], int(n.v[i]));
-    return a;
+    return each(a, n, [](Four x, Four n) {  // in two steps, each within the exponent's range
+        Integers whole = __builtin_convertvector(n, Integers), first = whole >> 1;
+        auto power = [](Integers e) { return Four((e + 127) << 23); };
+        return x * power(first) * power(whole - first);
+    });
 }
 inline F16 floor(F16 a) {
-    for (float& lane : a.v) lane = std::floor(lane);
-    return a;
+    return each(a, a, [](Four x, Four) {
+        Four whole = round_four(x), one = {1.0f, 1.0f, 1.0f, 1.0f};
+        return whole - Four(Words(whole > x) & Words(one));
+    });
 }
 inline F16 fraction(F16 x) { return x - floor(x); }
 inline F16 scale_by_floor(F16 a, F16 x) { return scale_by_power(a, floor(x)); }
 inline F16 keep(F16 a, int low, int high, F16 other) {
-    for (int i = 0; i < 16; ++i)
-        if (i < low || i >= high) a.v[i] = other.v[i];
-    return a;
+    float kept[16];
+    other.store(kept);
+    return each_lane(a, [&](float x, int i) { return i < low || i >= high ? kept[i] : x; });
 }
 inline F16 load_some(const float* p, int n) {
-    F16 r = F16::zero();
-    for (int i = 0; i < n; ++i) r.v[i] = p[i];
-    return r;
+    float some[16] = {};
+    for (int i = 0; i < n; ++i) some[i] = p[i];
+    return F16::load(some);
 }
 inline void store_some(F16 a, float* p, int n) {
-    for (int i = 0; i < n; ++i) p[i] = a.v[i];
+    float lane[16];
+    a.store(lane);
+    for (int i = 0; i < n; ++i) p[i] = lane[i];
 }
 
 #endif
@@ -315,14 +348,13 @@ inline void store_sums(const F16 (&x)[R], float* to) {
 #endif
 #else
 inline float sum(F16 a) {
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
-    return a.v[0];
+    Four four = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 inline float max(F16 a) {
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
-    return a.v[0];
+    Four four = greater(greater(a.v[0], a.v[2]), greater(a.v[1], a.v[3]));
+    float even = four[0] > four[2] ? four[0] : four[2], odd = four[1] > four[3] ? four[1] : four[3];
+    return even > odd ? even : odd;
 }
 #endif
 
@@ -344,7 +376,7 @@ inline F16 max_bits(F16 a, F16 b) {
     };
     return {half(a.a, b.a), half(a.b, b.b)};
 #else
-    return each(a, b, [](float x, float y) { return x != x || x > y ? x : y; });
+    return each(a, b, [](Four x, Four y) { return pick(Words((x != x) | (x > y)), x, y); });
 #endif
 }
 inline float max_bits(F16 a) {
@@ -428,27 +460,23 @@ struct Pairs {
                 _mm256_castsi256_ps(_mm256_and_si256(b, mask))};
     }
 #else
-    uint16_t v[32];
+    Words v[4];
     static Pairs load(const uint16_t* p) {
         Pairs r;
         std::memcpy(r.v, p, sizeof r.v);
         return r;
     }
     static Pairs set(uint32_t pair) {
-        Pairs r;
-        for (int i = 0; i < 16; ++i) r.v[2 * i] = uint16_t(pair), r.v[2 * i + 1] = uint16_t(pair >> 16);
-        return r;
+        Words all = {pair, pair, pair, pair};
+        return {{all, all, all, all}};
     }
     void store(void* to) const { std::memcpy(to, v, sizeof v); }
     F16 first() const {
-        F16 r;
-        for (int i = 0; i < 16; ++i) r.v[i] = bf16_to_float(v[2 * i]);
-        return r;
+        return {{Four(v[0] << 16), Four(v[1] << 16), Four(v[2] << 16), Four(v[3] << 16)}};
     }
     F16 second() const {
-        F16 r;
-        for (int i = 0; i < 16; ++i) r.v[i] = bf16_to_float(v[2 * i + 1]);
-        return r;
+        auto high = [](Words x) { return Four(x & 0xffff0000u); };
+        return {{high(v[0]), high(v[1]), high(v[2]), high(v[3])}};
     }
 #endif
 };
