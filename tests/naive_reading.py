@@ -1,5 +1,9 @@
-"""Choosing pages, slow and obvious: float64, one page and one dimension after the other."""
+"""Choosing pages, slow and obvious: float64, one page and one dimension after the other.
 
+What is made of a page or a key is remembered by its numbers: it is asked for again in every step.
+"""
+
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -19,16 +23,23 @@ def outwards(number: float, up: bool) -> float:
     return float(near)
 
 
+@cache
+def bounds_of(numbers: bytes, dim: int) -> list[tuple[float, float]]:
+    """The least and the greatest float32 number of each dimension, outwards."""
+    keys = np.frombuffer(numbers, np.float32).reshape(-1, dim)
+    columns = [[float(key[d]) for key in keys] for d in range(dim)]
+    return [(outwards(min(each), up=False), outwards(max(each), up=True)) for each in columns]
+
+
 def quest_score(queries: Array, keys: Array) -> float:
     """The bound of a page's keys [page_size, D]: Tang et al., 2024, arXiv:2406.10774, section 3.3.
 
     Summed over the queries [share, D] that share the page's KV head.
     """
     total = 0.0
+    bounds = bounds_of(keys.astype(np.float32).tobytes(), keys.shape[1])
     for query in queries.astype(np.float64):
-        for d, q in enumerate(query):
-            least = outwards(min(float(key[d]) for key in keys), up=False)
-            greatest = outwards(max(float(key[d]) for key in keys), up=True)
+        for q, (least, greatest) in zip(query, bounds, strict=True):
             total += max(q * least, q * greatest)
     return total
 
@@ -36,14 +47,16 @@ def quest_score(queries: Array, keys: Array) -> float:
 def lsh_score(planes: Array) -> Any:
     """Matching bits of the best key of a page: Charikar, 2002, and MagicPIG, arXiv:2410.16179."""
 
-    def side(x: Array) -> list[bool]:
-        return [float(x.astype(np.float64) @ plane) > 0 for plane in planes.T.astype(np.float64)]
+    @cache
+    def side(numbers: bytes) -> list[bool]:
+        x = np.frombuffer(numbers, np.float32).astype(np.float64)
+        return [float(x @ plane) > 0 for plane in planes.T.astype(np.float64)]
 
     def score(queries: Array, keys: Array) -> float:
-        sides = [side(key) for key in keys]
+        sides = [side(key.astype(np.float32).tobytes()) for key in keys]
         best = []
         for query in queries:
-            own = side(query)
+            own = side(query.astype(np.float32).tobytes())
             best.append(max(sum(a == b for a, b in zip(own, s, strict=True)) for s in sides))
         return float(sum(best))
 

@@ -1,6 +1,7 @@
 """What the disk tier promises beside test_tiers.py: kills, damage, full disks, sharing."""
 
 import contextlib
+import json
 import os
 import pickle
 import random
@@ -218,24 +219,30 @@ def test_a_writer_killed_two_hundred_times(tmp_path: Path, budget: int) -> None:
 
 
 def _kill(root: Path, times: int, budget: int) -> None:
-    generator = random.Random(budget)
-    for turn in range(times):
-        directory = root / str(turn // 10)  # ten kills on each store
-        first = 10_000 * turn
-        writer = subprocess.Popen(
-            program("write", directory, budget, first, 5000), stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout is not None
-        with writer.stdout as lines:
-            told = [lines.readline()]
-            time.sleep(generator.uniform(0, 0.15))
-            writer.send_signal(signal.SIGKILL)
-            told += lines.readlines()
-        assert writer.wait() == -signal.SIGKILL
-        # The kill may cut the last line short.
-        stored = [int(i) for line in told if line.endswith("\n") for i in line.split()]
-        assert stored
-        _assert_kept(directory, stored, budget)
+    """Writers are forks of one process: starting Python takes longer than they run."""
+    generator, pipe = random.Random(budget), root / "told"
+    os.mkfifo(pipe)
+    server = subprocess.Popen(
+        program("serve"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with server as forks:
+        assert forks.stdin is not None
+        assert forks.stdout is not None
+        for turn in range(times):
+            directory = root / str(turn // 10)  # ten kills on each store
+            writer = ["write", str(directory), str(budget), str(10_000 * turn), "5000"]
+            print(json.dumps([str(pipe), *writer]), file=forks.stdin, flush=True)
+            process = int(forks.stdout.readline())
+            with pipe.open() as lines:
+                told = [lines.readline()]
+                time.sleep(generator.uniform(0, 0.15))
+                os.kill(process, signal.SIGKILL)
+                told += lines.readlines()
+            assert int(forks.stdout.readline()) == -signal.SIGKILL
+            # The kill may cut the last line short.
+            stored = [int(i) for line in told if line.endswith("\n") for i in line.split()]
+            assert stored
+            _assert_kept(directory, stored, budget)
 
 
 def _assert_kept(directory: Path, stored: list[int], budget: int) -> None:

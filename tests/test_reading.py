@@ -101,8 +101,10 @@ def test_every_step_reads_what_the_paper_says(policy: str, backend: str, llama: 
 
 
 @each_backend
-@pytest.mark.parametrize("alike", [False, True])
-@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "k=fp8,v=bf16"])
+@pytest.mark.parametrize(
+    ("format", "alike"),
+    [("fp32", False), ("bf16", False), ("int8", False), ("k=fp8,v=bf16", False), ("bf16", True)],
+)
 def test_every_format_and_company(
     format: str,
     alike: bool,

@@ -3,6 +3,8 @@
 ``python tier_programs.py NAME ARGUMENTS...``; each prints what it did, line by line.
 """
 
+import json
+import os
 import random
 import resource
 import shutil
@@ -44,6 +46,23 @@ def write(directory: str, budget: str, first: str, count: str) -> None:
         number = burst.stop
     tier.close()
     say("closed", tier.usage().last_drop)
+
+
+def serve() -> None:
+    """Run each line of standard input, JSON ``[FILE, NAME, ARGUMENTS...]``, in a fork of this
+    process that prints to FILE. Says which process that is, and with which code it ended.
+    """
+    for line in sys.stdin:
+        file, name, *arguments = json.loads(line)
+        fork = os.fork()
+        if not fork:
+            try:
+                os.dup2(os.open(file, os.O_WRONLY), sys.stdout.fileno())
+                PROGRAMS[name](*arguments)
+            finally:
+                os._exit(1)  # nobody waits for the end of a program
+        say(fork)
+        say(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
 
 
 def share(directory: str, budget: str, seed: str, steps: str) -> None:
@@ -139,7 +158,7 @@ def _use(tier: DiskTier, count: int) -> int:
     return hits
 
 
-PROGRAMS = {"write": write, "share": share, "fill": fill, "damage": damage}
+PROGRAMS = {"write": write, "serve": serve, "share": share, "fill": fill, "damage": damage}
 
 if __name__ == "__main__":
     PROGRAMS[sys.argv[1]](*sys.argv[2:])
