@@ -4,6 +4,7 @@ What is queued there is done late, at once, or at moments that a seed draws (``s
 tokens are the same. Under Triton's interpreter, whose kernels compute here.
 """
 
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -311,3 +312,23 @@ def test_steps_for_which_memory_ends_say_so_and_later_ones_go_on(models: dict[st
     assert len(told) > 3
     assert all("Tried to allocate" in each and "lower kv_memory" in each for each in told)
     assert request.completions[0].token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("when", LATEST)
+def test_a_step_that_fails_while_it_is_captured_leaves_nothing_that_reads_what_is_let_go(
+    models: dict[str, Path], when: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had launched reads weights and token ids before they are another's."""
+    from quire.backends.cuda.backend import CudaBackend
+
+    def ends(*_: Any) -> Any:
+        raise BackendError("the head does not fit")
+
+    with whole_card(policy=when) as card:
+        engine = make(models["full"])
+        monkeypatch.setattr(CudaBackend, "product", ends)  # of steps that are captured
+        with pytest.raises(BackendError, match="the head does not fit"):
+            engine.generate([random_prompt(3)], PARAMS[0])
+        del engine
+        gc.collect()
+        card.timeline.synchronize()

@@ -134,9 +134,11 @@ class StepGraph:
         """
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            self._compute()
-        torch.cuda.current_stream().wait_stream(beside)
+        try:
+            with torch.cuda.stream(beside):
+                self._compute()
+        finally:  # if it fails, what it has launched still reads what is let go now
+            torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         device = self._backend.device
         with (
