@@ -1,4 +1,5 @@
-"""Compiles the cuda backend's kernels that choose pages for cards that are not there; needs no GPU.
+"""Compiles the cuda backend's kernels that choose pages, or decode the keys by which tokens are
+dropped, for cards that are not there; needs no GPU.
 
 Run as ``python tests/cuda_compile_reading.py 80 90``: one line a kernel with what a program takes
 (see ``cuda_compile.py``), for 32 query heads and 8 KV heads of 128.
@@ -34,6 +35,10 @@ def launches() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], int]]
         stored = {"key": POINTERS.get(name, "*u8")}
         yield f"bounds, {name}", knowing.bounds_kernel, sizes, stored, 4
         yield f"signatures, {name}", knowing.signs_kernel, {**sizes, "BITS": BITS}, stored, 4
+        if per == 1:
+            plain = {each: sizes[each] for each in sizes if each not in ("PER", "GROUP")}
+            more = {**stored, "out": "*fp32", "first_head": "i32", "tokens": "i32"}
+            yield f"keys, {name}", knowing.keys_kernel, plain, more, 4
     asked = {"D": DIM, "DP": DIM, "ROWS": 16, "BITS": BITS}
     yield "signatures of queries", knowing.query_signs_kernel, asked, {}, 4
     scored = {"G": HEADS, "SHARE": SHARE}

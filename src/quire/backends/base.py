@@ -230,6 +230,19 @@ class Backend(Protocol):
         a KV head. Makes summaries of ``candidates.fresh`` first.
         """
 
+    def weigh_keys(
+        self, query: Array, pool: PagePool, pages: Sequence[int] | HostArray, places: HostArray
+    ) -> Array:
+        """What queries of one sequence give each of its keys: float32 [G, n], n keys in ``pages``.
+
+        query [T, H, D], its own or the host's, stands at ``places`` int64 [T], ascending; n is the
+        last and one. Softmax weights, of each query over the keys up to its own, are summed over
+        queries and over the heads that share a KV head. Pages of single tokens alone.
+        """
+
+    def key_norms(self, pool: PagePool, pages: Sequence[int] | HostArray, count: int) -> Array:
+        """L2 norms float32 [G, count] of the first keys in ``pages``, of single tokens."""
+
     def join_rows(self, parts: Sequence[tuple[HostArray, Array]]) -> Array:
         """One array of all rows: x[i] of each (rows [R], x [R, n]) is row ``rows[i]``."""
 

@@ -32,6 +32,7 @@ from quire.backends.selecting import (
     score_bounds,
     score_signatures,
 )
+from quire.backends.weighing import key_norms, weigh_keys
 from quire.batch import Candidates, ChosenPages, GroupBatch, PagedBatch
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
@@ -183,6 +184,16 @@ class ReferenceBackend:
         """Queries [S, H, D]; one sequence at a time."""
         assert isinstance(summaries, HostSummaries)
         return choose_pages(query, summaries, candidates, _score)
+
+    def weigh_keys(
+        self, query: Array, pool: PagePool, pages: Sequence[int] | Array, places: Array
+    ) -> Array:
+        """Queries [T, H, D] -> [G, n]."""
+        return weigh_keys(query, pool, pages, places)
+
+    def key_norms(self, pool: PagePool, pages: Sequence[int] | Array, count: int) -> Array:
+        """[G, count]."""
+        return key_norms(pool, pages, count)
 
     def join_rows(self, parts: Sequence[tuple[Array, Array]]) -> Array:
         """Of rows [R] and x [R, n] each -> [T, n]."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["attention_weights", "best_and_recent", "first_and_recent", "key_norms", "spread_votes"]
+__all__ = ["best_and_recent", "first_and_recent", "spread_votes"]
 
 Array = npt.NDArray[Any]
 Places = npt.NDArray[np.int64]
@@ -32,32 +32,6 @@ def best_and_recent(scores: Array, budget: int, recent: int) -> Places:
     best = np.argsort(-older, axis=1, kind="stable")[:, : budget - recent]
     newest = np.tile(np.arange(n - recent, n), (heads, 1))
     return np.concatenate([np.sort(best, axis=1), newest], axis=1).astype(np.int64)
-
-
-def key_norms(key: Array) -> Array:
-    """L2 norms float32 [G, n] of keys [n, G, D]."""
-    wide = key.astype(np.float32)
-    with np.errstate(over="ignore"):
-        norms: Array = np.sqrt(np.einsum("ngd,ngd->gn", wide, wide))
-    return norms
-
-
-def attention_weights(query: Array, key: Array, places: Places) -> Array:
-    """Softmax weights of queries [T, H, D] at ``places`` [T] over keys [n, G, D]: float32 [G, T, n]
-
-    Summed over the query heads that share a KV head. A query sees the keys up to its own place.
-    """
-    (tokens, num_heads, dim), (n, heads, _) = query.shape, key.shape
-    share, hidden = num_heads // heads, np.arange(n) > places[:, None]
-    out = np.empty((heads, tokens, n), np.float32)
-    by_head = query.astype(np.float32).reshape(tokens, heads, share, dim).transpose(1, 2, 0, 3)
-    keys = key.astype(np.float32).transpose(1, 2, 0)
-    for g in range(heads):
-        scores = (by_head[g] @ keys[g]) * np.float32(dim**-0.5)
-        scores[:, hidden] = -np.inf
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out[g] = (weights / weights.sum(axis=-1, keepdims=True)).sum(axis=0)
-    return out
 
 
 def spread_votes(votes: Array, kernel: int) -> Array:

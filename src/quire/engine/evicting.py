@@ -12,16 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quire.backends import Backend
 from quire.batch import PagedBatch
 from quire.cache import KVCache
 from quire.cache.compaction import require_compactable
-from quire.cache.eviction import (
-    attention_weights,
-    best_and_recent,
-    first_and_recent,
-    key_norms,
-    spread_votes,
-)
+from quire.cache.eviction import best_and_recent, first_and_recent, spread_votes
 from quire.config import CacheConfig
 from quire.errors import CacheError, CacheFull, ConfigError
 from quire.evict_choice import EvictChoice
@@ -94,32 +89,54 @@ class Watch:
     """Sees the queries of one step, layer by layer; nothing of it counts before its commit."""
 
     def __init__(
-        self, cache: KVCache, batch: PagedBatch, watched: Sequence[tuple[int, _Budget]]
+        self,
+        cache: KVCache,
+        backend: Backend,
+        batch: PagedBatch,
+        watched: Sequence[tuple[int, _Budget]],
     ) -> None:
-        self._cache, self._batch = cache, batch
+        self._cache, self._backend, self._batch = cache, backend, batch
         self._watched = watched
-        self.found: dict[int, dict[int, Array]] = {at: {} for at, _ in watched}
+        self._asked: dict[tuple[int, int], tuple[Array, Array]] = {}
+        self._queries: dict[int, dict[int, Array]] = {at: {} for at, _ in watched}
+        self._weights: dict[int, dict[int, Any]] = {at: {} for at, _ in watched}
 
-    def __call__(self, layer: int, query: Array) -> None:
-        """Queries float32 [T, H, D] of ``layer``, whose keys are in the pool already."""
-        indptr = self._batch.query_indptr
+    def __call__(self, layer: int, query: Any) -> None:
+        """Queries [T, H, D] of ``layer``, the backend's own; keys are in the pool already."""
+        backend, indptr = self._backend, self._batch.query_indptr
         for at, budget in self._watched:
-            rows = query[indptr[at] : indptr[at + 1]]
+            first, end = int(indptr[at]), int(indptr[at + 1])
             if budget.choice.policy == "snapkv":
-                self.found[at][layer] = rows[-budget.choice.window :].copy()
+                newest = query[max(first, end - budget.choice.window) : end]
+                self._queries[at][layer] = backend.to_host(newest).copy()
                 continue
-            places = self._batch.places[indptr[at] : indptr[at + 1]]
-            tables = self._batch.groups[self._batch.group_of_layer[layer]]
+            pages, places = self._keys_of(at, self._batch.group_of_layer[layer])
+            pool = self._cache.pools[layer]
+            self._weights[at][layer] = backend.weigh_keys(query[first:end], pool, pages, places)
+
+    def queries(self, at: int) -> dict[int, Array]:
+        """Of each layer the newest queries of sequence number ``at`` (snapkv)."""
+        return self._queries.get(at, {})
+
+    def weights(self, at: int) -> dict[int, Array]:
+        """Of each layer the weights [G, n] that keys of sequence number ``at`` gathered (h2o)."""
+        seen = self._weights.get(at, {})
+        return {layer: self._backend.to_host(each) for layer, each in seen.items()}
+
+    def _keys_of(self, at: int, group: int) -> tuple[Array, Array]:
+        """Pages of a sequence and places of its new tokens: the same arrays for all layers."""
+        if (at, group) not in self._asked:
+            tables, indptr = self._batch.groups[group], self._batch.query_indptr
             pages = tables.indices[tables.indptr[at] : tables.indptr[at + 1]]
-            key = _keys(self._cache, layer, pages.tolist(), int(places[-1]) + 1)
-            self.found[at][layer] = attention_weights(rows, key, places).sum(axis=1)
+            self._asked[at, group] = pages, self._batch.places[indptr[at] : indptr[at + 1]]
+        return self._asked[at, group]
 
 
 class Evictor:
     """The budgets of an engine's sequences."""
 
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
+    def __init__(self, cache: KVCache, backend: Backend) -> None:
+        self._cache, self._backend = cache, backend
         self._budgets: dict[int, _Budget] = {}
 
     def follow(self, sequence: int, choice: EvictChoice, tokens: int) -> None:
@@ -139,7 +156,7 @@ class Evictor:
             length = self._cache.length(part[0])
             if budget is not None and count and budget.watches(length, count, _prefills(part)):
                 watched.append((at, budget))
-        return Watch(self._cache, batch, watched) if watched else None
+        return Watch(self._cache, self._backend, batch, watched) if watched else None
 
     def settle(self, parts: Sequence[Part], watch: Watch | None) -> None:
         """``parts`` were committed: drop what is above budgets.
@@ -151,12 +168,12 @@ class Evictor:
             budget = self._budgets.get(part[0])
             if budget is None:
                 continue
-            found = {} if watch is None else watch.found.get(at, {})
             if budget.choice.policy == "snapkv":
                 start = self._cache.length(part[0]) + self._cache.dropped(part[0]) - len(part[1])
-                budget.take_queries(found, start, len(part[1]))
-            else:
-                budget.take_scores(found)
+                seen = {} if watch is None else watch.queries(at)
+                budget.take_queries(seen, start, len(part[1]))
+            elif watch is not None:
+                budget.take_scores(watch.weights(at))
             self._trim(part[0], budget, _prefills(part))
 
     def catch_up(self) -> None:
@@ -207,13 +224,13 @@ class Evictor:
         choice, length = budget.choice, self._cache.length(sequence)
         if choice.policy == "h2o":
             return budget.scores[layer]
+        backend, pool = self._backend, self._cache.pools[layer]
         pages = self._cache.page_tables(sequence)[0][1]
-        key = _keys(self._cache, layer, pages, length)
         if choice.policy == "knorm":
-            return -key_norms(key)
+            return -backend.to_host(backend.key_norms(pool, pages, length))
         query = budget.queries[layer]
         places = np.arange(length - len(query), length)
-        votes: Array = attention_weights(query, key, places).sum(axis=1)
+        votes = backend.to_host(backend.weigh_keys(query, pool, pages, places)).copy()
         votes[:, : length - choice.window] = spread_votes(
             votes[:, : length - choice.window], choice.kernel
         )
@@ -227,10 +244,3 @@ class Evictor:
 def _prefills(part: Part) -> bool:
     """True for a chunk of a prompt: more than one token, or no end of what is known."""
     return len(part[1]) > 1 or not part[2]
-
-
-def _keys(cache: KVCache, layer: int, pages: Sequence[int], length: int) -> Array:
-    """Keys [n, G, D] of the first ``length`` tokens in ``pages``."""
-    key, _ = cache.pools[layer].read_pages(pages)
-    first: Array = key.reshape(-1, *key.shape[2:])[:length]
-    return first

@@ -59,7 +59,7 @@ class Policies:
     def __init__(self, cache: KVCache, backend: Backend, settings: CacheConfig) -> None:
         self._cache, self._backend, self._settings = cache, backend, settings
         self._own = parse_eviction(settings.evict)
-        self.evictor, self.reader = Evictor(cache), Reader(cache, backend)
+        self.evictor, self.reader = Evictor(cache, backend), Reader(cache, backend)
         self._watch: Watch | None = None
         self._sparse: SparseStep | None = None
 
@@ -126,12 +126,12 @@ class Policies:
         """How a step attends, layer by layer."""
         self._watch = self.evictor.watch(parts, batch)
         self._sparse = self.reader.step(parts, batch)
-        watch, backend = self._watch, self._backend
+        watch = self._watch
         inner = self._plain(batch) if self._sparse is None else self._sparse.attend
 
         def attend(layer: int, query: Any) -> Any:
             if watch is not None:
-                watch(layer, backend.to_host(query))
+                watch(layer, query)
             return inner(layer, query)
 
         return attend

@@ -41,6 +41,7 @@ from quire.backends.cuda.rows import layer_norm_kernel, rope_kernel
 from quire.backends.cuda.sampling import CudaLogits
 from quire.backends.cuda.stored import power_of_two
 from quire.backends.cuda.summaries import CudaSummaries, choose
+from quire.backends.cuda.weighing import Weighing
 from quire.batch import Candidates, ChosenPages, PagedBatch
 from quire.errors import BackendError
 from quire.pages import PageFormat, PagePool, PageShape
@@ -72,6 +73,7 @@ class CudaBackend:
         self.exact, self.device = exact, find_device()
         self._attention = Attention(self.device, exact)
         self._products = Products(self.device, exact)
+        self._weighing = Weighing(self.device)
         self._layers = Layers(self.device, self._products, self._attention)
         self._taken: steps.Taken | None = None
         self._beside: steps.Step | None = None  # of a batch that no model handed over as a step
@@ -225,6 +227,23 @@ class CudaBackend:
         if self._taken is None or self._taken.whole.reach is None:
             require_ids(candidates.indices, summaries.pool)
         return candidates.choose(choose(query.contiguous(), summaries, candidates))
+
+    def weigh_keys(
+        self, query: Tensor, pool: PagePool, pages: Sequence[int] | Array, places: Array
+    ) -> Tensor:
+        """Queries [T, H, D] -> [G, n]."""
+        assert isinstance(pool, CudaPool)
+        ids = np.asarray(pages, dtype=np.int64)
+        require_ids(ids, pool)
+        taken = self.device.to_device(query) if isinstance(query, np.ndarray) else query
+        return self._weighing.weights(taken, pool, ids, places)
+
+    def key_norms(self, pool: PagePool, pages: Sequence[int] | Array, count: int) -> Tensor:
+        """[G, count]."""
+        assert isinstance(pool, CudaPool)
+        ids = np.asarray(pages, dtype=np.int64)
+        require_ids(ids, pool)
+        return self._weighing.norms(pool, ids, count)
 
     def join_rows(self, parts: Sequence[tuple[Array, Tensor]]) -> Tensor:
         """Of rows [R] and x [R, n] each -> [T, n]."""

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from quire.backends.cuda.codec import number_of, operand, part_of, scales
 
-__all__ = ["bounds_kernel", "query_signs_kernel", "signs_kernel"]
+__all__ = ["bounds_kernel", "keys_kernel", "query_signs_kernel", "signs_kernel"]
 
 
 @triton.jit
@@ -41,6 +41,25 @@ def _keys(
         if KEY == "int8" or KEY == "fp8":
             x *= scales(tl.load(key_step + row * PAGE + rows, mask=there, other=0))[:, None]
     return tl.where(inside, x, 0.0), inside
+
+
+@triton.jit(do_not_specialize=["first_head", "tokens"])
+def keys_kernel(
+    out, pages, first_head, tokens, key, key_step,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, KEY: tl.constexpr,
+    HARDWARE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Keys of ``pages`` [n] as they are decoded, of heads from ``first_head`` on: out float32
+    [heads, tokens, D], tokens being n * PAGE. Not of packed ones. Grid (n, heads).
+    """
+    nth, head = tl.program_id(0), tl.program_id(1)
+    row, dims = tl.load(pages + nth) * G + first_head + head, tl.arange(0, DP)
+    for first in range(0, PAGE, ROWS):
+        x, inside = _keys(
+            row, first, key, key_step, key_step, 0, 1, D, DP, PAGE, KEY, HARDWARE, 1, ROWS
+        )
+        place = head.to(tl.int64) * tokens + nth * PAGE + first + tl.arange(0, ROWS)
+        tl.store(out + place[:, None] * D + dims[None, :], x, mask=inside)
 
 
 @triton.jit
