@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from quire.pages import PagePool
 
-__all__ = ["attention_weights", "key_norms", "norms_of", "weigh_keys"]
+__all__ = ["key_norms", "weigh_keys"]
 
 Array = npt.NDArray[Any]
 
@@ -19,24 +19,19 @@ Array = npt.NDArray[Any]
 def weigh_keys(query: Array, pool: PagePool, pages: Sequence[int] | Array, places: Array) -> Array:
     """See :meth:`quire.backends.base.Backend.weigh_keys`."""
     key = _keys(pool, pages, int(places[-1]) + 1)
-    summed: Array = attention_weights(query, key, places).sum(axis=1)
+    summed: Array = _attention_weights(query, key, places).sum(axis=1)
     return summed
 
 
 def key_norms(pool: PagePool, pages: Sequence[int] | Array, count: int) -> Array:
     """See :meth:`quire.backends.base.Backend.key_norms`."""
-    return norms_of(_keys(pool, pages, count))
-
-
-def norms_of(key: Array) -> Array:
-    """L2 norms float32 [G, n] of keys [n, G, D]."""
-    wide = key.astype(np.float32)
+    wide = _keys(pool, pages, count).astype(np.float32)
     with np.errstate(over="ignore"):
         norms: Array = np.sqrt(np.einsum("ngd,ngd->gn", wide, wide))
     return norms
 
 
-def attention_weights(query: Array, key: Array, places: Array) -> Array:
+def _attention_weights(query: Array, key: Array, places: Array) -> Array:
     """Softmax weights of queries [T, H, D] at ``places`` [T] over keys [n, G, D]: float32 [G, T, n]
 
     Summed over the query heads that share a KV head. A query sees the keys up to its own place.

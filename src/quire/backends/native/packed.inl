@@ -33,7 +33,8 @@ __attribute__((always_inline)) inline void load_stretch(const uint16_t* scale, i
 
 // Queries of R rows times the steps of a stretch, as words [R][FOLDED] of bf16, and times its centres.
 template <Form F, int R>
-__attribute__((noinline)) void fold(const Tile& tile, const uint16_t* scale, int64_t dim, uint32_t* folded, float* start) {
+__attribute__((noinline)) void fold(const Tile& tile, const uint16_t* scale, int64_t dim,
+                                    uint32_t* folded, float* start) {
     const float* query = reinterpret_cast<const float*>(tile.query);
     const int64_t width = ceil_div(dim, STRETCH) * STRETCH;  // as lay_query has it
     F16 sums[R];
