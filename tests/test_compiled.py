@@ -50,6 +50,7 @@ def run(capability: int, *arguments: str) -> None:
         ("test_cuda.py", OWN),
         ("test_cuda_reading.py", "bounds or signatures or highest or outside"),
         ("test_cuda_weighing.py", "norms or 16777216"),
+        ("test_cuda_streams.py", "moved_pages"),
         pytest.param("test_cuda_products.py", "test", marks=slow),
         pytest.param("test_cuda.py", f"not ({OWN}) and not interpreted", marks=slow),
         pytest.param("test_cuda_fused.py", "test", marks=slow),

@@ -253,6 +253,24 @@ def test_a_read_beyond_a_tensor_is_found(card: Card) -> None:
         card.launch(_shifted, (1,), (out[:60].clone(), x, 8), named)
 
 
+@triton.jit
+def _halves(out, addresses, BLOCK: tl.constexpr):
+    """Each program copies half a block from each of the two addresses that it finds."""
+    nth, lanes = tl.program_id(0), tl.arange(0, BLOCK)
+    at = tl.load(addresses + 2 * nth + lanes // (BLOCK // 2)) + 4 * lanes
+    tl.store(out + nth * BLOCK + lanes, tl.load(at.to(tl.pointer_type(tl.float32))))
+
+
+def test_programs_find_tensors_by_addresses_each_of_them_one(card: Card) -> None:
+    tensors = [card.know(torch.rand(32)) for _ in range(2)]
+    first, second = (tensor.data_ptr() for tensor in tensors)
+    out, named = torch.zeros(2, 32), {"BLOCK": 32, "num_warps": 1}
+    card.launch(_halves, (2,), (out, torch.tensor([second, second, first, first])), named)
+    assert torch.equal(out, torch.stack(tensors[::-1]))
+    with pytest.raises(Fault, match="a read of bytes"):
+        card.launch(_halves, (1,), (out, torch.tensor([first, second])), named)
+
+
 # -- programs as a compiler should not write them ------------------------------------------------
 
 COPIED = """

@@ -414,7 +414,7 @@ def _load(statement: Statement) -> Step:
         if not len(taken):
             data = np.empty((0, width * count), np.uint8)
         elif space == "global":
-            data = state.launch.memory.load(taken, width * count)
+            data = state.launch.memory.load(taken, width * count, state.whose[lanes])
         elif space == "shared":
             data = state.shared.load(state.whose[lanes], taken, width * count)
         else:
@@ -455,7 +455,7 @@ def _store(statement: Statement) -> Step:
         held = [state.full(source(state, registers))[lanes].astype(small) for source in sources]
         data = np.stack(held, axis=1).view(np.uint8)
         if space == "global":
-            state.launch.memory.store(taken, data)
+            state.launch.memory.store(taken, data, state.whose[lanes])
         else:
             state.shared.store(state.whose[lanes], taken, data)
 
@@ -494,7 +494,7 @@ def _copy(statement: Statement) -> Step:
         if reads.any():
             source = there(state, registers)[reads]
             state.count("global", "read", reads, source, width)
-            data[reads] = state.launch.memory.load(source, width)
+            data[reads] = state.launch.memory.load(source, width, state.whose[reads])
         target = here(state, registers).copy()
         state.count("shared", "write", some, target[some], width)
         state.copies.open.append((target, data, some))

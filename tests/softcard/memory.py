@@ -1,7 +1,7 @@
 """Memory of the card: that of tensors, and what programs share; every access is checked."""
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,29 +34,48 @@ class DeviceMemory:
             source = (ctypes.c_uint8 * size).from_address(address)
             self._pieces[address] = np.ctypeslib.as_array(source)
 
-    def _piece(self, addresses: Array, width: int, what: str) -> tuple[Array, Array]:
+    def _piece(self, addresses: Array, width: int) -> tuple[Array, Array] | None:
         """The piece that all addresses [n] lie in, as rows of ``width`` bytes, and their rows."""
-        if (addresses % width).any():
-            raise Fault(f"{what} of {width} bytes at an address that is no multiple of it")
         low, high = int(addresses.min()), int(addresses.max()) + width
         for start, flat in self._pieces.items():
             if start <= low and high <= start + len(flat):
                 return _words(flat, width), (addresses - np.uint64(start)) // width
-        near = min(self._pieces, key=lambda start: abs(start - low), default=0)
-        raise Fault(
-            f"{what} of bytes {low - near} to {high - near} of a tensor of "
-            f"{len(self._pieces.get(near, ()))} bytes"
-        )
+        return None
 
-    def load(self, addresses: Array, width: int) -> Array:
-        """Bytes [n, width] at addresses uint64 [n]."""
-        rows, at = self._piece(addresses, width, "a read")
-        return rows[at]
+    def _pieces_of(
+        self, addresses: Array, width: int, whose: Array, what: str
+    ) -> Iterator[tuple[Any, Array, Array]]:
+        """Lanes, the piece that they touch and their rows there: one piece for each program."""
+        if (addresses % width).any():
+            raise Fault(f"{what} of {width} bytes at an address that is no multiple of it")
+        every = self._piece(addresses, width)
+        if every is not None:
+            yield slice(None), *every
+            return
+        for program in np.unique(whose):
+            lanes = np.flatnonzero(whose == program)
+            found = self._piece(addresses[lanes], width)
+            if found is None:
+                low, high = (int(end) for end in (addresses[lanes].min(), addresses[lanes].max()))
+                near = min(self._pieces, key=lambda start: abs(start - low), default=0)
+                raise Fault(
+                    f"{what} of bytes {low - near} to {high + width - near} of a tensor of "
+                    f"{len(self._pieces.get(near, ()))} bytes"
+                )
+            yield lanes, *found
 
-    def store(self, addresses: Array, data: Array) -> None:
-        """Put bytes [n, width] at addresses uint64 [n]."""
-        rows, at = self._piece(addresses, data.shape[1], "a write")
-        rows[at] = data
+    def load(self, addresses: Array, width: int, whose: Array) -> Array:
+        """Bytes [n, width] at addresses uint64 [n], each of a program int64 [n]."""
+        out = np.empty((len(addresses), width), np.uint8)
+        for lanes, rows, at in self._pieces_of(addresses, width, whose, "a read"):
+            out[lanes] = rows[at]
+        return out
+
+    def store(self, addresses: Array, data: Array, whose: Array) -> None:
+        """Put bytes [n, width] at addresses uint64 [n], each of a program int64 [n]."""
+        pieces = list(self._pieces_of(addresses, data.shape[1], whose, "a write"))
+        for lanes, rows, at in pieces:
+            rows[at] = data[lanes]
 
 
 class Shared:
