@@ -65,12 +65,22 @@ def test_weights_are_those_of_float64(
     pages, places = [3, 0, 4], np.arange(length - tokens, length)
     query = np.random.default_rng(1).standard_normal((tokens, HEADS * SHARE, DIM))
     query = query.astype(np.float32)
-    wanted = weights(query, keys_of(pool, pages, length), places)
-    room = 2.0**-23 * (DIM + length) * wanted + 1e-9  # of products, and of sums over rows
+    key = keys_of(pool, pages, length)
+    wanted = weights(query, key, places)
     for given in (activations(backend, query), query):
         found = backend.to_host(backend.weigh_keys(given, pool, pages, places))
-        assert (np.abs(found - wanted) <= 4 * room).all()
-    np.testing.assert_allclose(found.sum(), tokens * HEADS * SHARE, rtol=1e-5)
+        assert (np.abs(found - wanted) <= room(query, key) * wanted).all()
+
+
+def room(query: np.ndarray, key: np.ndarray) -> float:
+    """Relative, of float32. A score is a sum of DIM products and is scaled; weights have the errors
+    of two exponents (their own, the sum's), of exp (two units), of a sum over keys and a division,
+    and of sums over queries.
+    """
+    unit = 2.0**-24
+    sizes = np.abs(query).max(axis=(0, 1)) @ np.abs(key).max(axis=(0, 1)) / np.sqrt(DIM)
+    score = (DIM + 3) * unit * sizes  # with the difference from the greatest
+    return float(np.expm1(2 * score) + (2 * 2 * 2 + len(key) + 1 + len(query) * SHARE) * unit)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -79,7 +89,7 @@ def test_norms_are_those_of_float64(format: str) -> None:
     pages = [2, 1]
     wanted = np.linalg.norm(keys_of(pool, pages, 31), axis=-1).T
     found = backend.to_host(backend.key_norms(pool, pages, 31))
-    np.testing.assert_allclose(found, wanted, rtol=DIM * 2.0**-23)
+    np.testing.assert_allclose(found, wanted, rtol=(DIM + 2) * 2.0**-24)
     with pytest.raises(BackendError, match="page 9 of a pool of 5"):
         backend.key_norms(pool, [9], 3)
 

@@ -32,7 +32,7 @@ from quire.backends.selecting import (
     score_bounds,
     score_signatures,
 )
-from quire.backends.weighing import key_norms, weigh_keys
+from quire.backends.weighing import WeighsOnHost
 from quire.batch import Candidates, ChosenPages, GroupBatch, PagedBatch
 from quire.machine import this_machine
 from quire.pages import PageFormat, PagePool, PageShape
@@ -56,7 +56,7 @@ def _tiles(x: Array) -> Array:
     return padded.reshape(*outer, count, ROWS, n)
 
 
-class ReferenceBackend:
+class ReferenceBackend(WeighsOnHost):
     """See :class:`quire.backends.base.Backend` for what each op does, with shapes and sources."""
 
     name = "reference"
@@ -184,16 +184,6 @@ class ReferenceBackend:
         """Queries [S, H, D]; one sequence at a time."""
         assert isinstance(summaries, HostSummaries)
         return choose_pages(query, summaries, candidates, _score)
-
-    def weigh_keys(
-        self, query: Array, pool: PagePool, pages: Sequence[int] | Array, places: Array
-    ) -> Array:
-        """Queries [T, H, D] -> [G, n]."""
-        return weigh_keys(query, pool, pages, places)
-
-    def key_norms(self, pool: PagePool, pages: Sequence[int] | Array, count: int) -> Array:
-        """[G, count]."""
-        return key_norms(pool, pages, count)
 
     def join_rows(self, parts: Sequence[tuple[Array, Array]]) -> Array:
         """Of rows [R] and x [R, n] each -> [T, n]."""

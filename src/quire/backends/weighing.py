@@ -11,24 +11,28 @@ import numpy.typing as npt
 
 from quire.pages import PagePool
 
-__all__ = ["key_norms", "weigh_keys"]
+__all__ = ["WeighsOnHost"]
 
 Array = npt.NDArray[Any]
 
 
-def weigh_keys(query: Array, pool: PagePool, pages: Sequence[int] | Array, places: Array) -> Array:
-    """See :meth:`quire.backends.base.Backend.weigh_keys`."""
-    key = _keys(pool, pages, int(places[-1]) + 1)
-    summed: Array = _attention_weights(query, key, places).sum(axis=1)
-    return summed
+class WeighsOnHost:
+    """The part of a backend that scores keys for dropping tokens, where the host can read pages."""
 
+    def weigh_keys(
+        self, query: Array, pool: PagePool, pages: Sequence[int] | Array, places: Array
+    ) -> Array:
+        """Queries [T, H, D] at places int64 [T] -> float32 [G, n]; see ``Backend.weigh_keys``."""
+        key = _keys(pool, pages, int(places[-1]) + 1)
+        summed: Array = _attention_weights(query, key, places).sum(axis=1)
+        return summed
 
-def key_norms(pool: PagePool, pages: Sequence[int] | Array, count: int) -> Array:
-    """See :meth:`quire.backends.base.Backend.key_norms`."""
-    wide = _keys(pool, pages, count).astype(np.float32)
-    with np.errstate(over="ignore"):
-        norms: Array = np.sqrt(np.einsum("ngd,ngd->gn", wide, wide))
-    return norms
+    def key_norms(self, pool: PagePool, pages: Sequence[int] | Array, count: int) -> Array:
+        """L2 norms float32 [G, count]; see ``Backend.key_norms``."""
+        wide = _keys(pool, pages, count).astype(np.float32)
+        with np.errstate(over="ignore"):
+            norms: Array = np.sqrt(np.einsum("ngd,ngd->gn", wide, wide))
+        return norms
 
 
 def _attention_weights(query: Array, key: Array, places: Array) -> Array:

@@ -85,6 +85,6 @@ def _weights(rows: Tensor, key: Tensor, at: Tensor) -> Tensor:
     step = max(1, _MOST // (heads * count))
     for first in range(0, rows.shape[1], step):
         scores = torch.bmm(rows[:, first : first + step], key.mT)
-        hidden = place > at[first : first + step, None]
-        out += torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1).sum(dim=1)
+        scores.masked_fill_(place > at[first : first + step, None], float("-inf"))
+        out += torch.softmax(scores, dim=-1).sum(dim=1)
     return out

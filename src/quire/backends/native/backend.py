@@ -22,7 +22,7 @@ from quire.backends.blocks import (
 from quire.backends.native import _native
 from quire.backends.native.pool import DTYPES, NativePool, require_formats
 from quire.backends.selecting import HostSummaries, choose_pages, split_query
-from quire.backends.weighing import key_norms, weigh_keys
+from quire.backends.weighing import WeighsOnHost
 from quire.batch import Candidates, ChosenPages, OpenPages, PagedBatch
 from quire.errors import BackendError
 from quire.machine import this_machine
@@ -44,7 +44,7 @@ def _extension_digest() -> str:
     return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()[:16]
 
 
-class NativeBackend:
+class NativeBackend(WeighsOnHost):
     """See :class:`quire.backends.base.Backend` for what each op does, with shapes and sources.
 
     variant   one of ``variants()``; None is the fastest
@@ -249,16 +249,6 @@ class NativeBackend:
             signs = summaries.signatures(query)
             self._native.score_signatures(signs, held, pages, out)
         return out
-
-    def weigh_keys(
-        self, query: Array, pool: PagePool, pages: Sequence[int] | Array, places: Array
-    ) -> Array:
-        """Queries [T, H, D] -> [G, n]."""
-        return weigh_keys(query, pool, pages, places)
-
-    def key_norms(self, pool: PagePool, pages: Sequence[int] | Array, count: int) -> Array:
-        """[G, count]."""
-        return key_norms(pool, pages, count)
 
     def join_rows(self, parts: Sequence[tuple[Array, Array]]) -> Array:
         """Of rows [R] and x [R, n] each -> [T, n]."""

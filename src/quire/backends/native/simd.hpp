@@ -220,14 +220,6 @@ template <class Op>
 inline F16 each(F16 a, F16 b, Op op) {
     return {{op(a.v[0], b.v[0]), op(a.v[1], b.v[1]), op(a.v[2], b.v[2]), op(a.v[3], b.v[3])}};
 }
-// Lane by lane, with its number.
-template <class Op>
-inline F16 each_lane(F16 a, Op op) {
-    float lane[16];
-    a.store(lane);
-    for (int i = 0; i < 16; ++i) lane[i] = op(lane[i], i);
-    return F16::load(lane);
-}
 inline Four greater(Four x, Four y) { return pick(Words(x > y), x, y); }
 inline F16 operator+(F16 a, F16 b) { return each(a, b, [](Four x, Four y) { return x + y; }); }
 inline F16 operator-(F16 a, F16 b) { return each(a, b, [](Four x, Four y) { return x - y; }); }
@@ -262,9 +254,11 @@ inline F16 floor(F16 a) {
 inline F16 fraction(F16 x) { return x - floor(x); }
 inline F16 scale_by_floor(F16 a, F16 x) { return scale_by_power(a, floor(x)); }
 inline F16 keep(F16 a, int low, int high, F16 other) {
-    float kept[16];
-    other.store(kept);
-    return each_lane(a, [&](float x, int i) { return i < low || i >= high ? kept[i] : x; });
+    float lane[16], beyond[16];
+    a.store(lane), other.store(beyond);
+    for (int i = 0; i < 16; ++i)
+        if (i < low || i >= high) lane[i] = beyond[i];
+    return F16::load(lane);
 }
 inline F16 load_some(const float* p, int n) {
     float some[16] = {};
