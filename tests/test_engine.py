@@ -633,6 +633,32 @@ def test_what_is_no_prompt_at_all_is_refused_and_not_a_crash(llama: Path, prompt
     assert_idle(engine)
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"max_new_tokens": 3}, "params must be SamplingParams, not {'max_new_tokens': 3}"),
+        (3, "params must be SamplingParams, not 3"),
+        ([greedy(1)], "2 prompts and 1 SamplingParams; give one a prompt, or one for all"),
+        ([greedy(1), 3], "params must be SamplingParams, not 3"),
+    ],
+    ids=str,
+)
+def test_what_are_no_sampling_params_is_refused(llama: Path, params: Any, message: str) -> None:
+    engine = tiny_engine(llama)
+    with pytest.raises(RequestError, match=message):
+        engine.generate([[1, 2], [3]], params)
+    with pytest.raises(RequestError, match="params must be SamplingParams, not"):
+        engine.submit([1, 2], params)
+    assert_idle(engine)
+
+
+def test_each_prompt_may_have_params_of_its_own(llama: Path) -> None:
+    each = [greedy(3), sampled(12, seed=5)]
+    done = tiny_engine(llama).generate([[1, 2], [3]], each)
+    for prompt, params, completion in zip([[1, 2], [3]], each, done, strict=True):
+        assert completion.token_ids == alone(llama, prompt, params).token_ids
+
+
 def test_one_bad_prompt_refuses_the_whole_call(llama: Path) -> None:
     engine = tiny_engine(llama)
     with pytest.raises(RequestError, match="token 1 of the prompt is 999"):

@@ -1,6 +1,7 @@
 """Policies that choose pages to read: the rules, what is read, what is shared, what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, partialmethod
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,9 @@ from quire.backends.native import NativeBackend
 from quire.backends.reference import ReferenceBackend
 from quire.backends.selecting import planes
 from quire.batch import ChosenPages
-from quire.engine.reading import ReadUsage
-from quire.errors import ConfigError, RequestError
+from quire.engine.reading import ReadUsage, SparseStatus
+from quire.errors import BackendError, ConfigError, RequestError
+from quire.machine import this_machine
 from tiny import random_prompt, write_llama, write_mixed, write_sliding
 
 PAGE, CHUNK, LAYERS, DIM = 4, 16, 3, 6
@@ -302,7 +304,9 @@ def test_layers_with_a_window_are_read_as_ever(tmp_path: Path) -> None:
 def test_what_was_read_is_told_and_the_shadow_counts_the_loss(llama: Path) -> None:
     engine = open_engine(llama, QUEST, kv_format="bf16", shadow=1.0)
     assert engine.status().lossy == ("layers 1-2: read quest:budget=20,dense=1",)
-    assert engine.status().reading is None
+    assert engine.status().reading == SparseStatus(
+        ReadUsage(), 4 * 2 * 2 * DIM, 0, engine.plan.memory.summaries
+    )
     [done] = engine.generate([random_prompt(40)], long())
     pages = [-(-n // PAGE) for n in range(41, 64)]
     token = 2 * 2 * 2 * DIM  # key and value, two heads, bf16
@@ -393,3 +397,44 @@ def test_lists_of_all_pages_give_the_bits_of_attention(
             engine.backend.attend(query, pool, reservation.batch, 0),
         )
         engine.cache.rollback(reservation)
+
+
+def test_a_requests_own_policy_finds_room_or_is_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a plan that has none for it; what is set aside is the status's, before a step."""
+    engine, prompt = open_engine(llama), random_prompt(40)
+    assert engine.plan.memory.summaries == 0
+    need = 64 * 2 * 2 * 2 * 2 * DIM  # pages, layers, heads, least and greatest, bf16
+
+    def offers(available: int) -> None:
+        machine = replace(this_machine(), available_bytes=available)
+        monkeypatch.setattr("quire.engine.policies.this_machine", lambda: machine)
+
+    offers(need)  # of which some are left to others
+    with pytest.raises(RequestError, match=f"{need // 64} bytes of each of 64 pages, and"):
+        engine.submit(prompt, long(evict=QUEST))
+    assert engine.status().reading is None
+    [exact] = engine.generate([prompt], long())
+
+    offers(2 * need)
+    engine.submit(prompt, long(evict=QUEST))
+    assert engine.status().reading == SparseStatus(ReadUsage(), need // 64, 0, need)
+    offers(0)  # it has its room
+    [other, _] = engine.generate([prompt, prompt], [long(), long(evict=QUEST)])
+    assert other.token_ids == exact.token_ids
+
+
+def test_a_card_without_memory_for_a_requests_policy_refuses_it(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(llama)
+
+    def no_memory(*_: object) -> None:
+        raise BackendError("no memory for what quest remembers")
+
+    monkeypatch.setattr(engine.backend, "summaries", no_memory)
+    with pytest.raises(RequestError, match="no memory for what quest remembers"):
+        engine.submit(random_prompt(40), long(evict=QUEST))
+    assert not engine.has_work
+    assert len(engine.generate([random_prompt(40)], long())[0].token_ids) == 24

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from quire.backends import summary_bytes
 from quire.config import CacheConfig, EngineConfig
 from quire.engine import Engine
 from quire.engine.forced import ForcedText
-from quire.engine.reading import read_layers
+from quire.engine.reading import remembered_bytes
 from quire.errors import QuireError
 from quire.evict_choice import NO_EVICTION, parse_eviction
 from quire.layout import pages_for
@@ -93,9 +92,7 @@ def _beside(text: ForcedText, evict: str) -> int:
         return 0
     layout, tokens = text.cache.layout, text.tokens
     between = pages_for(tokens, layout.page_size) - 2  # neither the first nor the newest
-    choosing = [layout.shapes[layer] for layer in read_layers(layout, choice)]
-    known = (summary_bytes(choice.policy, choice.bits, shape) for shape in choosing)
-    return max(0, between) * sum(known)
+    return max(0, between) * remembered_bytes(layout, choice)
 
 
 def _stored(text: ForcedText) -> int:

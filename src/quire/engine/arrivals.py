@@ -43,6 +43,7 @@ class Arrivals:
         policy = self._policies.of(params)
         stream = self._require_room(tokens, params, policy)
         require_searchable(params, self._max_sequences, self._model.vocab_size)
+        self._policies.remember(policy)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         request = Request(self._count, tokens, params, seed, time.perf_counter(), salt=salt)
         self._count += 1

@@ -31,7 +31,14 @@ from quire.engine.outcomes import Outcomes
 from quire.engine.pieces import Pieces
 from quire.engine.pins import Pins
 from quire.engine.policies import Policies, require_usable
-from quire.engine.prompts import Prompt, PromptReader, as_prompts, require_salt
+from quire.engine.prompts import (
+    Prompt,
+    PromptReader,
+    as_params,
+    as_prompts,
+    params_of_each,
+    require_salt,
+)
 from quire.engine.queues import Queues
 from quire.engine.reading import Attend
 from quire.engine.replies import Replies
@@ -199,7 +206,7 @@ class Engine:
         outside the vocabulary or needs a tokenizer that is not there, and for a request whose
         tokens can never fit the page pool.
         """
-        params = SamplingParams() if params is None else params
+        params = as_params(params)
         request = self._arrivals.request(prompt, params, salt)
         self._replies.begin(request)
         searches = params.beam_width > 1
@@ -280,16 +287,19 @@ class Engine:
     # -- the whole of it ---------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Prompt] | Prompt, params: SamplingParams | None = None
+        self,
+        prompts: Sequence[Prompt] | Prompt,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Completions of all prompts, in their order, the ``n`` samples of each side by side.
 
-        One prompt may be given without a list. Interrupted, it cancels what it had submitted.
-        Shadows are read to their end.
+        One prompt may be given without a list; ``params`` are those of all, or a list of each
+        one's. Interrupted, it cancels what it had submitted. Shadows are read to their end.
         """
-        requests: list[Request] = []
+        listed, requests = as_prompts(prompts), list[Request]()
+        each = params_of_each(params, len(listed))
         try:
-            requests.extend(self.submit(prompt, params) for prompt in as_prompts(prompts))
+            requests.extend(map(self.submit, listed, each))
             while not all(request.finished for request in requests):
                 self.step()
         except BaseException:
@@ -310,7 +320,8 @@ class Engine:
             raise RequestError(
                 "stream() gives text, and this checkpoint has no tokenizer; use submit() and step()"
             )
-        if params is not None and (params.n != 1 or params.beam_width != 1):
+        params = as_params(params)
+        if params.n != 1 or params.beam_width != 1:
             raise RequestError(
                 f"stream() follows one sample, but n is {params.n} and beam_width "
                 f"{params.beam_width}; use submit()"

@@ -7,14 +7,23 @@ from typing import Any
 from quire.backends import Backend, Logits
 from quire.batch import PagedBatch
 from quire.cache import KVCache
-from quire.config import CacheConfig
+from quire.config import CacheConfig, format_bytes
 from quire.engine.evicting import Evictor, Part, Watch, require_evictable
 from quire.engine.queues import Queues
-from quire.engine.reading import Attend, Reader, SparseStep, read_layers, require_readable
+from quire.engine.reading import (
+    Attend,
+    Reader,
+    SparseStep,
+    read_layers,
+    remembered_bytes,
+    require_readable,
+)
 from quire.engine.request import Request, Sample
-from quire.errors import ConfigError, RequestError
+from quire.engine.sizing import Room
+from quire.errors import BackendError, ConfigError, RequestError
 from quire.evict_choice import EvictChoice, parse_eviction
 from quire.layout import CacheLayout
+from quire.machine import this_machine
 from quire.models import CausalLM
 from quire.sampling import SamplingParams
 
@@ -62,6 +71,8 @@ class Policies:
         self.evictor, self.reader = Evictor(cache, backend), Reader(cache, backend)
         self._watch: Watch | None = None
         self._sparse: SparseStep | None = None
+        if self._own is not None and not self._own.drops:
+            self.reader.remember(self._own)  # as the plan has it
 
     # -- what is asked for -------------------------------------------------------------------
 
@@ -91,6 +102,29 @@ class Policies:
                 f"beam_width {params.beam_width}; submit samples one by one, or use evict='none'"
             )
         return choice
+
+    def remember(self, choice: EvictChoice | None) -> None:
+        """Set aside what a request's policy remembers of every page, the first time.
+
+        The plan has only what the engine's own policy remembers, so raises RequestError, with the
+        numbers, if there is no room for more.
+        """
+        if choice is None or choice.drops or self.reader.remembers(choice):
+            return
+        layout, free = self._cache.layout, Room.of(self._backend, this_machine()).free
+        each, first = remembered_bytes(layout, choice), read_layers(layout, choice)[0]
+        pages = self._cache.pools[first].num_pages
+        if free is not None and each * pages > free:
+            raise RequestError(
+                f"eviction {str(choice)!r} remembers {format_bytes(each * pages)} beside the pool, "
+                f"{each} bytes of each of {pages} pages, and {format_bytes(free)} can be had; "
+                "start the engine with it, whose plan then leaves room, lower kv_memory, or use "
+                "evict='none'"
+            )
+        try:
+            self.reader.remember(choice)
+        except BackendError as error:
+            raise RequestError(str(error)) from error
 
     def follow(self, sample: Sample) -> None:
         """Apply the policy of a sample's request to the sequence it runs on."""

@@ -13,7 +13,14 @@ from quire.layout import packed_pages, pages_for
 from quire.models import TextCodec
 from quire.sampling import SamplingParams
 
-__all__ = ["Prompt", "PromptReader", "as_prompts", "require_salt"]
+__all__ = [
+    "Prompt",
+    "PromptReader",
+    "as_params",
+    "as_prompts",
+    "params_of_each",
+    "require_salt",
+]
 
 Prompt = str | Sequence[int]
 
@@ -165,3 +172,25 @@ def as_prompts(prompts: Sequence[Prompt] | Prompt) -> list[Prompt]:
     if listed and all(isinstance(item, int | np.integer) for item in listed):
         return [listed]  # type: ignore[list-item]
     return listed  # type: ignore[return-value]
+
+
+def as_params(params: SamplingParams | None) -> SamplingParams:
+    """What a request is given, or the defaults; RequestError for anything else."""
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"params must be SamplingParams, not {params!r}")
+    return params
+
+
+def params_of_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, prompts: int
+) -> list[SamplingParams]:
+    """Of every prompt: its own, or those of all. RequestError for anything else."""
+    if not isinstance(params, Sequence):
+        return [as_params(params)] * prompts
+    if len(params) != prompts:
+        raise RequestError(
+            f"{prompts} prompts and {len(params)} SamplingParams; give one a prompt, or one for all"
+        )
+    return list(map(as_params, params))

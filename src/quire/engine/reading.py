@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from quire.backends import Backend, Logits, SomeRows, attend_chosen
+from quire.backends import Backend, Logits, SomeRows, attend_chosen, summary_bytes
 from quire.batch import Candidates, PagedBatch
 from quire.cache import KVCache
 from quire.config import CacheConfig
@@ -32,6 +32,7 @@ __all__ = [
     "SparseStatus",
     "SparseStep",
     "read_layers",
+    "remembered_bytes",
     "require_readable",
 ]
 
@@ -96,6 +97,12 @@ def read_layers(layout: CacheLayout, choice: EvictChoice) -> tuple[int, ...]:
     """Layers in which ``choice`` chooses pages: all but the first and those with a window."""
     windows = [layout.groups[group].window for group in layout.group_of_layer]
     return tuple(i for i, window in enumerate(windows) if i >= choice.dense and window is None)
+
+
+def remembered_bytes(layout: CacheLayout, choice: EvictChoice) -> int:
+    """Bytes of what ``choice`` remembers of one page, in all layers that choose."""
+    shapes = [layout.shapes[layer] for layer in read_layers(layout, choice)]
+    return sum(summary_bytes(choice.policy, choice.bits, shape) for shape in shapes)
 
 
 def require_readable(layout: CacheLayout, settings: CacheConfig, choice: EvictChoice) -> None:
@@ -303,7 +310,7 @@ class Reader:
 
     @property
     def status(self) -> SparseStatus | None:
-        """What was read, and what is remembered; None if no step chose pages."""
+        """What was read, and what is remembered; None if nobody asked for such a policy."""
         if not self._known:
             return None
         known = self._known.values()
@@ -313,6 +320,19 @@ class Reader:
             sum(each.bytes for each in known),
             sum(each.bytes_per_page * each.num_pages for each in known),
         )
+
+    def remembers(self, choice: EvictChoice) -> bool:
+        """True if room is set aside for what ``choice`` remembers."""
+        return self._key(choice) in self._known
+
+    def remember(self, choice: EvictChoice) -> None:
+        """Set aside room for what ``choice`` remembers of every page, once.
+
+        Raises BackendError if the backend has no memory for it.
+        """
+        if not self.remembers(choice):
+            key = self._key(choice)
+            self._known[key] = KnownPages(self._cache, self._backend, choice, key[2])
 
     def follow(self, sequence: int, choice: EvictChoice, prompt: int) -> None:
         """Let ``sequence`` read sparsely behind ``prompt`` tokens; nothing new if it does."""
@@ -332,7 +352,7 @@ class Reader:
             if followed is None or len(new) != 1:
                 continue
             if self._cache.length(sequence) >= followed.prompt:
-                known = self._known_of(followed.choice)
+                known = self._known[self._key(followed.choice)]
                 token = _Token.of(batch, known.group, at, followed.pages)
                 if token.chooses:
                     choosing[known].append(token)
@@ -342,9 +362,6 @@ class Reader:
         """``step`` was committed."""
         self.usage = sum(step.usage.values(), self.usage)
 
-    def _known_of(self, choice: EvictChoice) -> KnownPages:
-        layers = read_layers(self._cache.layout, choice)
-        key = choice.policy, choice.bits, layers
-        if key not in self._known:
-            self._known[key] = KnownPages(self._cache, self._backend, choice, layers)
-        return self._known[key]
+    def _key(self, choice: EvictChoice) -> tuple[str, int, tuple[int, ...]]:
+        """Policies of one key remember the same, whatever their budgets."""
+        return choice.policy, choice.bits, read_layers(self._cache.layout, choice)

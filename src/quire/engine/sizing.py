@@ -10,9 +10,9 @@ from pathlib import Path
 from quire.analysis.families import read_shape
 from quire.analysis.memory import SPARE, Load, MemoryPlan, kv_layout, weight_bytes, workspace
 from quire.analysis.shape import ModelShape
-from quire.backends import Backend, summary_bytes
+from quire.backends import Backend
 from quire.config import CacheConfig, EngineConfig, format_bytes
-from quire.engine.reading import read_layers
+from quire.engine.reading import read_layers, remembered_bytes
 from quire.errors import ConfigError
 from quire.evict_choice import parse_eviction
 from quire.layout import CacheLayout, fit_pages, with_open_pages
@@ -121,10 +121,9 @@ def _summaries(settings: CacheConfig, layout: CacheLayout) -> tuple[int, int]:
     layers = read_layers(layout, choice)
     if not layers:  # which is refused
         return 0, 0
-    each = [summary_bytes(choice.policy, choice.bits, layout.shapes[layer]) for layer in layers]
     group = layout.group_of_layer[layers[0]]
     areas = [(area.group, area.is_open) for area in layout.areas]
-    return areas.index((group, False)), sum(each)
+    return areas.index((group, False)), remembered_bytes(layout, choice)
 
 
 def _require_fit(memory: MemoryPlan, room: Room) -> None:
