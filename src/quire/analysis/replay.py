@@ -26,7 +26,7 @@ from quire.analysis.replayed import Replayed, Times, Timing
 from quire.analysis.timeline import Moment, Timeline
 from quire.analysis.trace import Arrival, Tokens
 from quire.cache import KVCache
-from quire.cache.prefix import PrefixNode
+from quire.cache.prefix_tree import PrefixNode
 from quire.engine.queues import Queues
 from quire.engine.request import Request, Sample, Status
 from quire.engine.scheduler import Limits, StepPlan, plan_step

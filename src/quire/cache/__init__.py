@@ -2,7 +2,7 @@
 
 from quire.cache.export import KVArrays, LayerKV
 from quire.cache.kvcache import KVCache
-from quire.cache.prefix import PrefixMatch, PrefixQuery
+from quire.cache.prefix_tree import PrefixMatch, PrefixQuery
 from quire.cache.sequence import Reservation
 from quire.cache.usage import CacheUsage
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from quire.cache.allocator import PageAllocator
-from quire.cache.prefix import TOKEN_BYTES
+from quire.cache.prefix_tree import TOKEN_BYTES
 from quire.cache.sequence import SequenceState
 from quire.cache.table import PageTable
 from quire.errors import CacheError, CacheInvariantError

@@ -8,7 +8,8 @@ import operator
 from collections.abc import Sequence
 
 from quire.cache.allocator import OPEN, PageAllocator
-from quire.cache.prefix import PrefixIndex, PrefixMatch
+from quire.cache.prefix import PrefixIndex
+from quire.cache.prefix_tree import PrefixMatch
 from quire.cache.sequence import Growth, Growths, SequenceState, extended, sealed
 from quire.errors import CacheFull
 from quire.layout import CacheLayout, packed_pages, pages_for

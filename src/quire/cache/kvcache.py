@@ -22,7 +22,8 @@ from quire.cache.books import check_kinds, check_sequence, require_pools
 from quire.cache.compaction import Compactor, Keep, require_compactable, require_keep
 from quire.cache.export import KVArrays, layer_arrays, require_layout
 from quire.cache.growth import Grower
-from quire.cache.prefix import PrefixIndex, PrefixMatch, PrefixQuery
+from quire.cache.prefix import PrefixIndex
+from quire.cache.prefix_tree import PrefixMatch, PrefixQuery
 from quire.cache.raw import RawPages
 from quire.cache.restoring import fill_tables
 from quire.cache.sequence import Growths, Reservation, SequenceState

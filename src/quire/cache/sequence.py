@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quire.batch import PagedBatch
-from quire.cache.prefix import TOKEN_BYTES, PrefixIndex, PrefixNode
+from quire.cache.prefix import PrefixIndex
+from quire.cache.prefix_tree import TOKEN_BYTES, PrefixNode
 from quire.cache.table import PageTable
 
 __all__ = [
@@ -98,7 +99,7 @@ class PrefixChain:
     """Where a sequence stands in the prefix index.
 
     node  its last whole page, or the root
-    tail  tokens behind that page (:func:`~quire.cache.prefix.token_bytes`); less than a page
+    tail  tokens behind that page (:func:`~quire.cache.prefix_tree.token_bytes`); less than a page
     """
 
     node: PrefixNode

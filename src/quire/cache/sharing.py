@@ -5,10 +5,10 @@ from array import array
 from collections.abc import Sequence
 
 from quire.cache.allocator import PageAllocator
-from quire.cache.prefix import (
+from quire.cache.prefix import PrefixIndex
+from quire.cache.prefix_tree import (
     NO_PAGE,
     TOKEN_BYTES,
-    PrefixIndex,
     PrefixMatch,
     PrefixQuery,
     token_bytes,

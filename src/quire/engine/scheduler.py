@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from quire.cache import PrefixMatch, PrefixQuery
-from quire.cache.prefix import common_tokens
+from quire.cache.prefix_tree import common_tokens
 from quire.engine.request import Sample, Status
 
 __all__ = ["CacheView", "Limits", "Preemption", "StepPlan", "awaits", "places", "plan_step"]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.cache import KVCache, PrefixMatch, PrefixQuery, Reservation
-from quire.cache.prefix import NO_PAGE, TOKEN_BYTES, PrefixNode
+from quire.cache.prefix_tree import NO_PAGE, TOKEN_BYTES, PrefixNode
 from quire.cache.tiers import PageRecord, Tier, TierUsage
 from quire.pages import Incoming, Pending
 
