@@ -40,41 +40,59 @@ def run(capability: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    ("file", "chosen"),
-    [
-        ("conformance/test_ops.py", f"cuda-exact and ({OPS})"),
-        ("conformance/test_attention.py", f"cuda and ({ATTENTION})"),
-        ("conformance/test_packed_pages.py", f"cuda and not exact and ({PACKED})"),
-        ("conformance/test_choosing.py", "cuda-exact"),
-        ("test_cuda.py", OWN),
-        ("test_cuda_reading.py", "bounds or signatures or highest or outside"),
-        ("test_cuda_weighing.py", "norms or 16777216"),
-        ("test_cuda_streams.py", "moved_pages"),
-        pytest.param("test_cuda_products.py", "test", marks=slow),
-        pytest.param("test_cuda.py", f"not ({OWN}) and not interpreted", marks=slow),
-        pytest.param("test_cuda_fused.py", "test", marks=slow),
-        pytest.param("conformance/test_packed_pages.py", "cuda-exact", marks=slow),
-        pytest.param("test_cuda_sampling.py", "test", marks=slow),
-        pytest.param("conformance/test_stored_formats.py", "cuda", marks=slow),
-    ],
-)
-def test_compiled_for_90(file: str, chosen: str) -> None:
-    run(90, f"tests/{file}", "-k", chosen)
+def run_chosen(capability: int, chosen: dict[str, str]) -> None:
+    """Of each file those tests, all in one process."""
+    each = (f"({Path(file).name} and ({which}))" for file, which in chosen.items())
+    run(capability, *(f"tests/{file}" for file in chosen), "-k", " or ".join(each))
 
 
-@pytest.mark.parametrize(
-    ("file", "chosen"),
-    [
-        ("conformance/test_attention.py", "cuda and smallest"),
-        pytest.param("conformance/test_attention.py", f"cuda and ({ATTENTION})", marks=slow),
-        pytest.param("conformance/test_packed_pages.py", f"cuda and ({PACKED})", marks=slow),
-        pytest.param("conformance/test_ops.py", f"cuda-exact and ({OPS})", marks=slow),
-    ],
-)
-def test_compiled_for_80(file: str, chosen: str) -> None:
+FOR_90 = {
+    "conformance": {
+        "conformance/test_ops.py": f"cuda-exact and ({OPS})",
+        "conformance/test_attention.py": f"cuda and ({ATTENTION})",
+        "conformance/test_packed_pages.py": f"cuda and not exact and ({PACKED})",
+        "conformance/test_choosing.py": "cuda-exact",
+    },
+    "own": {"test_cuda.py": OWN},
+    "rooms": {
+        "test_cuda_reading.py": "bounds or signatures or highest or outside",
+        "test_cuda_weighing.py": "norms or 16777216",
+        "test_cuda_streams.py": "moved_pages",
+    },
+}
+MORE_FOR_90 = {
+    "conformance": {
+        "conformance/test_packed_pages.py": "cuda-exact",
+        "conformance/test_stored_formats.py": "cuda",
+    },
+    "own": {"test_cuda.py": f"not ({OWN}) and not interpreted"},
+    "rooms": dict.fromkeys(
+        ("test_cuda_products.py", "test_cuda_fused.py", "test_cuda_sampling.py"), "test"
+    ),
+}
+FOR_80 = {"conformance/test_attention.py": "cuda and smallest"}
+MORE_FOR_80 = {
+    "conformance/test_attention.py": f"cuda and ({ATTENTION})",
+    "conformance/test_packed_pages.py": f"cuda and ({PACKED})",
+    "conformance/test_ops.py": f"cuda-exact and ({OPS})",
+}
+
+
+@pytest.mark.parametrize("group", FOR_90)
+def test_compiled_for_90(group: str) -> None:
+    run_chosen(90, FOR_90[group])
+
+
+@slow
+@pytest.mark.parametrize("group", MORE_FOR_90)
+def test_more_compiled_for_90(group: str) -> None:
+    run_chosen(90, MORE_FOR_90[group])
+
+
+@pytest.mark.parametrize("chosen", [FOR_80, pytest.param(MORE_FOR_80, marks=slow)])
+def test_compiled_for_80(chosen: dict[str, str]) -> None:
     """Products of 64 rows and more are by warps there, not by four of them at once."""
-    run(80, f"tests/{file}", "-k", chosen)
+    run_chosen(80, chosen)
 
 
 @pytest.mark.parametrize("backend", ["cuda", pytest.param("cuda-exact", marks=slow)])
