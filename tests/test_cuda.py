@@ -155,7 +155,7 @@ def test_a_prefill_of_few_tiles_is_split_unless_bits_must_not_depend_on_it(
     pool = new_pool(backend, case, laid.num_pages)
     monkeypatch.setattr(Device, "launch", recorded)
     backend.attend(activations(backend, np.concatenate(numbers)), pool, laid.batch, 0)
-    assert grids[0][2] == (1 if backend.name == "cuda" and backend.exact else splits)
+    assert grids[0][2] == (1 if backend.name == "cuda-exact" else splits)
 
 
 @runs
@@ -541,6 +541,12 @@ def test_the_identity_says_what_decides_bits() -> None:
     fast, exact = (create_backend(name).identity for name in ("cuda", "cuda-exact"))
     assert fast != exact
     assert "triton" in fast
+
+
+def test_a_backend_has_the_name_that_it_is_asked_for_by() -> None:
+    if not RUNS:
+        pytest.skip(STATUS["cuda"].detail)
+    assert [create_backend(name).name for name in ("cuda", "cuda-exact")] == ["cuda", "cuda-exact"]
 
 
 @pytest.mark.skipif(RUNS, reason="the backend runs here")

@@ -12,6 +12,7 @@ import pytest
 import quire
 from quire.cache import KVCache
 from quire.cache.tiers import HostTier
+from quire.engine.tiering import Pace
 from quire.errors import ConfigError
 from recording import Recorder, assert_warm_is_cold
 from tiny import WRITERS, random_prompt, write_llama
@@ -141,6 +142,21 @@ def test_a_tier_that_is_slower_than_computing_is_not_used(models: dict[str, Path
     assert again.cached_tokens_by_tier["host"] == 0
     assert again.tier_decision is not None
     assert "computed: loading is expected to take" in again.tier_decision
+
+
+def test_a_pace_is_that_of_what_takes_long() -> None:
+    """Ten milliseconds to begin and one a token: short chunks behind a long one say little."""
+    pace = Pace(5.0)
+    assert pace.of(2) == 10.0  # a guess
+    pace.add(0.522, 512)
+    assert pace.of(512) == pytest.approx(0.522)
+    for _ in range(10):
+        pace.add(0.017, 7)
+    assert 1.0 < pace.of(1000) < 1.25  # each by itself: 2.4
+    pace.add(0.0, 0)
+    for _ in range(12):
+        pace.add(2.0, 512)  # it has become slow
+    assert pace.of(512) == pytest.approx(2.0, rel=0.01)
 
 
 def test_preempted_samples_are_swapped_and_not_computed_again(models: dict[str, Path]) -> None:

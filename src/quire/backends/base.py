@@ -90,6 +90,7 @@ class Summaries(Protocol):
 class Backend(Protocol):
     """What a model needs. Only ``append`` changes an argument: the pool that it fills.
 
+    name      what it is asked for by
     replays   True if it keeps what a step launches, for others of that shape: then it is best that
               all tokens of a step are computed alike, even where some could be spared something
     """

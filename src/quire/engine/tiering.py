@@ -25,26 +25,32 @@ from quire.pages import Incoming, Pending
 __all__ = ["Load", "LoadPlan", "Pace", "PrefixTiers"]
 
 
-# Guesses until something was measured: multiply-adds a second of a thread; of a tier, bytes a
-# second, and seconds to begin.
+# Guesses until something was measured: multiply-adds a second of a thread, or of a card; of a tier,
+# bytes a second, and seconds to begin.
 THREAD_RATE = {"native": 50e9, "reference": 5e9}
+CARD_RATE = 50e12
 TIER_RATE = {"host": 2e9, "disk": 5e8}
 TIER_START = {"host": 2e-4, "disk": 2e-2}
 
 
 @dataclass
 class Pace:
-    """Seconds a unit of something takes: a guess until it was measured, then as measured lately."""
+    """Seconds a unit of something takes: a guess until it was measured, then as measured lately.
+
+    A measurement counts by its units: what few of them take is mostly what it takes to begin.
+    """
 
     seconds: float
-    measured: bool = False
+    _spent: float = 0.0
+    _units: float = 0.0
 
     def add(self, seconds: float, units: int) -> None:
-        """Take a measurement in; the newest counts a third."""
+        """Take a measurement in for as many older units, but for no more than a third of them."""
         if units > 0:
-            each = seconds / units
-            self.seconds = (2 * self.seconds + each) / 3 if self.measured else each
-            self.measured = True
+            kept = 1 - min(1 / 3, units / self._units) if self._units else 0.0
+            self._spent = self._spent * kept + seconds
+            self._units = self._units * kept + units
+            self.seconds = self._spent / self._units
 
     def of(self, units: int) -> float:
         """Expected seconds of ``units``."""
@@ -53,7 +59,8 @@ class Pace:
 
 def compute_pace(backend: str, threads: int, weights: int) -> Pace:
     """A guess at the seconds a token takes to compute, with ``weights`` numbers to multiply by."""
-    return Pace(weights / (THREAD_RATE.get(backend, 50e9) * threads))
+    on_card = backend not in THREAD_RATE
+    return Pace(weights / (CARD_RATE if on_card else THREAD_RATE[backend] * threads))
 
 
 @dataclass(frozen=True)

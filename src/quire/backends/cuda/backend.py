@@ -66,10 +66,10 @@ class CudaBackend:
     BackendError where there is neither that nor a GPU.
     """
 
-    name = "cuda"
     replays = True
 
     def __init__(self, exact: bool = False) -> None:
+        self.name = "cuda-exact" if exact else "cuda"
         self.exact, self.device = exact, find_device()
         self._attention = Attention(self.device, exact)
         self._products = Products(self.device, exact)
