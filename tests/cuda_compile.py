@@ -112,7 +112,7 @@ def _seals(shape: PageShape) -> Iterator[tuple[str, Any, dict[str, Any], Tiles]]
 
 def types(kernel: Any, given: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any]]:
     """Signature and alignments of a kernel's arguments, as a launch would find them."""
-    known = {"num_sequences": "i32", "window": "i32", "SPLIT": "i32", "unit": "fp32"}
+    known = {"num_chunks": "i32", "window": "i32", "SPLIT": "i32", "unit": "fp32"}
     known["length"] = "i32"
     known |= dict.fromkeys(("key_scale", "value_scale"), "*i16")
     known |= dict.fromkeys(("query", "part_mixed", "part_best", "part_total"), "*fp32")

@@ -80,6 +80,17 @@ def test_a_batch_counts_sequences_and_tokens(worked: GroupBatch) -> None:
     assert (empty.num_sequences, empty.num_tokens) == (0, 0)
 
 
+def test_chunks_are_those_with_several_tokens(worked: GroupBatch) -> None:
+    indptr = np.array([0, 1, 1, 4, 6, 7], np.int64)
+    batch = PagedBatch(np.arange(7), indptr, (worked,), (0,))
+    assert batch.chunks.sequences.tolist() == [2, 3]
+    assert batch.chunks.indptr.tolist() == [0, 3, 5]
+    assert batch.chunks.num_tokens == 5
+    assert batch.chunks is batch.chunks
+    none = PagedBatch(np.arange(2), np.array([0, 1, 2]), (worked,), (0,)).chunks
+    assert (none.sequences.tolist(), none.indptr.tolist(), none.num_tokens) == ([], [0], 0)
+
+
 def test_selected_tokens_keep_their_sequences_and_pages(worked: GroupBatch) -> None:
     batch = PagedBatch(ints(5, 6, 15, 16, 17), ints(0, 2, 2, 5, 5), (worked,), (0, 0))
     some = batch.select(ints(1, 2, 4))

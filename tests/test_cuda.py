@@ -144,6 +144,14 @@ def test_decode_of_many_heads_that_share_keys(share: int, format: str) -> None:
 def test_a_prefill_of_few_tiles_is_split_unless_bits_must_not_depend_on_it(
     sequences: Any, splits: int, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    grids = grids_of(sequences, backend, monkeypatch)
+    assert grids[0][2] == (1 if backend.name == "cuda-exact" else splits)
+
+
+def grids_of(
+    sequences: Any, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, ...]]:
+    """Of what attention to such sequences launches."""
     grids, inner = [], Device.launch
 
     def recorded(self: Device, kernel: Any, grid: Any, *args: Any, **named: Any) -> None:
@@ -153,9 +161,22 @@ def test_a_prefill_of_few_tiles_is_split_unless_bits_must_not_depend_on_it(
     case = Case(sequences, (4, 2, 16))
     laid, numbers = lay_out(case), [case.numbers(s)[0] for s in range(len(sequences))]
     pool = new_pool(backend, case, laid.num_pages)
-    monkeypatch.setattr(Device, "launch", recorded)
-    backend.attend(activations(backend, np.concatenate(numbers)), pool, laid.batch, 0)
-    assert grids[0][2] == (1 if backend.name == "cuda-exact" else splits)
+    with monkeypatch.context() as patch:
+        patch.setattr(Device, "launch", recorded)
+        backend.attend(activations(backend, np.concatenate(numbers)), pool, laid.batch, 0)
+    return grids
+
+
+@runs
+def test_who_decodes_beside_a_prefill_takes_none_of_its_tiles(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each split of a tile has its numbers: of 64 decoding beside a chunk they were 65 times."""
+    alone = grids_of(((480, 16),), backend, monkeypatch)
+    beside = grids_of(((9, 1),) * 32 + ((480, 16),) + ((9, 1),) * 32, backend, monkeypatch)
+    prefill = 1 if len(alone) == 1 else 2  # the kernel, and what merges its splits
+    assert beside[:prefill] == alone
+    assert alone[0][0] <= 2
 
 
 @runs

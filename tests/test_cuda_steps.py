@@ -329,12 +329,14 @@ def test_all_integers_of_a_step_are_in_its_copy_once_and_aligned(
     copies = Copies(monkeypatch)
     tokens, wanted = backend.take_step(range(7), batch, rows)
     arrays = [tokens, batch.positions, batch.query_indptr]
+    arrays += [batch.chunks.sequences, batch.chunks.indptr]
     group = batch.groups[0]
     arrays += [group.slots, group.indptr, group.indices, group.first_page]
     some = None
     if len(rows) == 2:
         some = backend.select(batch, wanted)
         arrays += [wanted, some.positions, some.places, some.query_indptr, some.groups[0].slots]
+        arrays += [some.chunks.sequences, some.chunks.indptr]
         assert backend.select(batch, wanted) is some
         assert backend.select(batch, list(wanted)) is not some, "other rows, for all it knows"
     else:

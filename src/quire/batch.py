@@ -7,12 +7,21 @@ form with FlashInfer's names (Ye et al., 2025, arXiv:2501.01005).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NO_OPEN_PAGES", "Candidates", "ChosenPages", "GroupBatch", "OpenPages", "PagedBatch"]
+__all__ = [
+    "NO_OPEN_PAGES",
+    "Candidates",
+    "ChosenPages",
+    "Chunks",
+    "GroupBatch",
+    "OpenPages",
+    "PagedBatch",
+]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -140,6 +149,23 @@ class ChosenPages:
 
 
 @dataclass(frozen=True, eq=False)
+class Chunks:
+    """Those of a batch's sequences that have several new tokens, m of them.
+
+    sequences  int64 [m]: their numbers
+    indptr     int64 [m + 1]: where the tokens of each begin, among those of these sequences alone
+    """
+
+    sequences: IntArray
+    indptr: IntArray
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all of them."""
+        return int(self.indptr[-1])
+
+
+@dataclass(frozen=True, eq=False)
 class PagedBatch:
     """The new tokens of one step and where their keys and values go.
 
@@ -172,6 +198,13 @@ class PagedBatch:
     def num_tokens(self) -> int:
         """T, new tokens in the batch."""
         return len(self.positions)
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """Always the same arrays."""
+        counts = np.diff(self.query_indptr)
+        several = np.flatnonzero(counts > 1)
+        return Chunks(several, np.concatenate([[0], np.cumsum(counts[several])]))
 
     def select(self, rows: IntArray) -> "PagedBatch":
         """The batch of tokens ``rows`` (int64 [R], ascending) alone, over the same pages.

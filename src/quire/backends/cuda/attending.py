@@ -87,10 +87,11 @@ class Attention:
     def _prefill(
         self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup
     ) -> None:
-        shape, sequences = pool.shape, step.batch.num_sequences
+        shape, chunks = pool.shape, step.batch.chunks
         kv_heads, share = shape.num_kv_heads, query.shape[1] // shape.num_kv_heads
         tiles = self._chunk_tiles(shape, share, group)
-        count = len(query) // (tiles.rows // share) + sequences
+        count = chunks.num_tokens // (tiles.rows // share) + len(chunks.sequences)
+        which = *step.chunks, len(chunks.sequences)
         length, splits = self._chunk_splits(group, tiles.rows // share, kv_heads)
         into = best = total = as_stored(out)
         if splits > 1:
@@ -99,8 +100,8 @@ class Attention:
             best, total = self._device.empty(rows), self._device.empty(rows)
         self._device.launch(
             prefill_kernel, (count, kv_heads, splits),
-            into, best, total, query, step.places, step.query_indptr, group.indptr, group.indices,
-            group.first_page, sequences, group.window, *_open_tables(group), pool.num_pages,
+            into, best, total, query, step.places, step.query_indptr, *which, group.indptr,
+            group.indices, group.first_page, group.window, *_open_tables(group), pool.num_pages,
             *_stored(pool), _unit(pool), length, **self._sizes(pool, share), G=kv_heads,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, SPLIT=SPLIT if self._exact else 0,
             PARTS=splits > 1, OUT=KINDS[out.dtype], num_warps=tiles.warps,
@@ -109,8 +110,8 @@ class Attention:
         if splits > 1:
             self._device.launch(
                 merge_tiles_kernel, (count, kv_heads, tiles.rows // _MERGED),
-                as_stored(out), into, best, total, step.places, step.query_indptr, group.first_page,
-                sequences, group.window, splits, length, G=kv_heads, SHARE=share,
+                as_stored(out), into, best, total, step.places, step.query_indptr, *which,
+                group.first_page, group.window, splits, length, G=kv_heads, SHARE=share,
                 DV=shape.value_dim, DVP=_padded(shape.value_dim), PAGE=shape.page_size,
                 BLOCK_M=tiles.rows, ROWS=_MERGED, OUT=KINDS[out.dtype],
                 HARDWARE=self._device.hardware, num_warps=4,

@@ -29,6 +29,7 @@ _TABLES = [
     "places", "query_indptr", "indptr", "indices", "first_page",
     "open_indptr", "open_indices", "open_first",
 ]  # fmt: skip
+_CHUNKS = ["chunks", "chunk_indptr"]
 
 
 @triton.jit
@@ -128,36 +129,38 @@ def _queries(
 
 
 @triton.jit
-def _sequence_of(tile, query_indptr, num_sequences, TOKENS: tl.constexpr):
-    """The sequence that ``tile`` belongs to.
+def _chunk_of(tile, chunk_indptr, num_chunks, TOKENS: tl.constexpr):
+    """The chunk that ``tile`` belongs to.
 
-    Those of sequence s begin with number ``query_indptr[s] // TOKENS + s``, so that each has
-    enough and nothing must be counted.
+    Those of chunk c begin with number ``chunk_indptr[c] // TOKENS + c``, so that each has enough
+    and nothing must be counted.
     """
     low = 0
-    high = num_sequences
+    high = num_chunks
     while high - low > 1:
         middle = (low + high) // 2
-        begin = tl.load(query_indptr + middle) // TOKENS + middle
+        begin = tl.load(chunk_indptr + middle) // TOKENS + middle
         low = tl.where(begin <= tile, middle, low)
         high = tl.where(begin <= tile, high, middle)
     return low
 
 
 @triton.jit
-def _tile(query_indptr, places, num_sequences, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
+def _tile(
+    query_indptr, places, chunks, chunk_indptr, num_chunks,
+    SHARE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """What program_id(0) computes: sequence, first and last token, or -1 for none, and places.
 
     Tiles are started from the last, which sees the longest context.
     """
     TOKENS: tl.constexpr = BLOCK_M // SHARE
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    sequence = _sequence_of(tile, query_indptr, num_sequences, TOKENS)
-    start = tl.load(query_indptr + sequence)
-    stop = tl.load(query_indptr + sequence + 1)
-    first = start + (tile - start // TOKENS - sequence) * TOKENS
-    last = tl.minimum(first + TOKENS, stop) - 1
-    last = tl.where((first < stop) & (stop - start > 1), last, -1)
+    chunk = _chunk_of(tile, chunk_indptr, num_chunks, TOKENS)
+    sequence = tl.load(chunks + chunk)
+    start, stop = tl.load(query_indptr + sequence), tl.load(query_indptr + sequence + 1)
+    first = start + (tile - tl.load(chunk_indptr + chunk) // TOKENS - chunk) * TOKENS
+    last = tl.where(first < stop, tl.minimum(first + TOKENS, stop) - 1, -1)
     at_min = tl.load(places + tl.maximum(tl.minimum(first, last), 0)).to(tl.int32)
     at_max = tl.load(places + tl.maximum(last, 0)).to(tl.int32)
     return sequence, first, last, at_min, at_max
@@ -191,12 +194,12 @@ def _put_part(
 
 
 @triton.jit(
-    do_not_specialize=["num_sequences", "window", "num_pages", "length"],
-    do_not_specialize_on_alignment=_TABLES,
+    do_not_specialize=["num_chunks", "window", "num_pages", "length"],
+    do_not_specialize_on_alignment=[*_TABLES, *_CHUNKS],
 )
 def prefill_kernel(
-    out, part_best, part_total, query, places, query_indptr, indptr, indices, first_page,
-    num_sequences, window, open_indptr, open_indices, open_first, num_pages,
+    out, part_best, part_total, query, places, query_indptr, chunks, chunk_indptr, num_chunks,
+    indptr, indices, first_page, window, open_indptr, open_indices, open_first, num_pages,
     key, key_scale, key_least, value, value_scale, value_least,
     open_key, open_key_scale, open_value, open_value_scale, unit, length,
     G: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
@@ -207,14 +210,14 @@ def prefill_kernel(
 ):  # fmt: skip
     """Attention of all sequences with two new tokens or more; grid (tiles, G, splits).
 
-    out [T, G * SHARE, DV], rounded to OUT, query [T, G * SHARE, DK], places [T]; page tables as in
-    GroupBatch. PARTS: each program walks ``length`` places, out is float32 [tiles, G, splits,
-    BLOCK_M, DV], with
-    part_best and part_total [tiles, G, splits, BLOCK_M], for :func:`merge_tiles_kernel`. Else one
-    walks the whole context: in one go where SPLIT is 0, or merging splits as decode merges them.
+    out [T, G * SHARE, DV], rounded to OUT, query [T, G * SHARE, DK], places [T]; which sequences
+    as in Chunks, page tables as in GroupBatch. PARTS: each program walks ``length`` places, out is
+    float32 [tiles, G, splits, BLOCK_M, DV], with part_best and part_total [tiles, G, splits,
+    BLOCK_M], for :func:`merge_tiles_kernel`. Else one walks the whole context: in one go where
+    SPLIT is 0, or merging splits as decode merges them.
     """
     sequence, first, last, at_min, at_max = _tile(
-        query_indptr, places, num_sequences, SHARE, BLOCK_M
+        query_indptr, places, chunks, chunk_indptr, num_chunks, SHARE, BLOCK_M
     )
     head, nth = tl.program_id(1), tl.program_id(2)
     stored = (tl.load(first_page + sequence) * PAGE).to(tl.int32)
@@ -249,18 +252,18 @@ def prefill_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_sequences", "window", "splits", "length"],
-    do_not_specialize_on_alignment=["places", "query_indptr", "first_page"],
+    do_not_specialize=["num_chunks", "window", "splits", "length"],
+    do_not_specialize_on_alignment=["places", "query_indptr", "first_page", *_CHUNKS],
 )
 def merge_tiles_kernel(
-    out, part_mixed, part_best, part_total, places, query_indptr, first_page, num_sequences,
-    window, splits, length,
+    out, part_mixed, part_best, part_total, places, query_indptr, chunks, chunk_indptr, num_chunks,
+    first_page, window, splits, length,
     G: tl.constexpr, SHARE: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """The parts of :func:`prefill_kernel`, merged in order; grid (tiles, G, BLOCK_M / ROWS)."""
     sequence, first, last, at_min, at_max = _tile(
-        query_indptr, places, num_sequences, SHARE, BLOCK_M
+        query_indptr, places, chunks, chunk_indptr, num_chunks, SHARE, BLOCK_M
     )
     head = tl.program_id(1)
     rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)

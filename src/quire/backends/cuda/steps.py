@@ -108,6 +108,12 @@ class Step:
         """int64 [S + 1]."""
         return self.held[self.batch.query_indptr]
 
+    @property
+    def chunks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [m] and [m + 1], see :class:`quire.batch.Chunks`; of a step with ``several``."""
+        chunks = self.batch.chunks
+        return self.held[chunks.sequences], self.held[chunks.indptr]
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -145,6 +151,8 @@ class Taken:
 def _arrays_of(batch: PagedBatch) -> list[IntArray]:
     """All that a step's kernels read of it."""
     arrays = [batch.positions, batch.places, batch.query_indptr]
+    if len(batch.chunks.sequences):
+        arrays += [batch.chunks.sequences, batch.chunks.indptr]
     for group in batch.groups:
         opened = group.open
         arrays += [group.slots, group.indptr, group.indices, group.first_page]
@@ -192,16 +200,14 @@ def take(
 
 
 def _step_of(batch: PagedBatch, held: Held) -> Step:
-    counts = np.diff(batch.query_indptr)
-    alone = np.flatnonzero(counts == 1)
+    alone = np.flatnonzero(np.diff(batch.query_indptr) == 1)
     at = batch.places[batch.query_indptr[alone]]
-    several = np.flatnonzero(counts > 1)
+    several, new = batch.chunks.sequences, np.diff(batch.chunks.indptr)
     last = batch.places[batch.query_indptr[several + 1] - 1]
     groups = tuple(
-        _group(group, held, at, alone, _chunks(group, several, counts[several], last))
-        for group in batch.groups
+        _group(group, held, at, alone, _chunks(group, several, new, last)) for group in batch.groups
     )
-    return Step(batch, held, groups, len(alone) > 0, bool((counts > 1).any()))
+    return Step(batch, held, groups, len(alone) > 0, len(several) > 0)
 
 
 def static_step(
