@@ -6,6 +6,7 @@ digests that collide. After every step the books balance; in the end nothing is 
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ MOST_STEPS = 4000  # of one history; a hang shows as more
 
 
 class Stress:
-    """One history; everything follows from ``seed``."""
+    """One history; everything follows from ``seed`` and ``backends``."""
 
-    def __init__(self, directory: Path, place: Path, seed: int) -> None:
-        self.random = random.Random(seed)
+    def __init__(
+        self,
+        directory: Path,
+        place: Path,
+        seed: int,
+        backends: Sequence[str] = ("reference", "native"),
+    ) -> None:
+        self.random, self.backends = random.Random(seed), backends
         self.directory, self.place, self.seen = directory, place, Counter[str]()
         self.families = [random_prompt(90, self.random.randrange(1000)) for _ in range(2)]
         self.engine = self._engine()
@@ -45,7 +52,7 @@ class Stress:
         )
         engine = quire.Engine(
             self.directory,
-            backend=draw.choice(["reference", "native"]),
+            backend=draw.choice(self.backends),
             cache=cache,
             max_batch_tokens=draw.choice([3, 7, 13, 40]),
             max_sequences=draw.choice([4, 64, 64]),

@@ -241,12 +241,12 @@ def workspace(shape: ModelShape, layout: CacheLayout, load: Load) -> Workspace:
 def _activations(shape: ModelShape, load: Load) -> int:
     """Numbers: of hidden size between layers, and of the widest of each kind inside one.
 
-    Between layers the embeddings, a layer's input and its output; in the last layer, of which only
-    some rows go on, norms, keys, values and turned keys of all rows.
+    Between layers a layer's input and its output; in the last layer, of which only some rows go on,
+    norms, keys, values and turned keys of all rows.
     """
     rows, hidden = load.rows, shape.hidden_size
     kept: int = max(kv.num_kv_heads * (2 * kv.key_dim + kv.value_dim) for kv in shape.kv)
-    between = rows * (3 * hidden + kept)
+    between = rows * (2 * hidden + kept)
     widths = [
         (layer.num_heads * layer.score_dim, layer.num_heads * layer.mix_dim, layer.kv.numbers)
         for layer in shape.layer_kinds

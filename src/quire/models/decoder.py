@@ -62,8 +62,7 @@ class Decoder:
         if len(rows) == len(tokens) and isinstance(pools, tuple):
             return self.backend.logits(tokens, self._network, batch, pools)
         tokens, rows = self.backend.take_step(tokens, batch, rows)
-        x = self.backend.embed(self.params["embed"], tokens)
-        return self._logits(self._layer_by_layer(x, batch, pools, rows))
+        return self._logits(self._layer_by_layer(tokens, batch, pools, rows))
 
     def forward_with(
         self,
@@ -116,10 +115,11 @@ class Decoder:
         return self.backend.rms_norm(x, self._network.norm, self._network.norm_eps)
 
     def _layer_by_layer(
-        self, x: Any, batch: PagedBatch, pools: Sequence[PagePool], rows: Sequence[int]
+        self, tokens: Any, batch: PagedBatch, pools: Sequence[PagePool], rows: Sequence[int]
     ) -> Any:
-        """x [T, hidden] -> [len(rows), hidden]; asks for each layer's pool when it comes to it."""
+        """[T] -> [len(rows), hidden]; asks for each layer's pool when it comes to it."""
         backend = self.backend
+        x = backend.embed(self.params["embed"], tokens)  # nobody else holds it
         for layer, pool in enumerate(pools):
             group, (attention, mlp) = batch.group_of_layer[layer], self._blocks[layer]
             if layer + 1 == len(pools) and len(rows) < batch.num_tokens:  # nobody reads the others
