@@ -18,7 +18,8 @@ if _INTERPRETS and importlib.util.find_spec("triton"):
 
 # Where kernels are compiled: it takes the extra cuda, and a process that does not interpret them.
 _COMPILES = not _INTERPRETS and all(importlib.util.find_spec(name) for name in ("torch", "triton"))
-collect_ignore = [] if _COMPILES else ["test_softcard.py", "test_compiled.py"]
+_COMPILED = ["test_softcard.py", "test_compiled.py", "test_card_workspace.py"]
+collect_ignore = [] if _COMPILES else _COMPILED
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import pytest
 import quire
 from conformance import activations
 from conformance.test_packed_pages import Book, Case
-from quire.analysis.memory import BOOKS
+from quire.analysis.native_workspace import BOOKS
 from quire.backends import AttentionParams, Backend, MlpParams, Network, Projection, create_backend
 from quire.backends.blocks import attention_block, attention_rows, mlp_block
 from quire.backends.rope import inverse_frequencies

@@ -51,6 +51,22 @@ def traffic(engine: quire.Engine, seed: int = 0) -> list[Any]:
     return [(each.completions[0].token_ids, each.completions[0].logprobs) for each in done]
 
 
+def test_tokens_that_are_drawn_take_what_is_planned(tmp_path: Path) -> None:
+    """Rows of logits in float64, in order, and whose they are: more than all else of a step."""
+    model = write_llama(tmp_path / "model", vocab_size=30_000)
+    with whole_card(total=256 << 20) as card:
+        engine = quire.Engine(
+            model, backend="cuda", cache=quire.CacheConfig(num_pages=16), max_sequences=8
+        )
+        began = card.memory.most = card.memory.used
+        drawn = quire.SamplingParams(max_new_tokens=2, temperature=1.0, top_p=0.99, seed=1)
+        engine.generate([[5 + nth] for nth in range(8)], drawn)
+        planned, most = engine.plan.memory.workspace, card.memory.most - began
+    tensors = planned.activations + planned.partials + planned.rotary + planned.logits
+    assert most > 8 * 30_000 * 24
+    assert most <= tensors + planned.sampling
+
+
 def make(model: Path, backend: str = "cuda-exact", **cache: Any) -> quire.Engine:
     settings = {"page_size": 4, "num_pages": 12} | cache
     return quire.Engine(

@@ -82,17 +82,50 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Block:
-    """Memory of one or several tensors, made for a stream, or for a graph that keeps it."""
+    """Memory of one or several tensors, made for a stream, or for graphs: then in their pool."""
 
     stream: Stream
     bytes: torch.Tensor
     tensors: int = 0
-    captured: bool = False
+    captured: "tuple[int, int] | None" = None
 
     @property
     def size(self) -> int:
         """Bytes that it takes."""
         return -(-self.bytes.numel() // _PIECE) * _PIECE
+
+
+class _GraphPool:
+    """Places in the memory that captured steps share, where one's tensors take those of another.
+
+    The smallest free one that is large enough, the rest of which stays free; neighbours are joined.
+    """
+
+    def __init__(self) -> None:
+        self._free = list[tuple[int, int, int]]()  # size, segment, where it begins
+        self._segments = 0
+
+    def take(self, size: int) -> tuple[tuple[int, int], int]:
+        """A segment and where in it, and how much new memory that takes."""
+        place = next((each for each in sorted(self._free) if each[0] >= size), None)
+        if place is None:
+            self._segments += 1
+            return (self._segments, 0), size
+        self._free.remove(place)
+        whole, segment, start = place
+        if whole > size:
+            self._free.append((whole - size, segment, start + size))
+        return (segment, start), 0
+
+    def give(self, place: tuple[int, int], size: int) -> None:
+        """It is free again."""
+        segment, start = place
+        end = start + size
+        for each in list(self._free):
+            if each[1] == segment and each[2] in (end, start - each[0]):
+                self._free.remove(each)
+                start, end = min(start, each[2]), max(end, each[2] + each[0])
+        self._free.append((end - start, segment, start))
 
 
 class Memory:
@@ -112,6 +145,7 @@ class Memory:
         self._timeline, self.total, self._untouched = timeline, total, untouched
         self.used = self.kept = self.most = 0
         self._blocks: dict[int, _Block] = {}
+        self._graphs = _GraphPool()
 
     def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A plain tensor of rubbish in memory of the card."""
@@ -120,12 +154,15 @@ class Memory:
         numbers = torch.empty_strided(tuple(size), tuple(stride), dtype=dtype)
         every = torch.empty(0, dtype=torch.uint8).set_(numbers.untyped_storage())  # type: ignore[call-overload]
         block = _Block(timeline.current, every)
-        self._take(block.size)
+        if timeline.capturing is None:
+            self._take(block.size)
+        else:
+            block.captured, new = self._graphs.take(block.size)
+            self._take(new)
         if not self._untouched:
             every.fill_(RUBBISH)
         graph = timeline.capturing
         if graph is not None:
-            block.captured = True
             graph.memory.append(lambda: _spoil(every))
         if every.numel():
             self._blocks[every.data_ptr()] = block
@@ -178,7 +215,10 @@ class Memory:
     def _let_go(self, block: _Block) -> None:
         with self._timeline.lock:
             block.tensors -= 1
-            if block.tensors or block.captured:  # a graph keeps its memory
+            if block.tensors:
+                return
+            if block.captured:  # graphs keep it
+                self._graphs.give(block.captured, block.size)
                 return
             self.used -= block.size
             self.kept += block.size

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from quire.analysis.card_workspace import card_workspace
+from quire.analysis.load import FLOAT, Load, Workspace
+from quire.analysis.native_workspace import native_workspace
 from quire.analysis.shape import DTYPE_BITS, PART_NAMES, ModelShape, Part
 from quire.config import format_bytes
 from quire.errors import ConfigError, did_you_mean
@@ -40,49 +43,7 @@ __all__ = [
     "workspace",
 ]
 
-FLOAT = 4  # bytes of a number that is computed with
-SPLIT = 256  # tokens whose softmax the native kernels compute at a time
-ANGLE_ROWS = 1024  # positions by which tables of rotary angles grow
-FEW = 32  # rows up to which a linear layer does without panels; gate and up lie apart then
-# Of each thread: copies of blocks that are no whole pages, 32 in prefill and 16 in decode, of 16
-# tokens of 512 numbers each; two panels of weights (kernels.hpp: MAX_HEAD, BLOCK, CHUNK).
-COPIES, COPY_BYTES, PANEL_BYTES = 48, 512 * 16 * FLOAT + 64, 2 * 4800
-_WIDE = {"fp16": 4, "fp8": 2, "int8": 2}  # bytes of a number that prefill takes apart once
-BOOKS = 192 << 10  # tables, lists and objects of a step: measured, about the same for all models
 SPARE = 0.05  # of a memory, for what is not planned: drivers, other programs, fragments
-SPARE_WORDS = 16  # at the end of each row that a linear layer takes
-
-
-@dataclass(frozen=True)
-class Load:
-    """What runs at a time: ``sequences`` of ``context`` tokens each, ``chunk`` tokens a step.
-
-    ``logits`` are rows of logits in one step; as a rule one a sequence. Each thread of the native
-    backend has scratch memory of its own.
-    """
-
-    context: int
-    sequences: int = 1
-    chunk: int = 512
-    logits: int | None = None
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("context", "sequences", "chunk", "threads"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"a plan needs at least 1 {name}, not {value}")
-
-    @property
-    def rows(self) -> int:
-        """Tokens of the largest step: a chunk of prompts, or a token of each sequence."""
-        longest = min(self.chunk, self.context * self.sequences)
-        return max(longest, self.sequences)
-
-    @property
-    def logit_rows(self) -> int:
-        """Rows of logits in a step."""
-        return self.sequences if self.logits is None else self.logits
 
 
 # -- weights ---------------------------------------------------------------------------------------
@@ -204,97 +165,10 @@ def pool_bytes(layout: CacheLayout, load: Load) -> int:
 # -- what is computed with -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Workspace:
-    """Bytes beside weights and pages, as the native backend has them.
-
-    activations   arrays between layers, and the kernels' own of one layer
-    partials      what splits of a context give, before they are merged
-    threads       each thread's own: blocks of pages that are not whole, taken apart or copied
-    rotary        tables of angles; they grow by a quarter at a time
-    logits        float32, of the rows that are asked for
-    """
-
-    activations: int
-    partials: int
-    threads: int
-    rotary: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.activations + self.partials + self.threads + self.rotary + self.logits
-
-
 def workspace(shape: ModelShape, layout: CacheLayout, load: Load) -> Workspace:
     """What a step of ``load`` needs beside weights and pages."""
-    return Workspace(
-        activations=BOOKS + FLOAT * _activations(shape, load),
-        partials=FLOAT * _partials(shape, load),
-        threads=load.threads * _thread_bytes(shape, layout),
-        rotary=0 if shape.positions else FLOAT * _angles(shape, load.context),
-        logits=FLOAT * load.logit_rows * shape.vocab_size,
-    )
-
-
-def _activations(shape: ModelShape, load: Load) -> int:
-    """Numbers: of hidden size between layers, and of the widest of each kind inside one.
-
-    Between layers a layer's input and its output; in the last layer, of which only some rows go on,
-    norms, keys, values and turned keys of all rows.
-    """
-    rows, hidden = load.rows, shape.hidden_size
-    kept: int = max(kv.num_kv_heads * (2 * kv.key_dim + kv.value_dim) for kv in shape.kv)
-    between = rows * (2 * hidden + kept)
-    widths = [
-        (layer.num_heads * layer.score_dim, layer.num_heads * layer.mix_dim, layer.kv.numbers)
-        for layer in shape.layer_kinds
-    ]
-    inside: int = sum(max(column) for column in zip(*widths, strict=True))
-    inner: int = max(
-        (m.active * m.outputs for m, _ in shape.matrices() if m.part in ("mlp", "experts")),
-        default=0,
-    )
-    words: int = max(m.inputs for m, _ in shape.matrices())
-    if shape.dtype == "bf16":
-        words //= 2  # two to a word
-    decoding = load.sequences * hidden + min(FEW, rows) * inner
-    return between + decoding + rows * (hidden + inside + inner + words + SPARE_WORDS)
-
-
-def _thread_bytes(shape: ModelShape, layout: CacheLayout) -> int:
-    """Copies of blocks; scores of a split; of coded pages a split of one head as it is read."""
-    heads = max(layer.num_heads for layer in shape.layer_kinds)
-    wide = max(
-        sum(
-            _WIDE.get(format.name, 0) * dim
-            for format, dim in (
-                (page.key_format, page.key_dim),
-                (page.value_format, page.value_dim),
-            )
-        )
-        for page in layout.shapes
-    )
-    return COPIES * COPY_BYTES + SPLIT * (heads * FLOAT + wide) + PANEL_BYTES
-
-
-def _partials(shape: ModelShape, load: Load) -> int:
-    """Numbers: for each split of what a decoded token sees and each head a sum and its values."""
-    return max(
-        load.sequences
-        * -(-layer.seen(load.context) // SPLIT)
-        * layer.num_heads
-        * (layer.mix_dim + 2)
-        for layer in shape.layer_kinds
-    )
-
-
-def _angles(shape: ModelShape, context: int) -> int:
-    """Numbers: cosine and sine of half a head, up to a quarter beyond the context."""
-    rows = -(-max(ANGLE_ROWS, context + context // 4) // ANGLE_ROWS) * ANGLE_ROWS
-    widest: int = max(layer.kv.key_dim for layer in shape.layer_kinds)
-    return rows * widest
+    of = native_workspace if load.card is None else card_workspace
+    return of(shape, layout, load)
 
 
 def score_matrix_bytes(queries: int, keys: int, number_bytes: int = FLOAT) -> int:

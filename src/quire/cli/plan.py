@@ -171,7 +171,10 @@ def plan(model: str | None, **options: Any) -> None:
 
 
 def _asked(shape: "ModelShape", options: dict[str, Any], verify: bool) -> "tuple[Asked, Timer]":
-    from quire.analysis.memory import Load, kv_layout
+    from dataclasses import replace
+
+    from quire.analysis.load import Card, Load
+    from quire.analysis.memory import kv_layout
     from quire.analysis.plan import Asked, budget_of
     from quire.analysis.steps import deploy
     from quire.config import parse_bytes
@@ -195,6 +198,8 @@ def _asked(shape: "ModelShape", options: dict[str, Any], verify: bool) -> "tuple
             "most that"
         )
     hardware, timer = _hardware(options["hardware"], shape, layout, threads)
+    if hardware.kind == "gpu":
+        load = replace(load, card=Card())
     asked = Asked(
         shape=shape,
         load=load,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quire.analysis.families import read_shape
-from quire.analysis.memory import SPARE, Load, MemoryPlan, kv_layout, weight_bytes, workspace
+from quire.analysis.load import Card, Load
+from quire.analysis.memory import SPARE, MemoryPlan, kv_layout, weight_bytes, workspace
 from quire.analysis.shape import ModelShape
 from quire.backends import Backend
 from quire.config import CacheConfig, EngineConfig, format_bytes
@@ -93,7 +94,13 @@ def plan_engine(
     settings = config.cache
     layout = kv_layout(shape, settings.kv_format, settings.page_size)
     threads = room.threads if config.threads is None else config.threads
-    load = Load(shape.max_position, config.max_sequences, config.max_batch_tokens, threads=threads)
+    load = Load(
+        shape.max_position,
+        config.max_sequences,
+        config.max_batch_tokens,
+        threads=threads,
+        card=_card(config),
+    )
     memory = MemoryPlan(
         {} if loaded else weight_bytes(shape, "fp32" if config.backend == "reference" else None),
         0,
@@ -111,6 +118,14 @@ def plan_engine(
     _require_fit(memory, room)
     tokens = _tokens(shape, layout, pages)
     return EnginePlan(memory, pages, tokens, room.available, layout.format_text)
+
+
+def _card(config: EngineConfig) -> Card | None:
+    """What the backend computes on, if it is a card."""
+    if config.backend not in ("cuda", "cuda-exact"):
+        return None
+    moves = config.cache.host_cache is not None or config.cache.cache_dir is not None
+    return Card(exact=config.backend == "cuda-exact", moves=moves)
 
 
 def _summaries(settings: CacheConfig, layout: CacheLayout) -> tuple[int, int]:
