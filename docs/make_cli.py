@@ -1,5 +1,9 @@
-"""Write docs/cli.md from the commands' own help; tests/test_docs.py checks that it is current."""
+"""Write docs/cli.md from the commands' own help; tests/test_docs.py checks that it is current.
 
+With ``--print`` it is printed, and nothing is written.
+"""
+
+import sys
 from pathlib import Path
 
 import click
@@ -27,4 +31,7 @@ def _section(title: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    PATH.write_text(cli_reference(), encoding="utf-8")
+    if sys.argv[1:] == ["--print"]:
+        print(cli_reference(), end="")
+    else:
+        PATH.write_text(cli_reference(), encoding="utf-8")
