@@ -121,3 +121,18 @@ def test_a_long_prefill_takes_what_is_planned(checkpoints: dict[str, Path], mode
         traffic(each.engine)
         planned = sum(each.planned.values())
         assert 0.97 * planned < each.most <= planned
+
+
+def test_the_plan_has_the_backends_own_sizes() -> None:
+    """Written down twice: a plan imports neither torch nor triton."""
+    from quire.analysis import card_workspace as planned
+    from quire.backends.cuda import attending, graphs, layer, products, sampling, tiles, transfer
+
+    assert planned.SPLIT == tiles.SPLIT
+    assert planned.BUCKET == graphs.MOST
+    assert planned.WAVES == attending._WAVES
+    assert planned.HALF == layer._ROWS
+    assert products._TILES["SPAN"] == planned.SPAN
+    assert products._TILES["BLOCK_M"] * products._TILES["BLOCK_N"] == planned.PRODUCT
+    assert planned.DRAWN == sampling.CHUNK
+    assert (planned.SLOT, planned.SLOTS) == (transfer.SLOT, 2 * transfer.DEPTH)

@@ -31,7 +31,7 @@ HALF = 256  # rows of gate and up at a time, or half of a step's if that is more
 # and as much as the last two again while they are sorted.
 DRAWN, DRAWN_BYTES = 1 << 23, 6 * DOUBLE
 SLOT, SLOTS = 8 << 20, 2 * 4  # staging memory each way; a page that is larger has slots as large
-# PyTorch's documentation: cuBLAS has 32 MiB on cards since 9.0, 8 on others, for each stream; so
+# NVIDIA's reference of cublasSetWorkspace recommends 32 MiB for cards of 9.0, less for others; here
 # once for steps that are launched and once for captured ones.
 LIBRARIES = 2 * (32 << 20)
 
