@@ -123,11 +123,9 @@ def _spans(shape: ModelShape, card: Card) -> int:
 
 def _launched_partials(load: Load, card: Card) -> Partials:
     def partials(layer: LayerShape) -> int:
-        most = max(
-            _decoding(layer, card, sequences, _splits_seen(layer, load.context))
-            for sequences in _numbers_of_sequences(load, card)
-        )
-        return FLOAT * (layer.mix_dim + 2) * max(most, _prefilling(layer, load, card))
+        splits = _splits_seen(layer, load.context)
+        decoding = _decoding(layer, card, load.sequences, splits)
+        return FLOAT * (layer.mix_dim + 2) * max(decoding, _prefilling(layer, load, card))
 
     return partials
 
@@ -137,25 +135,23 @@ def _captured_partials(load: Load, card: Card, bucket: int) -> Partials:
         splits = _power_of_two(-(-load.context // SPLIT))
         if layer.window is not None:
             splits = min(splits, layer.window // SPLIT + 2)
-        some = [1 << n for n in range(bucket.bit_length())]
-        rows = max(_decoding(layer, card, sequences, splits) for sequences in some)
-        return FLOAT * (layer.mix_dim + 2) * rows
+        return FLOAT * (layer.mix_dim + 2) * _decoding(layer, card, bucket, splits)
 
     return partials
 
 
-def _numbers_of_sequences(load: Load, card: Card) -> range:
-    """That may decode at a time; more of them are more rows where all splits are as long."""
-    return range(load.sequences if card.exact else 1, load.sequences + 1)
-
-
 def _decoding(layer: LayerShape, card: Card, sequences: int, splits: int) -> int:
-    """Rows of the parts of one decoded token of each of some sequences."""
-    programs = sequences * layer.kv.num_kv_heads
+    """Rows of the parts of one decoded token of each of so many sequences, or of fewer.
+
+    Not exact: n programs of a warp have at most ``wanted // (n // WARPS)`` splits and one that a
+    window may begin in, or ``wanted`` if they are fewer than WARPS; the most are of 2 WARPS - 1.
+    """
+    kv_heads = layer.kv.num_kv_heads
+    programs = sequences * kv_heads * splits
     if not card.exact:
-        wanted = max(1, WAVES * card.processors // max(1, programs // WARPS))
-        splits = min(splits, wanted + 1)  # a window may begin inside one
-    return sequences * layer.num_heads * splits
+        wanted = WAVES * card.processors
+        programs = min(programs, (2 * WARPS - 1) * wanted + sequences * kv_heads)
+    return programs * (layer.num_heads // kv_heads)
 
 
 def _prefilling(layer: LayerShape, load: Load, card: Card) -> int:
