@@ -24,7 +24,7 @@ def test_anything_at_once_gives_what_each_request_gives_alone(
 ) -> None:
     try:
         stress = Stress(models[kind], tmp_path, 77_000 + seed, ("cuda-exact",))
-    except ConfigError:
-        return  # a tier that is too small for the pages
+    except ConfigError as error:
+        pytest.skip(f"refused: {error}")  # a tier that is too small for the pages
     stress.run()
     assert_replies_are_those_of_each_alone(stress)

@@ -4,7 +4,8 @@ Tensors of torch as they live at a time: of a step that is launched kernel by ke
 captured, which has memory of its own, and of tokens that are drawn. What a step leaves is there for
 the next one, so the largest counts. Tests hold it against a card in software that hands memory out
 (``tests/test_card_workspace.py``). Not in it is memory of the driver, of compiled kernels and of
-graphs, and what torch's allocator cannot use of a block: a tenth of a card is left for those.
+graphs, what torch's allocator cannot use of a block, scores of policies, and logits of a whole
+prompt (``Engine.logits``): a tenth of a card is left for those.
 """
 
 from collections.abc import Callable
