@@ -141,3 +141,26 @@ def test_what_memory_is_asked_for_does_not_depend_on_what_is_computed(tmp_path: 
     assert counted == computed
     for found in counted.values():
         assert found["bf16"] < found["fp32"] < found["loop"]
+
+
+def test_the_hosts_time_is_measured_dry() -> None:
+    """Of two layers; what is launched is what kernels between products and in attention are."""
+    script = TESTS.parent / "bench" / "gpu_host.py"
+    done = subprocess.run(
+        [sys.executable, script, "--layers", "2", "--rounds", "1"],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "|" in line]
+    launches = {what: int(count) for what, _, _, count in table[2:]}
+    # Of the last layer, where nothing is decoded, only what keys and values take.
+    assert launches == {
+        "decode, 1, replayed": 1,
+        "decode, 8, replayed": 1,
+        "decode, 64, replayed": 1,
+        "prefill, 512": 5 + 2,
+        "prefill, 496 beside decode, 16": 7 + 7 + 2,
+    }

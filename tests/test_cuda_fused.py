@@ -32,7 +32,7 @@ if RUNS:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from quire.backends.cuda.layer import FusedAttention, FusedMlp
+    from quire.backends.cuda.layer import FusedAttention, FusedMlp, Residual, plain
     from quire.backends.cuda.products import Products
     from quire.backends.cuda.steps import Taken, to_device
 
@@ -95,8 +95,8 @@ class Weights:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """The same bits."""
-    return bool(torch.equal(a, b))
+    """The same bits, be a and b tensors or what the next op adds up."""
+    return bool(torch.equal(plain(a), plain(b)))
 
 
 # -- the same bits -------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_a_fused_layer_gives_the_bits_of_its_ops(
         assert equal(fused, apart)
         rows = [0, sum(counts) - 1]
         some = backend.attention_rows(x, blocks[0], batches[2], books[2].pool, group=0, rows=rows)
-        assert equal(backend.mlp_block(some, blocks[1]), apart[rows])
+        assert equal(backend.mlp_block(some, blocks[1]), plain(apart)[rows])
         pages = [_bytes(book) for book in books]
         assert pages[0] == pages[1] == pages[2]
 
@@ -176,11 +176,14 @@ def test_the_norm_of_a_wide_row_adds_what_is_to_be_added() -> None:
     rng = np.random.default_rng(0)
     x, delta = (activations(backend, rng.standard_normal((2, 5000), np.float32)) for _ in range(2))
     weight = backend.weight(rng.standard_normal(5000, np.float32))
-    layers, held = backend._layers, type(backend._layers).norm.__globals__["Residual"]
-    total, normed = layers.norm(held(x, delta), weight, 1e-5, torch.bfloat16)
-    assert equal(total.x, x + delta)
-    assert equal(normed, backend.rms_norm(x + delta, weight, 1e-5).to(torch.bfloat16))
-    wide = (x + delta).double()
+    total, held = x + delta, Residual(x, delta)
+    before, memory = x.clone(), delta.data_ptr()
+    normed = backend._layers.norm(held, weight, 1e-5, torch.bfloat16)
+    assert equal(held.sum(), total)
+    assert held.x.data_ptr() == memory, "the sum takes no memory of its own"
+    assert equal(x, before), "what is added to stays as it was"
+    assert equal(normed, backend.rms_norm(total, weight, 1e-5).to(torch.bfloat16))
+    wide = total.double()
     exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
     assert (normed.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
@@ -238,7 +241,7 @@ def test_parameters_that_cannot_be_one_stay_apart(what: str) -> None:
     assert block is params
     books, x = [Book(backend, case, 2) for _ in range(2)], made.x(5)
     fused = backend.layers(x, [(block, backend.block(made.mlp()))], *_step(books[0], [4, 1]))
-    assert fused.shape == x.shape
+    assert plain(fused).shape == x.shape
     rows = attention_rows(backend, x, params, *_one(books[1], [4, 1]), group=0, rows=[4])
     assert rows.shape == (1, HIDDEN)
 
@@ -408,6 +411,28 @@ def test_a_layer_of_a_step_that_decodes_is_ten_launches(
     assert one.total() - 10 <= 11, one
 
 
-def test_a_layer_of_a_prefill_is_nine_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, three = launches("llama", "bf16", [5, 2], monkeypatch)
-    assert (three - one).total() == 2 * 9
+LAYER = {"product": 4, "norm_kernel": 2, "place_kernel": 1, "prefill_kernel": 1, "gated_kernel": 1}
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"), [(0, LAYER), (2, LAYER | {"decode_kernel": 1, "merge_kernel": 1})]
+)
+def test_a_layer_of_an_engines_prefill_is_nine_launches(
+    others: int, expected: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And eleven where other sequences decode in the same step."""
+    waits = quire.SamplingParams(max_new_tokens=20, ignore_eos=True, logprobs=1)  # for each step
+    found = []
+    for layers in (2, 4):
+        monkeypatch.setattr("quire.engine.engine.create_backend", lambda *_: create_backend("cuda"))
+        model = write_llama(tmp_path / str(layers), dtype="bf16", num_hidden_layers=layers)
+        engine = tiny_engine(model)
+        for length in range(others):
+            engine.submit(random_prompt(3 + length), waits)
+        for _ in range(others):
+            engine.step()
+        engine.submit(random_prompt(9), quire.SamplingParams(max_new_tokens=1))
+        with counted(engine.backend, monkeypatch) as launched:
+            engine.step()
+        found.append(launched)
+    assert found[1] - found[0] == Counter({name: 2 * count for name, count in expected.items()})

@@ -27,7 +27,7 @@ WAVES, WARPS = 4, 4  # programs a processor that contexts are split into, of so 
 TILE = 64  # rows of a tile of prefill that is split
 PRODUCT = 64 * 64  # numbers of a tile of a product in ``cuda-exact``, which is split by SPAN
 SPAN = 1024
-HALF = 256  # rows of gate and up at a time, or half of a step's if that is more
+HALF = 1024  # rows of gate and up at a time, or half of a step's if that is more
 # Numbers that tokens are drawn from at a time; of each a value, a copy, its order and whose it is,
 # and as much as the last two again while they are sorted.
 DRAWN, DRAWN_BYTES = 1 << 23, 6 * DOUBLE
@@ -68,7 +68,9 @@ def _live(shape: ModelShape, rows: int, partials: Partials) -> int:
     """The most bytes of a step's tensors at a time, of ``rows`` new tokens."""
     between = FLOAT * rows * shape.hidden_size
     halves = [_attention(shape, layer, rows, partials(layer)) for layer in shape.layer_kinds]
-    return between + max(*halves, _mlp(shape, rows), 2 * between)
+    # What is added to a layer's input, in place, beside what is normed; op by op, beside the sum.
+    added = between + (between if shape.positions else rows * shape.hidden_size * _number(shape))
+    return between + max(*halves, _mlp(shape, rows), added)
 
 
 def _attention(shape: ModelShape, layer: LayerShape, rows: int, partials: int) -> int:

@@ -16,7 +16,7 @@ from quire.backends.cuda.device import Device
 from quire.backends.cuda.pool import CudaPool
 from quire.backends.cuda.products import KINDS, as_stored
 from quire.backends.cuda.steps import EVERY, Step, StepGroup
-from quire.backends.cuda.stored import Side, power_of_two
+from quire.backends.cuda.stored import power_of_two
 from quire.backends.cuda.tiles import (
     SPLIT,
     Tiles,
@@ -44,6 +44,25 @@ class Chosen:
 
     tiles: Tiles | None = None
     waves: int = _WAVES
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A launch of attention that walks pages, and of what merges its splits, for a step's layers.
+
+    grid           programs of the first; the last of three is splits
+    rows           of a tile
+    length         places of a split
+    unit           what scores are multiplied with: powers are of two
+    named, merged  what the two kernels are compiled for
+    """
+
+    grid: tuple[int, int, int]
+    rows: int
+    length: int
+    unit: float
+    named: dict[str, Any]
+    merged: dict[str, Any]
 
 
 class Attention:
@@ -78,7 +97,7 @@ class Attention:
         Sequence s * G + g of the step is KV head g of token s, which reads pages of its own.
         """
         tokens, heads, dim = query.shape
-        groups = pool.shape.num_kv_heads
+        groups = pool.num_kv_heads
         out = self._device.empty((tokens * groups, heads // groups * pool.shape.value_dim), dtype)
         by_head = query.reshape(tokens * groups, heads // groups, dim)
         self._decode(out, by_head, pool, step, step.groups[0], kv_heads=1)
@@ -87,35 +106,45 @@ class Attention:
     def _prefill(
         self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup
     ) -> None:
-        shape, chunks = pool.shape, step.batch.chunks
-        kv_heads, share = shape.num_kv_heads, query.shape[1] // shape.num_kv_heads
-        tiles = self._chunk_tiles(shape, share, group)
-        count = chunks.num_tokens // (tiles.rows // share) + len(chunks.sequences)
+        shape, chunks, share = pool.shape, step.batch.chunks, query.shape[1] // pool.num_kv_heads
+        asked = "prefill", shape, share, self.chosen_tiles
+        plan = group.plans.get(asked)
+        if plan is None:
+            plan = group.plans[asked] = self._plan_prefill(shape, share, step, group)
         which = *step.chunks, len(chunks.sequences)
-        length, splits = self._chunk_splits(group, tiles.rows // share, kv_heads)
+        count, kv_heads, splits = plan.grid
         into = best = total = as_stored(out)
         if splits > 1:
-            rows = (count, kv_heads, splits, tiles.rows)
+            rows = (*plan.grid, plan.rows)
             into = self._device.empty((*rows, shape.value_dim))
             best, total = self._device.empty(rows), self._device.empty(rows)
         self._device.launch(
-            prefill_kernel, (count, kv_heads, splits),
+            prefill_kernel, plan.grid,
             into, best, total, query, step.places, step.query_indptr, *which, group.indptr,
             group.indices, group.first_page, group.window, *_open_tables(group), pool.num_pages,
-            *_stored(pool), _unit(pool), length, **self._sizes(pool, share), G=kv_heads,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, SPLIT=SPLIT if self._exact else 0,
-            PARTS=splits > 1, OUT=KINDS[out.dtype], num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            *pool.tensors, plan.unit, plan.length, OUT=KINDS[out.dtype], **plan.named,
         )  # fmt: skip
         if splits > 1:
             self._device.launch(
-                merge_tiles_kernel, (count, kv_heads, tiles.rows // _MERGED),
+                merge_tiles_kernel, (count, kv_heads, plan.rows // _MERGED),
                 as_stored(out), into, best, total, step.places, step.query_indptr, *which,
-                group.first_page, group.window, splits, length, G=kv_heads, SHARE=share,
-                DV=shape.value_dim, DVP=_padded(shape.value_dim), PAGE=shape.page_size,
-                BLOCK_M=tiles.rows, ROWS=_MERGED, OUT=KINDS[out.dtype],
-                HARDWARE=self._device.hardware, num_warps=4,
+                group.first_page, group.window, splits, plan.length, OUT=KINDS[out.dtype],
+                **plan.merged,
             )  # fmt: skip
+
+    def _plan_prefill(self, shape: PageShape, share: int, step: Step, group: StepGroup) -> _Plan:
+        tiles, kv_heads = self._chunk_tiles(shape, share, group), shape.num_kv_heads
+        chunks = step.batch.chunks
+        count = chunks.num_tokens // (tiles.rows // share) + len(chunks.sequences)
+        length, splits = self._chunk_splits(group, tiles.rows // share, kv_heads)
+        named = self._sizes(shape, share) | {
+            "G": kv_heads, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys,
+            "SPLIT": SPLIT if self._exact else 0, "PARTS": splits > 1,
+            "num_warps": tiles.warps, "num_stages": tiles.stages,
+        }  # fmt: skip
+        merged = self._merged(shape, share, kv_heads)
+        merged |= {"BLOCK_M": tiles.rows, "ROWS": _MERGED, "num_warps": 4}
+        return _Plan((count, kv_heads, splits), tiles.rows, length, _unit(shape), named, merged)
 
     def _chunk_tiles(self, shape: PageShape, share: int, group: StepGroup) -> Tiles:
         """Large ones where they are enough for all processors, unless exact: see above."""
@@ -163,29 +192,42 @@ class Attention:
         kv_heads: int | None = None,
     ) -> None:
         shape = pool.shape
-        kv_heads = shape.num_kv_heads if kv_heads is None else kv_heads
-        share, sequences = query.shape[1] // kv_heads, step.batch.num_sequences
-        tiles = self._decode_tiles(shape, share)
-        split, splits = self._splits(step, group, max(1, sequences * kv_heads * tiles.warps // 4))
-        parts = (sequences, kv_heads, splits, share)
+        kv_heads = pool.num_kv_heads if kv_heads is None else kv_heads
+        share = query.shape[1] // kv_heads
+        asked = "decode", shape, share, kv_heads, self.chosen_tiles
+        plan = group.plans.get(asked)
+        if plan is None:
+            plan = group.plans[asked] = self._plan_decode(shape, share, kv_heads, step, group)
+        sequences, _, splits = plan.grid
+        parts = (*plan.grid, share)
         mixed = self._device.empty((*parts, shape.value_dim))
         best, total = self._device.empty(parts), self._device.empty(parts)
         self._device.launch(
-            decode_kernel, (sequences, kv_heads, splits),
+            decode_kernel, plan.grid,
             mixed, best, total, query, step.places, step.query_indptr, group.indptr,
             group.indices, group.first_page, group.window, *_open_tables(group), pool.num_pages,
-            *_stored(pool), _unit(pool), split, **self._sizes(pool, share), G=kv_heads,
-            HEADS=shape.num_kv_heads, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
-            COLUMNS=not self._exact and in_columns(shape, share),
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            *pool.tensors, plan.unit, plan.length, **plan.named,
         )  # fmt: skip
         self._device.launch(
             merge_kernel, (sequences, kv_heads),
             as_stored(out), mixed, best, total, step.places, step.query_indptr, group.first_page,
-            group.window, splits, split, G=kv_heads, SHARE=share, DV=shape.value_dim,
-            DVP=_padded(shape.value_dim), PAGE=shape.page_size, ROWS=power_of_two(share),
-            OUT=KINDS[out.dtype], HARDWARE=self._device.hardware, num_warps=2,
+            group.window, splits, plan.length, OUT=KINDS[out.dtype], **plan.merged,
         )  # fmt: skip
+
+    def _plan_decode(
+        self, shape: PageShape, share: int, kv_heads: int, step: Step, group: StepGroup
+    ) -> _Plan:
+        tiles, sequences = self._decode_tiles(shape, share), step.batch.num_sequences
+        length, splits = self._splits(step, group, max(1, sequences * kv_heads * tiles.warps // 4))
+        named = self._sizes(shape, share) | {
+            "G": kv_heads, "HEADS": shape.num_kv_heads, "BLOCK_M": tiles.rows,
+            "BLOCK_N": tiles.keys, "COLUMNS": not self._exact and in_columns(shape, share),
+            "num_warps": tiles.warps, "num_stages": tiles.stages,
+        }  # fmt: skip
+        merged = self._merged(shape, share, kv_heads)
+        merged |= {"ROWS": power_of_two(share), "num_warps": 2}
+        grid = sequences, kv_heads, splits
+        return _Plan(grid, tiles.rows, length, _unit(shape), named, merged)
 
     def _splits(self, step: Step, group: StepGroup, programs: int) -> tuple[int, int]:
         """Places of a split, and how many there are at most.
@@ -205,9 +247,8 @@ class Attention:
         wanted = max(1, self.chosen_tiles.waves * self._device.processors // programs)
         return max(1, -(-splits // wanted))
 
-    def _sizes(self, pool: CudaPool, share: int) -> dict[str, Any]:
-        """What kernels are compiled for."""
-        shape = pool.shape
+    def _sizes(self, shape: PageShape, share: int) -> dict[str, Any]:
+        """What kernels that walk pages are compiled for."""
         return {
             "SHARE": share,
             "DK": shape.key_dim,
@@ -224,25 +265,25 @@ class Attention:
             "HARDWARE": self._device.hardware,
         }
 
+    def _merged(self, shape: PageShape, share: int, kv_heads: int) -> dict[str, Any]:
+        """What kernels that merge splits are compiled for."""
+        return {
+            "G": kv_heads,
+            "SHARE": share,
+            "DV": shape.value_dim,
+            "DVP": _padded(shape.value_dim),
+            "PAGE": shape.page_size,
+            "HARDWARE": self._device.hardware,
+        }
+
 
 def _padded(dim: int, least: int = 16) -> int:
     """The power of two that holds ``dim`` numbers, and as many as a product sums at least."""
     return max(least, power_of_two(dim))
 
 
-def _unit(pool: CudaPool) -> float:
-    return math.log2(math.e) / math.sqrt(pool.shape.key_dim)
-
-
-def _stored(pool: CudaPool) -> tuple[torch.Tensor, ...]:
-    """Arrays of the packed pages, or of all, and of the open ones."""
-
-    def of(side: Side) -> tuple[torch.Tensor, torch.Tensor]:
-        return side.numbers, side.scale
-
-    key, value = pool.pages.key, pool.pages.value
-    packed = *of(key), key.least, *of(value), value.least
-    return *packed, *of(pool.open.key), *of(pool.open.value)
+def _unit(shape: PageShape) -> float:
+    return math.log2(math.e) / math.sqrt(shape.key_dim)
 
 
 def _open_tables(group: StepGroup) -> tuple[torch.Tensor, ...]:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from quire.backends.cuda import steps
 from quire.backends.cuda.attending import Attention
 from quire.backends.cuda.device import find_device
 from quire.backends.cuda.graphs import StepGraph, shape_of
-from quire.backends.cuda.layer import At, Layers, Residual, fused
+from quire.backends.cuda.layer import At, Layers, Residual, fused, plain, residual
 from quire.backends.cuda.memory import tells_of_memory
 from quire.backends.cuda.pool import CudaPool, require_formats
 from quire.backends.cuda.products import Products
@@ -135,9 +135,9 @@ class CudaBackend:
         """[T, in], [out, in], [out] -> [T, out]."""
         return self._products(x, weight, bias)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor | Residual, weight: Tensor, eps: float) -> Tensor:
         """[..., n], [n] -> [..., n]."""
-        return self._layers.norm(Residual(x), weight, eps, torch.float32)[1]
+        return self._layers.norm(residual(x), weight, eps, torch.float32)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """[..., n], [n], [n] -> [..., n]."""
@@ -171,9 +171,9 @@ class CudaBackend:
         """Equal shapes -> the same."""
         return x * y
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, x: Tensor | Residual, y: Tensor) -> Tensor:
         """Equal shapes -> the same."""
-        return x + y
+        return plain(x) + y
 
     def heads(self, x: Tensor, num_heads: int) -> Tensor:
         """[T, num_heads * D] -> [T, num_heads, D]."""
@@ -253,8 +253,9 @@ class CudaBackend:
             out.index_copy_(0, self.device.integers(rows), x)
         return out
 
-    def rows(self, x: Tensor, indices: Sequence[int] | Array) -> Tensor:
+    def rows(self, x: Tensor | Residual, indices: Sequence[int] | Array) -> Tensor:
         """[T, n], [R] -> [R, n]."""
+        x = plain(x)
         if not len(indices):
             return x[:0]
         if len(indices) == len(x) and list(indices) == list(range(len(x))):
@@ -273,60 +274,52 @@ class CudaBackend:
         return joined
 
     def attention_block(
-        self, x: Tensor, block: Any, batch: PagedBatch, pool: PagePool, group: int
-    ) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        return self._attend(Residual(x), block, batch, pool, group=group).sum()
+        self, x: Tensor | Residual, block: Any, batch: PagedBatch, pool: PagePool, group: int
+    ) -> Residual:
+        """[T, hidden] -> [T, hidden], whose last addition the next op makes."""
+        return self._attend(residual(x), block, batch, pool, group=group)
 
     def attention_rows(
         self,
-        x: Tensor,
+        x: Tensor | Residual,
         block: Any,
         batch: PagedBatch,
         pool: PagePool,
         *,
         group: int,
         rows: Sequence[int] | Array,
-    ) -> Tensor:
+    ) -> Residual:
         """[T, hidden] -> [R, hidden]."""
-        step = self._step(batch)
+        step, held = self._step(batch), residual(x)
         if isinstance(block, AttentionParams):
-            return attention_rows(self, x, block, batch, pool, group=group, rows=rows)
-        require(step, pool, group, len(x))
+            alone = attention_rows(self, held.sum(), block, batch, pool, group=group, rows=rows)
+            return Residual(alone)
+        require(step, pool, group, held.x.shape[0])
         params, layers = block.params, self._layers
-        _, normed = layers.norm(Residual(x), params.norm, params.norm_eps, block.whole.dtype)
+        normed = layers.norm(held, params.norm, params.norm_eps, block.whole.dtype)
         at = self._at(step, pool, group, params.inv_freq)
         layers.keep(normed, block, at)
+        some = self.rows(held.x, rows)
         if not len(rows):
-            return self.rows(x, rows)
+            return Residual(some)
         cos, sin = (self.rows(each, rows) for each in at.angles)
         at = replace(at, step=self._step(self.select(batch, rows)), angles=(cos, sin))
-        return self.rows(x, rows) + layers.mix(self.rows(normed, rows), block, at)
+        return Residual(some, layers.mix(self.rows(normed, rows), block, at))
 
-    def mlp_block(self, x: Tensor, block: Any) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        return self._transform(Residual(x), block).sum()
+    def mlp_block(self, x: Tensor | Residual, block: Any) -> Residual:
+        """[T, hidden] -> [T, hidden], whose last addition the next op makes."""
+        return self._transform(residual(x), block)
 
     def layers(
         self,
-        x: Tensor,
-        blocks: Sequence[tuple[Any, Any]],
-        batch: PagedBatch,
-        pools: Sequence[PagePool],
-        summaries: Sequence[Summaries | None] = (),
-    ) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        return self._run(x, blocks, batch, pools, summaries).sum()
-
-    def _run(
-        self,
-        x: Tensor,
+        x: Tensor | Residual,
         blocks: Sequence[tuple[Any, Any]],
         batch: PagedBatch,
         pools: Sequence[PagePool],
         summaries: Sequence[Summaries | None] = (),
     ) -> Residual:
-        held = Residual(x)
+        """[T, hidden] -> [T, hidden], whose last addition the next op makes."""
+        held = residual(x)
         layers = zip(blocks, pools, batch.group_of_layer, strict=False)
         for layer, ((attention, mlp), pool, group) in enumerate(layers):
             known = summaries[layer] if summaries else None
@@ -355,9 +348,9 @@ class CudaBackend:
             return Residual(
                 attention_block(self, x, block, batch, pool, group=group, attend=choosing)
             )
-        require(step, pool, group, len(held.x))
-        at = self._at(step, pool, group, block.params.inv_freq)
-        return self._layers.attention(held, block, replace(at, attend=choosing))
+        require(step, pool, group, held.x.shape[0])
+        at = self._at(step, pool, group, block.params.inv_freq, choosing)
+        return self._layers.attention(held, block, at)
 
     def _attend_chosen(
         self,
@@ -439,13 +432,13 @@ class CudaBackend:
     def _hidden(
         self, network: Network, tokens: Any, batch: PagedBatch, pools: Sequence[PagePool]
     ) -> Tensor:
-        held = self._run(self.embed(network.embed, tokens), network.blocks, batch, pools)
+        held = self.layers(self.embed(network.embed, tokens), network.blocks, batch, pools)
         kind = network.head.dtype
-        return self._layers.norm(held, network.norm, network.norm_eps, kind)[1]
+        return self._layers.norm(held, network.norm, network.norm_eps, kind)
 
-    def to_host(self, x: Tensor) -> npt.NDArray[np.float32]:
+    def to_host(self, x: Tensor | Residual) -> npt.NDArray[np.float32]:
         """A copy in host memory; waits for what it depends on."""
-        return self.device.to_host(x).numpy()
+        return self.device.to_host(plain(x)).numpy()
 
     def _step(self, batch: PagedBatch) -> steps.Step:
         """The batch on the device: as it was taken, or handed over for what reads other rows."""
@@ -462,9 +455,16 @@ class CudaBackend:
         self._taken, self._beside, self._angles = taken, None, None
         self.device.hold(taken.whole.held)
 
-    def _at(self, step: steps.Step, pool: PagePool, group: int, inv_freq: Array) -> At:
+    def _at(
+        self,
+        step: steps.Step,
+        pool: PagePool,
+        group: int,
+        inv_freq: Array,
+        attend: Callable[[Tensor, Any], Tensor] | None = None,
+    ) -> At:
         assert isinstance(pool, CudaPool)
-        return At(pool, step, group, self._cos_and_sin(step.batch.positions, inv_freq))
+        return At(pool, step, group, self._cos_and_sin(step.batch.positions, inv_freq), attend)
 
     def _cos_and_sin(self, positions: Array, inv_freq: Array) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [T, D/2] of a step's tokens: of float32 products, in float64."""

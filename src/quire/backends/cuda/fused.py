@@ -47,8 +47,8 @@ def norm_kernel(
 ):  # fmt: skip
     """x [rows, n] / sqrt(mean(x²) + eps) * weight, rounded to KIND; one program a row.
 
-    Where ADD, x is x plus delta [rows, n], which goes into ``total``. TILE is the least power of
-    two from n on, or CHUNK.
+    Where ADD, x is x plus delta [rows, n], which goes into ``total``; that may be either of them.
+    TILE is the least power of two from n on, or CHUNK.
     """
     row = tl.program_id(0).to(tl.int64) * n
     squares = tl.zeros((TILE,), tl.float32)

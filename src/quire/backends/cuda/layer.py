@@ -30,11 +30,20 @@ from quire.backends.cuda.steps import Step
 from quire.backends.cuda.stored import power_of_two
 from quire.rotation import blocks
 
-__all__ = ["At", "FusedAttention", "FusedMlp", "Layers", "Residual", "fused"]
+__all__ = [
+    "At",
+    "FusedAttention",
+    "FusedMlp",
+    "Layers",
+    "Residual",
+    "fused",
+    "plain",
+    "residual",
+]
 
 Tensor = Any
 
-_ROWS = 256  # of gate and up at a time, or half of a step's if that is more
+_ROWS = 1024  # of gate and up at a time, or half of a step's if that is more
 _BLOCK = 1024  # numbers that a program of elementwise work takes
 
 
@@ -66,16 +75,32 @@ class FusedMlp:
     bias: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Residual:
-    """x [T, hidden], and what is yet to be added to it; None for nothing."""
+    """x [T, hidden], and what is yet to be added to it; None for nothing.
+
+    The sum is made once, in the memory of ``delta``, which is nobody else's: by the norm that comes
+    next, in passing (:meth:`Layers.norm`), or by who asks for it.
+    """
 
     x: Tensor
     delta: Tensor | None = None
 
     def sum(self) -> Tensor:
         """[T, hidden]."""
-        return self.x if self.delta is None else self.x + self.delta
+        if self.delta is not None:
+            self.x, self.delta = torch.add(self.x, self.delta, out=self.delta), None
+        return self.x
+
+
+def residual(x: Tensor | Residual) -> Residual:
+    """x [T, hidden] as what may be added to."""
+    return x if isinstance(x, Residual) else Residual(x)
+
+
+def plain(x: Tensor | Residual) -> Tensor:
+    """x as a tensor."""
+    return x.sum() if isinstance(x, Residual) else x
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,26 +156,25 @@ class Layers:
         self._device, self._products, self._attention = device, products, attention
         self._factors: dict[int, Tensor] = {}
 
-    def norm(
-        self, held: Residual, weight: Tensor, eps: float, dtype: Any
-    ) -> tuple[Residual, Tensor]:
-        """The sum [.., n] as the new residual, and its RMS norm, rounded to ``dtype``."""
+    def norm(self, held: Residual, weight: Tensor, eps: float, dtype: Any) -> Tensor:
+        """RMS norm of the sum [.., n], rounded to ``dtype``; ``held`` has the sum from then on."""
         x, delta = held.x.contiguous(), held.delta
         n, tile = x.shape[-1], min(CHUNK, power_of_two(x.shape[-1]))
         out = self._device.empty(x.shape, dtype)
-        total = x if delta is None else torch.empty_like(x)
+        total = x if delta is None else delta
         self._device.launch(
             norm_kernel, (x.numel() // n,),
-            as_stored(out), total, x, x if delta is None else delta, weight, eps, n,
+            as_stored(out), total, x, total, weight, eps, n,
             ADD=delta is not None, KIND=KINDS[dtype], HARDWARE=self._device.hardware, TILE=tile,
             num_warps=warps_of(tile),
         )  # fmt: skip
-        return Residual(total), out
+        held.x, held.delta = total, None
+        return out
 
     def attention(self, held: Residual, block: FusedAttention, at: At) -> Residual:
         """Keys and values of a step's tokens go into the pool; what they mix is to be added."""
         params = block.params
-        held, normed = self.norm(held, params.norm, params.norm_eps, block.whole.dtype)
+        normed = self.norm(held, params.norm, params.norm_eps, block.whole.dtype)
         numbers = self._products(normed, block.whole)
         del normed
         query = self._place(numbers, block, at, (params.num_heads, params.num_kv_heads))
@@ -208,10 +232,11 @@ class Layers:
     def mlp(self, held: Residual, block: FusedMlp) -> Residual:
         """What the MLP gives is to be added."""
         params = block.params
-        held, normed = self.norm(held, params.norm, params.norm_eps, block.whole.dtype)
-        inner = self._device.empty((len(normed), len(block.whole) // 2), params.down.weight.dtype)
-        rows = max(_ROWS, -(-len(normed) // 2))
-        for first in range(0, len(normed), rows):
+        normed = self.norm(held, params.norm, params.norm_eps, block.whole.dtype)
+        tokens = normed.shape[0]
+        inner = self._device.empty((tokens, block.whole.shape[0] // 2), params.down.weight.dtype)
+        rows = max(_ROWS, -(-tokens // 2))
+        for first in range(0, tokens, rows):
             part = slice(first, first + rows)
             both = self._products(normed[part], block.whole, block.bias)
             self._gated(inner[part], both, params.activation)

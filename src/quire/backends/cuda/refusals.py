@@ -16,13 +16,18 @@ Array = npt.NDArray[Any]
 
 
 def require(step: Step, pool: PagePool, group: int, tokens: int) -> None:
-    """Raise BackendError for what a step cannot store or read; known already if it is static."""
+    """Raise BackendError for what a step cannot store or read; known already if it is static.
+
+    Layers of a group have pools alike, so only the first of them is looked at.
+    """
     assert isinstance(pool, CudaPool)
     if tokens != step.batch.num_tokens:
         raise BackendError(f"{tokens} rows for {step.batch.num_tokens} tokens")
-    if step.reach is None:
+    asked = group, pool.num_pages, pool.open_pages, pool.shape
+    if step.reach is None and asked not in step.allowed:
         require_slots(step.batch.groups[group].slots, pool)
         require_readable(step.batch.groups[group], pool)
+        step.allowed.add(asked)
 
 
 def require_slots(slots: Array, pool: CudaPool) -> None:

@@ -1,6 +1,6 @@
 """A step's integers on the device: one transfer, sliced there, kept for all layers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +59,7 @@ class StepGroup:
                 place that it sees
     chunks      int64 [m, 2] on the host: of sequences with more, how many, and how many places they
                 see, all together
+    plans       how layers launch attention, which need not ask again what others found
     """
 
     window: int
@@ -71,14 +72,12 @@ class StepGroup:
     at: IntArray
     first: IntArray
     chunks: IntArray
-    known: dict[int, int] = field(default_factory=dict)
+    plans: dict[Hashable, Any] = field(default_factory=dict)
 
     def splits(self, length: int) -> int:
         """The most splits of ``length`` places that one of these sequences has."""
-        if length not in self.known:
-            counts = self.at // length - self.first // length + 1
-            self.known[length] = int(counts.max(initial=0))
-        return self.known[length]
+        counts = self.at // length - self.first // length + 1
+        return int(counts.max(initial=0))
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ class Step:
               launches do not depend on the lengths there are
     single    True if some sequence has one new token
     several   True if some sequence has more
+    allowed   groups, and pools of which kind, that it was found to store and read within
     """
 
     batch: PagedBatch
@@ -97,6 +97,7 @@ class Step:
     single: bool
     several: bool
     reach: int | None = None
+    allowed: set[Hashable] = field(default_factory=set)
 
     @property
     def places(self) -> torch.Tensor:
