@@ -32,9 +32,12 @@ if RUNS:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from quire.backends.cuda import refusals
+    from quire.backends.cuda.attending import Attention, Chosen
     from quire.backends.cuda.layer import FusedAttention, FusedMlp, Residual, plain
     from quire.backends.cuda.products import Products
     from quire.backends.cuda.steps import Taken, to_device
+    from quire.backends.cuda.tiles import Tiles
 
 HIDDEN, INNER = 72, 100
 DTYPES = {"fp32": np.float32, "bf16": ml_dtypes.bfloat16, "fp16": np.float16}
@@ -436,3 +439,49 @@ def test_a_layer_of_an_engines_prefill_is_nine_launches(
             engine.step()
         found.append(launched)
     assert found[1] - found[0] == Counter({name: 2 * count for name, count in expected.items()})
+
+
+def test_layers_of_a_step_share_what_depends_on_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether ids are the pool's, tiles and splits: found once a group of layers, not by each."""
+    monkeypatch.setattr("quire.engine.engine.create_backend", lambda *_: create_backend("cuda"))
+    engine = tiny_engine(write_llama(tmp_path / "model", num_hidden_layers=4))
+    engine.submit(random_prompt(3), quire.SamplingParams(max_new_tokens=9, logprobs=1))
+    engine.step()
+    found: Counter[str] = Counter()
+
+    def watch(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def counting(*args: Any, **named: Any) -> Any:
+            found[name] += 1
+            return inner(*args, **named)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    for name in ("require_slots", "require_readable"):
+        watch(refusals, name)
+    for name in ("_plan_prefill", "_plan_decode"):
+        watch(Attention, name)
+    engine.submit(random_prompt(9), quire.SamplingParams(max_new_tokens=1))
+    engine.step()
+    # All rows but the last layer's are of the whole step; that one attends for those it is asked.
+    assert found == {
+        "require_slots": 1, "require_readable": 1, "_plan_prefill": 1, "_plan_decode": 2
+    }  # fmt: skip
+
+
+def test_other_tiles_are_taken_at_once() -> None:
+    """A step keeps how attention is launched, but not for tiles that are to be compared."""
+    backend = create_backend("cuda")
+    book = Book(backend, Case(64, heads=(4, 2, 16), format="bf16"), 1)
+    batch, query = book.batch([40]), activations(backend, np.zeros((40, 4, 16), np.float32))
+    step, blocks, inner = to_device(batch, backend.device), [], backend.device.launch
+    backend.device.launch = lambda *args, **named: (
+        blocks.append((named["BLOCK_M"], named["BLOCK_N"])) or inner(*args, **named)
+    )
+    for keys in (16, 32):
+        backend._attention.chosen_tiles = Chosen(Tiles(32, keys, 4, 1))
+        backend._attention(query, book.pool, step, 0)
+    assert [each for each in blocks if each] == [(32, 16), (32, 32)]
