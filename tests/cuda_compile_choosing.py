@@ -26,8 +26,10 @@ def main(capabilities: list[int]) -> None:
     for name in choosing.__all__:
         kernel = getattr(choosing, name)
         given = {"BLOCK": MOST if name == "cut_kernel" else BLOCK}
-        if "PARTS" in kernel.arg_names:
-            given["PARTS"] = power_of_two(-(-VOCAB // BLOCK))
+        if name == "token_kernel":
+            del given["BLOCK"]
+        others = {"PARTS": power_of_two(-(-VOCAB // BLOCK)), "CUT": True, "BENT": False}
+        given |= {each: value for each, value in others.items() if each in kernel.arg_names}
         known = {**dict.fromkeys(given, "constexpr"), **NUMBERS, **POINTERS}
         signature = {each: known.get(each, "*i64") for each in kernel.arg_names}
         places = {each: (nth,) for nth, each in enumerate(kernel.arg_names)}

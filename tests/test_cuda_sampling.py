@@ -19,6 +19,7 @@ from quire.backends import backend_status, create_backend
 from quire.errors import BackendError
 from quire.sampler import HostLogits
 from quire.sampling import Ask, Choice, SamplingParams
+from test_cuda_fused import counted
 from tiny import VOCAB, random_prompt, tiny_engine
 
 RUNS = any(status.name == "cuda" and status.available for status in backend_status())
@@ -108,12 +109,13 @@ def test_no_row_of_logits_goes_to_the_host(
         greedy.step()
     assert not greedy.has_work
     assert len(fetched) == 4
-    assert set(fetched) <= {(2,), (2, 2)}
+    assert set(fetched) == {(2, 2)}
     fetched.clear()
     served(tiny_engine(models["full"], num_pages=60))
-    # Seven samples at most: two numbers each, and logprobs of two: two logits, a sum, two others.
-    assert all(np.prod(shape) <= 7 * 3 + 2 * 5 for shape in fetched)
-    assert 2 * VOCAB > 7 * 3 + 2 * 5
+    # Seven samples at most: the likeliest's key and token, what is chosen, and whether that is
+    # certain; and logprobs of two: two logits, a sum, two others.
+    assert all(np.prod(shape) <= 7 * 4 + 2 * 5 for shape in fetched)
+    assert 2 * VOCAB > 7 * 4 + 2 * 5
 
 
 def test_rules_of_all_samples_go_over_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +285,30 @@ def test_no_number_of_samples_makes_kernels_anew(monkeypatch: pytest.MonkeyPatch
         asked = [Ask(nth, rule, 0.5, [*range(nth + 3)], 1) for nth in range(count)]
         logits.choose(asked)
         logits.choose([*asked, Ask(0, other, 0.5, [1, 2], 1)])
-    assert len(seen) == 7
+    assert len(seen) == 8
     assert all(len(kinds) == 1 for kinds in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("temperature", "launched"),
+    [(0.0, {}), (1.0, {"weigh_kernel": 1, "draw_kernel": 1, "index_copy_": 1})],
+)
+def test_tokens_that_run_ahead_take_few_launches_beside_a_graph(
+    temperature: float, launched: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which one is the likeliest, and its token, is known from the graph; logits are read once."""
+    backend = create_backend("cuda")
+    rows = activations(backend, np.random.default_rng(0).standard_normal((4, 50), np.float32))
+    logits = CudaLogits(backend.device, rows, sampling.best_of(backend.device, rows))
+    params = SamplingParams(temperature=temperature, ignore_eos=True)
+    asked = [Ask(nth, params, 0.3, [1, 2], 1) for nth in range(4)]
+    with counted(backend, monkeypatch) as found:
+        ahead = logits.ahead(asked)
+    assert ahead is not None
+    ours = {name.partition(".")[0]: count for name, count in found.items()}
+    copies = {"clone", "copy_", "_to_copy", "lift_fresh"}  # of rules to the card, and of tokens
+    assert {name: count for name, count in ours.items() if name not in copies} == launched
+    assert ahead.take() == HostLogits(backend.to_host(rows)).choose(asked)
 
 
 def test_a_search_and_a_shadow_see_logits_on_the_host(

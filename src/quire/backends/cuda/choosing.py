@@ -15,6 +15,7 @@ __all__ = [
     "keys_kernel",
     "mass_kernel",
     "spread_kernel",
+    "token_kernel",
     "weigh_kernel",
 ]
 
@@ -47,6 +48,19 @@ def best_kernel(best, logits, vocab, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def token_kernel(out, best, parts, PARTS: tl.constexpr):
+    """Of what ``best_kernel`` gives the largest key of each row, and its token: out int64 [n, 2].
+
+    Grid (n).
+    """
+    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
+    keys = tl.load(best + row * parts + part, mask=part < parts, other=-0x7FFFFFFFFFFFFFFF)
+    key = tl.max(keys, axis=0)
+    tl.store(out + 2 * row, key)
+    tl.store(out + 2 * row + 1, 0x7FFFFFFF - (key & 0x7FFFFFFF))
+
+
+@triton.jit
 def keys_kernel(keys, logits, rows, vocab, BLOCK: tl.constexpr):
     """The keys of rows ``rows`` [r] of logits float32 [n, vocab]: keys int64 [r, vocab].
 
@@ -73,16 +87,27 @@ def spread_kernel(sums, logits, rows, peaks, vocab, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def weigh_kernel(sums, values, peaks, temperatures, vocab, parts, BLOCK: tl.constexpr):
-    """(x - peak) / temperature of values float64 [r, vocab] in their place, the largest being 0.
+def weigh_kernel(
+    sums, values, logits, rows, best, peaks, temperatures, vocab, parts,
+    BENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(x - peak) / temperature: values float64 [r, vocab], the largest being 0. Grid (parts, r).
 
-    And the sums of their exp over each part: sums float64 [r, parts]. Grid (parts, r).
+    Of rows ``rows`` [r] of logits float32 [n, vocab], whose largest ``best`` [n, 2] knows; where
+    BENT, of what penalties made of them, which are ``values`` before, and ``peaks`` [r].
+    And the sums of their exp over each part: sums float64 [r, parts].
     """
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    peak, temperature = tl.load(peaks + row), tl.load(temperatures + row)
     at = part * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(values + row * vocab + at, mask=at < vocab, other=0.0)
-    x = (x - peak) / temperature
+    if BENT:
+        peak = tl.load(peaks + row)
+        x = tl.load(values + row * vocab + at, mask=at < vocab, other=0.0)
+    else:
+        own = tl.load(rows + row)
+        logits += own * vocab
+        peak = tl.load(logits + tl.load(best + 2 * own + 1)).to(tl.float64)
+        x = tl.load(logits + at, mask=at < vocab, other=0.0).to(tl.float64)
+    x = (x - peak) / tl.load(temperatures + row)
     tl.store(values + row * vocab + at, x, mask=at < vocab)
     weights = tl.where(at < vocab, tl.exp(x), 0.0)
     tl.store(sums + row * parts + part, tl.sum(weights, axis=0))
@@ -149,14 +174,23 @@ def stays(x, at, floor, cut_value, cut_token):
 
 
 @triton.jit
+def cut_of(cut_values, cut_tokens, row, vocab, CUT: tl.constexpr):
+    """What ``cut_kernel`` found of a row; where nothing is cut off, what all tokens are before."""
+    if CUT:
+        return tl.load(cut_values + row), tl.load(cut_tokens + row)
+    return tl.full((), float("-inf"), tl.float64), tl.full((), 0, tl.int64) + vocab
+
+
+@triton.jit
 def mass_kernel(
-    sums, values, floors, cut_values, cut_tokens, vocab, parts, BLOCK: tl.constexpr,
+    sums, values, floors, cut_values, cut_tokens, vocab, parts,
+    CUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``sums`` of what is left of the rows of which something is removed. Grid (parts, r)."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    floor, cut_value = tl.load(floors + row), tl.load(cut_values + row)
+    floor = tl.load(floors + row)
+    cut_value, cut_token = cut_of(cut_values, cut_tokens, row, vocab, CUT)
     if (floor > float("-inf")) | (cut_value > float("-inf")):
-        cut_token = tl.load(cut_tokens + row)
         at = part * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(values + row * vocab + at, mask=at < vocab, other=float("-inf"))
         weights = tl.where(stays(x, at, floor, cut_value, cut_token), tl.exp(x), 0.0)
@@ -166,14 +200,15 @@ def mass_kernel(
 @triton.jit
 def draw_kernel(
     chosen, sums, values, draws, floors, cut_values, cut_tokens, vocab, parts,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    CUT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The token whose share of what is left holds the draw, in order of token id. Grid (r,).
 
     The part that holds it, then the token of that part; both have weight, whatever sums round to.
     """
     row = tl.program_id(0).to(tl.int64)
-    floor, cut_value = tl.load(floors + row), tl.load(cut_values + row)
+    floor = tl.load(floors + row)
+    cut_value, cut_token = cut_of(cut_values, cut_tokens, row, vocab, CUT)
     part = tl.arange(0, PARTS)
     masses = tl.load(sums + row * parts + part, mask=part < parts, other=0.0)
     ends = tl.cumsum(masses, axis=0)
@@ -185,7 +220,7 @@ def draw_kernel(
 
     at = holds * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(values + row * vocab + at, mask=at < vocab, other=float("-inf"))
-    left = stays(x, at, floor, cut_value, tl.load(cut_tokens + row))
+    left = stays(x, at, floor, cut_value, cut_token)
     weights = tl.where(left, tl.exp(x), 0.0)
     ends = before + tl.cumsum(weights, axis=0)
     token = tl.min(tl.where((ends > target) & (weights > 0.0), at, vocab), axis=0)

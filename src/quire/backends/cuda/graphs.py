@@ -121,7 +121,7 @@ class StepGraph:
         return CudaLogits(device, logits, best, lambda: device.replays != now)
 
     def _compute(self) -> Tensor:
-        """Logits, and which of each row is the largest, which most steps need no more than."""
+        """Logits, and which of each row is the likeliest: most steps need no more than that."""
         held = self._buffers
         hidden = self._backend.computed(self._model, held.tokens, held.taken, self._pools)
         logits = self._backend.product(self._logits, hidden, self._head)

@@ -21,6 +21,7 @@ from quire.backends.cuda.choosing import (
     keys_kernel,
     mass_kernel,
     spread_kernel,
+    token_kernel,
     weigh_kernel,
 )
 from quire.backends.cuda.device import Device
@@ -43,12 +44,16 @@ LOW = 2**31 - 1
 
 
 def best_of(device: Device, rows: Tensor) -> Tensor:
-    """The largest key (``choosing.py``) of each of logits float32 [n, vocab], int64 [n]."""
+    """The largest key (``choosing.py``) of each of logits float32 [n, vocab], and its token.
+
+    int64 [n, 2].
+    """
     count, vocab = rows.shape
-    parts = _parts(vocab)
+    parts, out = _parts(vocab), device.empty((count, 2), torch.int64)
     best = device.empty((count, parts), torch.int64)
     device.launch(best_kernel, (parts, count), best, rows, vocab, parts, BLOCK=BLOCK)
-    return best.amax(1)
+    device.launch(token_kernel, (count,), out, best, parts, PARTS=power_of_two(parts))
+    return out
 
 
 @tells_of_memory
@@ -120,14 +125,14 @@ class CudaLogits:
         self._require_there()
         if self._best is None:
             self._best = best_of(self.device, self._rows)
-        tokens = LOW - (self._best & LOW)
+        both = self._best
         if drawn:
             draws = self._draws([asked[nth] for nth in drawn])
             [at], sent = self._send([drawn], draws)
             chosen, _ = self._drawn(draws, sent, whole=False)
-            tokens.index_copy_(0, at, chosen)
-        fetched = self.device.fetch(torch.stack((self._best, tokens)))
-        return CudaAhead(tokens, fetched, asked)
+            both = both.clone()  # the likeliest may be asked for again
+            both[:, 1].index_copy_(0, at, chosen)
+        return CudaAhead(both[:, 1], self.device.fetch(both), asked)
 
     def _require_there(self) -> None:
         if self._stale is not None and self._stale():
@@ -138,9 +143,11 @@ class CudaLogits:
 
     def _greedy(self, asked: Sequence[Ask]) -> list[Choice]:
         """The likeliest of each row."""
-        best = self.device.to_host(self._best).numpy()
-        tokens, bad = (LOW - (best & LOW)).tolist(), set(np.flatnonzero(best == BAD).tolist())
-        return [self._damaged(ask) if ask.row in bad else Choice(tokens[ask.row]) for ask in asked]
+        best = self.device.to_host(self._best).tolist()
+        return [
+            self._damaged(ask) if best[ask.row][0] == BAD else Choice(best[ask.row][1])
+            for ask in asked
+        ]
 
     def _damaged(self, ask: Ask) -> Choice:
         """What the definition says of a row that is not finite."""
@@ -161,17 +168,18 @@ class CudaLogits:
         listed = [ask.row for ask in asked]
         (rows, bent_there, told_there), sent = self._send([listed, bent, told], draws)
         drawn, certain = self._drawn(draws, sent, whole)
-        chosen = (LOW - (self._best & LOW)).index_select(0, rows).index_copy_(0, bent_there, drawn)
+        chosen = self._best[:, 1].index_select(0, rows).index_copy_(0, bent_there, drawn)
         most = max((asked[nth].params.logprobs or 0 for nth in told), default=0)
         spread = self._spread(
             rows.index_select(0, told_there), chosen.index_select(0, told_there), most
         )
+        certain = torch.ones_like(drawn) if certain is None else certain
         best, tokens, sure, *about = _fetched(self.device, [self._best, chosen, certain, *spread])
         sure_of = dict(zip(bent, sure.tolist(), strict=True))
         logprobs = dict(zip(told, _logprobs(*about), strict=True))
         choices: list[Choice | None] = []
         for nth, (ask, token) in enumerate(zip(asked, tokens.tolist(), strict=True)):
-            if best[ask.row] == BAD:
+            if best[ask.row, 0] == BAD:
                 choices.append(self._damaged(ask))
             elif not sure_of.get(nth, True):
                 choices.append(None)
@@ -198,46 +206,62 @@ class CudaLogits:
 
     def _drawn(
         self, draws: Sequence["_Draws"], sent: Sequence[Sequence[Tensor]], whole: bool
-    ) -> tuple[Tensor, Tensor]:
-        """int64 [a] twice: the tokens of what is not greedy, and whether they are certain."""
-        if not draws:
-            none = self.device.empty((0,), torch.int64)
-            return none, none
-        pairs = [self._draw(*each, whole) for each in zip(draws, sent, strict=True)]
-        drawn, certain = zip(*pairs, strict=True)
-        return torch.cat(drawn), torch.cat(certain)
+    ) -> tuple[Tensor, Tensor | None]:
+        """int64 [a] twice: the tokens of what is not greedy, and whether they are certain.
 
-    def _draw(self, draws: "_Draws", sent: Sequence[Tensor], whole: bool) -> tuple[Tensor, Tensor]:
+        None where nothing of any row is cut off: then all are.
+        """
+        if not draws:
+            return self.device.empty((0,), torch.int64), None
+        pairs = [self._draw(*each, whole) for each in zip(draws, sent, strict=True)]
+        if len(pairs) == 1:
+            return pairs[0]
+        drawn, certain = zip(*pairs, strict=True)
+        if all(each is None for each in certain):
+            return torch.cat(drawn), None
+        known = [torch.ones_like(t) if c is None else c for t, c in pairs]
+        return torch.cat(drawn), torch.cat(known)
+
+    def _draw(
+        self, draws: "_Draws", sent: Sequence[Tensor], whole: bool
+    ) -> tuple[Tensor, Tensor | None]:
         device, vocab = self.device, self.shape[1]
         rows, narrowed, top_k, top_p, temperature, floor, draw, *bends = sent
-        count, narrow = len(draws.rows), draws.narrow
-        values = self._wide(rows, draws.rows)
-        _bend(values, bends[3:], bends[:3])
-        parts = _parts(vocab)
+        count, narrow, parts = len(draws.rows), draws.narrow, _parts(vocab)
+        values, peaks = self._values(rows, bends)
         sums = device.empty((count, parts), torch.float64)
         grid, sizes = (parts, count), (vocab, parts)
-        peaks = values.amax(1)
-        device.launch(weigh_kernel, grid, sums, values, peaks, temperature, *sizes, BLOCK=BLOCK)
-        cuts = torch.full_like(draw, -np.inf), torch.full_like(rows, vocab)
-        certain = torch.ones_like(rows)
+        read = self._rows, rows, self._best, peaks, temperature
+        bent = {"BENT": bool(bends[3:]), "BLOCK": BLOCK}
+        device.launch(weigh_kernel, grid, sums, values, *read, *sizes, **bent)
+        cuts, certain = (temperature, rows), None  # not looked at
         if narrow:
+            cuts = torch.full_like(draw, -np.inf), torch.full_like(rows, vocab)
+            certain = torch.ones_like(rows)
             some = values if narrow == count else values.index_select(0, narrowed)
             ordered, tokens = _in_order(some, vocab if whole else min(MOST, vocab))
             args = *cuts, certain, sums, ordered, tokens, narrowed, top_k, top_p, *sizes
             every = {"PARTS": power_of_two(parts), "BLOCK": min(MOST, power_of_two(vocab))}
             device.launch(cut_kernel, (narrow,), *args, ordered.shape[1], **every)
+        cut = {"CUT": narrow > 0, "BLOCK": BLOCK}
         if narrow or draws.has_floors:
-            device.launch(mass_kernel, grid, sums, values, floor, *cuts, *sizes, BLOCK=BLOCK)
+            device.launch(mass_kernel, grid, sums, values, floor, *cuts, *sizes, **cut)
         chosen = device.empty((count,), torch.int64)
         left = chosen, sums, values, draw, floor, *cuts, *sizes
-        device.launch(draw_kernel, (count,), *left, PARTS=power_of_two(parts), BLOCK=BLOCK)
+        device.launch(draw_kernel, (count,), *left, PARTS=power_of_two(parts), **cut)
         return chosen, certain
 
-    def _wide(self, rows: Tensor, listed: Sequence[int]) -> Tensor:
-        """Rows ``rows`` in float64, to be written to."""
-        if listed == list(range(len(self._rows))):
-            return self._rows.double()
-        return self._rows.index_select(0, rows).double()
+    def _values(self, rows: Tensor, bends: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """float64 [a, vocab] of rows ``rows`` [a] as penalties leave them, and the largest of each.
+
+        Where there are none, room for them: ``weigh_kernel`` reads the logits themselves.
+        """
+        factors, changed = bends[:3], bends[3:]
+        if not changed:
+            return self.device.empty((len(rows), self.shape[1]), torch.float64), factors[0]
+        values = self._rows.index_select(0, rows).double()
+        _bend(values, changed, factors)
+        return values, values.amax(1)
 
     # -- logprobs ----------------------------------------------------------------------------
 
@@ -250,7 +274,7 @@ class CudaLogits:
         if not count:
             return []
         parts, most = _parts(vocab), min(most, vocab)
-        likeliest = (LOW - (self._best & LOW)).index_select(0, rows)
+        likeliest = self._best[:, 1].index_select(0, rows)
         both = self._rows[rows[:, None], torch.stack((likeliest, tokens), 1)].double()
         sums, keys = device.empty((count, parts), torch.float64), []
         args = sums, self._rows, rows, both[:, 0].contiguous(), vocab, parts
@@ -265,7 +289,7 @@ class CudaLogits:
 
 @dataclass(frozen=True)
 class CudaAhead:
-    """See :class:`quire.backends.base.Ahead`; ``fetched`` has keys and tokens, [2, n]."""
+    """See :class:`quire.backends.base.Ahead`; ``fetched`` has keys and tokens, [n, 2]."""
 
     tokens: Tensor
     fetched: Callable[[], Tensor]
@@ -273,9 +297,8 @@ class CudaAhead:
 
     def take(self) -> list[Choice]:
         """See :class:`quire.backends.base.Ahead`."""
-        best, tokens = self.fetched().tolist()
-        chosen = zip(self.asked, best, tokens, strict=True)
-        return [_gone(ask) if key == BAD else Choice(token) for ask, key, token in chosen]
+        chosen = zip(self.asked, self.fetched().tolist(), strict=True)
+        return [_gone(ask) if key == BAD else Choice(token) for ask, (key, token) in chosen]
 
 
 def _gone(ask: Ask) -> Choice:
@@ -392,8 +415,6 @@ def _bend(values: Tensor, bends: Sequence[Tensor], factors: Sequence[Tensor]) ->
     bends     what :func:`_bends` found
     factors   float64 [a] of the repetition, the frequency and the presence penalty
     """
-    if not bends:
-        return
     places, counts = bends
     rows = places // values.shape[1]
     repetition, frequency, presence = (each.index_select(0, rows) for each in factors)
