@@ -470,10 +470,11 @@ class CudaBackend:
         """cos and sin float32 [T, D/2] of a step's tokens: of float32 products, in float64."""
         last = self._angles
         if last is None or last[0] is not positions or last[1] is not inv_freq:
-            at = self.device.integers(positions).float()
-            angles = (at[:, None] * self._on_device(inv_freq)[None, :]).double()
-            last = positions, inv_freq, torch.cos(angles).float(), torch.sin(angles).float()
-            self._angles = last
+            at, empty, size = self.device.integers(positions), self.device.empty, len(inv_freq)
+            angles = empty((len(positions), size), torch.float64)
+            torch.mul(at[:, None], self._on_device(inv_freq)[None, :], out=angles)
+            cos, sin = (each(angles, out=empty(angles.shape)) for each in (torch.cos, torch.sin))
+            self._angles = last = positions, inv_freq, cos, sin
         return last[2], last[3]
 
     def _on_device(self, inv_freq: Array) -> Tensor:
