@@ -265,6 +265,25 @@ def test_a_second_round_comes_only_where_the_largest_were_not_enough(
     assert logits.choose(asked) == law
 
 
+def test_logits_that_tie_only_beside_the_largest_are_chosen_as_ties() -> None:
+    """The largest are picked by float32 logits; less the largest of all, tiny ones are equal."""
+    rng = np.random.default_rng(0)
+    rows = (1e-30 * rng.standard_normal((3, 3 * MOST))).astype(np.float32)
+    rows[:, 100] = 1.0
+    rows[1, ::2], rows[2, ::700] = -5.0, 0.9
+    rules = [{"top_p": 0.5}, {"top_p": 0.002}, {"top_k": 7}, {"top_k": 2, "top_p": 0.9}]
+    asked = [
+        Ask(row, SamplingParams(temperature=1.0, **rule), draw, [1, 2], 1)
+        for row in range(3)
+        for rule in rules
+        for draw in (0.0, 0.3, 0.77, 0.99)
+    ]
+    backend = create_backend("cuda")
+    chosen = backend.to_logits(activations(backend, rows)).choose(asked)
+    assert chosen == HostLogits(rows).choose(asked)
+    assert len({choice.token for choice in chosen}) > 8
+
+
 def test_no_number_of_samples_makes_kernels_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton compiles a kernel for each set of arguments that are multiples of 16, or are not."""
     seen: dict[Any, set[Any]] = {}

@@ -226,23 +226,18 @@ class CudaLogits:
         self, draws: "_Draws", sent: Sequence[Tensor], whole: bool
     ) -> tuple[Tensor, Tensor | None]:
         device, vocab = self.device, self.shape[1]
-        rows, narrowed, top_k, top_p, temperature, floor, draw, *bends = sent
+        rows, _, _, _, temperature, floor, draw, *bends = sent
         count, narrow, parts = len(draws.rows), draws.narrow, _parts(vocab)
         values, peaks = self._values(rows, bends)
         sums = device.empty((count, parts), torch.float64)
         grid, sizes = (parts, count), (vocab, parts)
         read = self._rows, rows, self._best, peaks, temperature
-        bent = {"BENT": bool(bends[3:]), "BLOCK": BLOCK}
-        device.launch(weigh_kernel, grid, sums, values, *read, *sizes, **bent)
-        cuts, certain = (temperature, rows), None  # not looked at
+        bent = bool(bends[3:])
+        device.launch(weigh_kernel, grid, sums, values, *read, *sizes, BENT=bent, BLOCK=BLOCK)
+        cuts: list[Tensor] = [temperature, rows]  # not looked at
+        certain: Tensor | None = None
         if narrow:
-            cuts = torch.full_like(draw, -np.inf), torch.full_like(rows, vocab)
-            certain = torch.ones_like(rows)
-            some = values if narrow == count else values.index_select(0, narrowed)
-            ordered, tokens = _in_order(some, vocab if whole else min(MOST, vocab))
-            args = *cuts, certain, sums, ordered, tokens, narrowed, top_k, top_p, *sizes
-            every = {"PARTS": power_of_two(parts), "BLOCK": min(MOST, power_of_two(vocab))}
-            device.launch(cut_kernel, (narrow,), *args, ordered.shape[1], **every)
+            *cuts, certain = self._cut(draws, sent, values, sums, whole=whole)
         cut = {"CUT": narrow > 0, "BLOCK": BLOCK}
         if narrow or draws.has_floors:
             device.launch(mass_kernel, grid, sums, values, floor, *cuts, *sizes, **cut)
@@ -250,6 +245,29 @@ class CudaLogits:
         left = chosen, sums, values, draw, floor, *cuts, *sizes
         device.launch(draw_kernel, (count,), *left, PARTS=power_of_two(parts), **cut)
         return chosen, certain
+
+    def _cut(
+        self, draws: "_Draws", sent: Sequence[Tensor], values: Tensor, sums: Tensor, *, whole: bool
+    ) -> list[Tensor]:
+        """Where top-k and top-p cut rows off, as ``cut_kernel`` has it, and which are certain."""
+        rows, narrowed, top_k, top_p, _, _, draw, *bends = sent
+        (count, vocab), parts = values.shape, sums.shape[1]
+        cuts = [torch.full_like(draw, -np.inf), torch.full_like(rows, vocab), torch.ones_like(rows)]
+        some = values if draws.narrow == count else values.index_select(0, narrowed)
+        most = vocab if whole else min(MOST, vocab)
+        plain = most < vocab and not bends[3:]
+        by = self._picked(rows.index_select(0, narrowed), draws) if plain else some
+        ordered, tokens = _in_order(some, most, by)
+        args = *cuts, sums, ordered, tokens, narrowed, top_k, top_p, vocab, parts, most
+        every = {"PARTS": power_of_two(parts), "BLOCK": min(MOST, power_of_two(vocab))}
+        self.device.launch(cut_kernel, (draws.narrow,), *args, **every)
+        return cuts
+
+    def _picked(self, rows: Tensor, draws: "_Draws") -> Tensor:
+        """Logits of ``rows``, those of ``draws`` that are narrowed: as they are if all are."""
+        if draws.narrow == len(self._rows) and draws.rows == list(range(len(self._rows))):
+            return self._rows
+        return self._rows.index_select(0, rows)
 
     def _values(self, rows: Tensor, bends: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """float64 [a, vocab] of rows ``rows`` [a] as penalties leave them, and the largest of each.
@@ -424,18 +442,17 @@ def _bend(values: Tensor, bends: Sequence[Tensor], factors: Sequence[Tensor]) ->
     values.view(-1).index_copy_(0, places, at)
 
 
-def _in_order(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _in_order(values: Tensor, count: int, by: Tensor) -> tuple[Tensor, Tensor]:
     """The ``count`` largest of values [s, vocab], the largest first, ties in order of token id.
 
-    And whose they are. Of those that tie with the last one any may be missing.
+    And whose they are. Of those that tie with the last one any may be missing. ``by`` [s, vocab] is
+    in no other order than ``values``, though fewer may tie, and is what all of it is read of.
     """
     if count == values.shape[1]:
         ordered, tokens = torch.sort(values, dim=1, descending=True, stable=True)
         return ordered, tokens
-    some, tokens = torch.topk(values, count, dim=1, sorted=False)
-    tokens, by_token = torch.sort(tokens, dim=1)
-    some = some.gather(1, by_token)
-    ordered, by_value = torch.sort(some, dim=1, descending=True, stable=True)
+    tokens, _ = torch.sort(torch.topk(by, count, dim=1, sorted=False).indices, dim=1)
+    ordered, by_value = torch.sort(values.gather(1, tokens), dim=1, descending=True, stable=True)
     return ordered, tokens.gather(1, by_value)
 
 
