@@ -11,6 +11,7 @@ Prints Markdown: medians, and the range, in milliseconds.
 """
 
 import argparse
+import os
 import platform
 import random
 import statistics
@@ -42,7 +43,7 @@ DONE = SimpleNamespace(synchronize=lambda: None, query=lambda: True)
 
 
 class Launcher:
-    """Counts what it is given, and does nothing."""
+    """Counts what it is given, replays of graphs among it, and does nothing."""
 
     count = 0
 
@@ -50,7 +51,11 @@ class Launcher:
         pass
 
     def __call__(self, *args: Any) -> None:
-        Launcher.count += 1
+        Launcher.launched()
+
+    @classmethod
+    def launched(cls) -> None:
+        cls.count += 1
 
 
 class Driver:
@@ -113,7 +118,7 @@ def multiplied(self: Products, x: Any, weight: Any, out: Any) -> Any:
 def captured(self: StepGraph) -> Any:
     """A graph that nothing comes of."""
     self._best = self._compute()
-    return SimpleNamespace(replay=lambda: None)
+    return SimpleNamespace(replay=Launcher.launched)
 
 
 @contextmanager
@@ -134,7 +139,7 @@ def no_card() -> Iterator[None]:
 
 
 class Steps:
-    """An engine, and the milliseconds that its steps take the host."""
+    """An engine, and of its steps the milliseconds that each takes the host, and its launches."""
 
     def __init__(self, model: Path, name: str) -> None:
         self._random = random.Random(0)
@@ -148,13 +153,13 @@ class Steps:
         params = quire.SamplingParams(max_new_tokens=reply, ignore_eos=True)
         return self.engine.submit(tokens, params)
 
-    def timed(self, steps: int) -> list[float]:
-        times = []
+    def timed(self, steps: int) -> list[tuple[float, int]]:
+        found = []
         for _ in range(steps):
-            start = time.perf_counter()
+            before, start = Launcher.count, time.perf_counter()
             self.engine.step()
-            times.append(1e3 * (time.perf_counter() - start))
-        return times
+            found.append((1e3 * (time.perf_counter() - start), Launcher.count - before))
+        return found
 
     def end(self, requests: Sequence[quire.Request]) -> None:
         for request in requests:
@@ -162,29 +167,27 @@ class Steps:
         while self.engine.has_work:
             self.engine.step()
 
-    def decode(self, sequences: int, rounds: int) -> list[float]:
-        """Of replayed steps."""
+    def decode(self, sequences: int, rounds: int) -> list[tuple[float, int]]:
+        """Of replayed steps; a few of them capture a shape first."""
         requests = [self.submit(8, 400) for _ in range(sequences)]
         self.timed(sequences * 8 // CHUNK + 40)  # until prompts are through and shapes captured
-        times = self.timed(20 * rounds)
+        found = self.timed(20 * rounds)
         self.end(requests)
-        return times
+        return found
 
-    def prefill(self, others: int, rounds: int) -> tuple[list[float], int]:
-        """Of launched steps of CHUNK tokens, ``others`` of which are decoded; launches of one."""
+    def prefill(self, others: int, rounds: int) -> list[tuple[float, int]]:
+        """Of launched steps of CHUNK tokens, ``others`` of which are decoded."""
         requests = [self.submit(8, 4000) for _ in range(others)]
         self.timed(3)
-        times, launches = [], 0
+        found = []
         for once in range(rounds + 1):
             requests.append(self.submit(6 * (CHUNK - others) + 1, 1))
             self.timed(1)
-            before = Launcher.count
-            found = self.timed(4)
-            launches = (Launcher.count - before) // 4
-            times += found if once else []  # kernels are compiled in the first round
+            steps = self.timed(4)
+            found += steps if once else []  # kernels are compiled in the first round
             self.timed(3)
         self.end(requests)
-        return times, launches
+        return found
 
 
 def lines(model: Path, name: str, rounds: int) -> Iterator[str]:
@@ -193,16 +196,17 @@ def lines(model: Path, name: str, rounds: int) -> Iterator[str]:
     yield "| a step of | ms of the host | from, to | launches |"
     yield "|---|---|---|---|"
     for count in (1, 8, 64):
-        yield row(f"decode, {count}, replayed", steps.decode(count, rounds), 1)
+        yield row(f"decode, {count}, replayed", steps.decode(count, rounds))
     for others in (0, DECODING):
         beside = f" beside decode, {others}" if others else ""
-        yield row(f"prefill, {CHUNK - others}{beside}", *steps.prefill(others, rounds))
+        yield row(f"prefill, {CHUNK - others}{beside}", steps.prefill(others, rounds))
 
 
-def row(what: str, times: Sequence[float], launches: int) -> str:
-    """One line."""
-    middle = statistics.median(times)
-    return f"| {what} | {middle:.2f} | {min(times):.2f}, {max(times):.2f} | {launches} |"
+def row(what: str, steps: Sequence[tuple[float, int]]) -> str:
+    """One line; launches are those of the median step, too."""
+    times, launches = zip(*steps, strict=True)
+    middle, count = statistics.median(times), statistics.median_low(launches)
+    return f"| {what} | {middle:.2f} | {min(times):.2f}, {max(times):.2f} | {count} |"
 
 
 def main() -> None:
@@ -212,6 +216,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--backend", default="cuda", choices=["cuda", "cuda-exact"])
     asked = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: kernels would be interpreted, not launched")
     narrow = {"hidden": 128, "inner": 256, "vocabulary": VOCABULARY, "tied": True}
     shape: LlamaShape = replace(LLAMA_1B, layers=asked.layers, **narrow)
     versions = f"torch {torch.__version__}, triton {triton.__version__}"

@@ -472,16 +472,19 @@ def test_layers_of_a_step_share_what_depends_on_it_alone(
     }  # fmt: skip
 
 
-def test_other_tiles_are_taken_at_once() -> None:
+def test_other_tiles_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step keeps how attention is launched, but not for tiles that are to be compared."""
     backend = create_backend("cuda")
     book = Book(backend, Case(64, heads=(4, 2, 16), format="bf16"), 1)
     batch, query = book.batch([40]), activations(backend, np.zeros((40, 4, 16), np.float32))
     step, blocks, inner = to_device(batch, backend.device), [], backend.device.launch
-    backend.device.launch = lambda *args, **named: (
-        blocks.append((named["BLOCK_M"], named["BLOCK_N"])) or inner(*args, **named)
-    )
+
+    def launch(*args: Any, **named: Any) -> None:
+        blocks.append((named["BLOCK_M"], named["BLOCK_N"]))
+        inner(*args, **named)
+
+    monkeypatch.setattr(backend.device, "launch", launch)
     for keys in (16, 32):
         backend._attention.chosen_tiles = Chosen(Tiles(32, keys, 4, 1))
         backend._attention(query, book.pool, step, 0)
-    assert [each for each in blocks if each] == [(32, 16), (32, 32)]
+    assert blocks == [(32, 16), (32, 32)]

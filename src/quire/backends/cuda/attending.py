@@ -97,7 +97,7 @@ class Attention:
         Sequence s * G + g of the step is KV head g of token s, which reads pages of its own.
         """
         tokens, heads, dim = query.shape
-        groups = pool.num_kv_heads
+        groups = pool.shape.num_kv_heads
         out = self._device.empty((tokens * groups, heads // groups * pool.shape.value_dim), dtype)
         by_head = query.reshape(tokens * groups, heads // groups, dim)
         self._decode(out, by_head, pool, step, step.groups[0], kv_heads=1)
@@ -106,7 +106,8 @@ class Attention:
     def _prefill(
         self, out: Tensor, query: Tensor, pool: CudaPool, step: Step, group: StepGroup
     ) -> None:
-        shape, chunks, share = pool.shape, step.batch.chunks, query.shape[1] // pool.num_kv_heads
+        shape, chunks = pool.shape, step.batch.chunks
+        share = query.shape[1] // shape.num_kv_heads
         asked = "prefill", shape, share, self.chosen_tiles
         plan = group.plans.get(asked)
         if plan is None:
@@ -192,7 +193,7 @@ class Attention:
         kv_heads: int | None = None,
     ) -> None:
         shape = pool.shape
-        kv_heads = pool.num_kv_heads if kv_heads is None else kv_heads
+        kv_heads = shape.num_kv_heads if kv_heads is None else kv_heads
         share = query.shape[1] // kv_heads
         asked = "decode", shape, share, kv_heads, self.chosen_tiles
         plan = group.plans.get(asked)

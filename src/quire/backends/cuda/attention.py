@@ -380,8 +380,7 @@ def decode_kernel(
             for nth_of_unit in tl.static_range(PARTS):
                 dims = tl.arange(0, DVP // PARTS) * PARTS + nth_of_unit
                 to = part_mixed + part[None, :] * DV + dims[:, None]
-                mask = there[None, :] & (dims < DV)[:, None]
-                tl.store(to, mixed[nth_of_unit], mask=mask)
+                tl.store(to, mixed[nth_of_unit], mask=there[None, :] & (dims < DV)[:, None])
         else:
             at = tl.full((BLOCK_M,), 0, tl.int32) + place
             q, wide = _queries(query, start, head, rows, there, G, SHARE, DK, DKP, KEY, HARDWARE)

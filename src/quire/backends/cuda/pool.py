@@ -1,5 +1,6 @@
 """Storage of one layer's pages on the device, open and packed ones."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,13 +56,18 @@ class CudaPool:
         self.open = self.pages
         if shape.by_page:
             self.open = StoredPages(device, shape.open_shape, open_pages)
-        self.tensors = (*_read(self.pages, least=True), *_read(self.open))  # what attention reads
         self.graphs: dict[Any, Any] = {}  # captured steps over this and other layers' pools
 
-    @property
-    def num_kv_heads(self) -> int:
-        """G."""
-        return self.shape.num_kv_heads
+    @functools.cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What attention reads: numbers, scales and minima of K and V; of open pages the first two.
+
+        Shapes are those of :class:`quire.backends.cuda.stored.Side`.
+        """
+        key, value = self.pages.key, self.pages.value
+        whole = key.numbers, key.scale, key.least, value.numbers, value.scale, value.least
+        key, value = self.open.key, self.open.value
+        return *whole, key.numbers, key.scale, value.numbers, value.scale
 
     @property
     def slots(self) -> range:
@@ -203,12 +209,6 @@ class CudaPool:
         if not opened.all():
             raise BackendError("pages of both kinds, open and packed, in one call")
         return self.open, [each - self.num_pages for each in ids]
-
-
-def _read(pages: StoredPages, *, least: bool = False) -> list[Tensor]:
-    """Numbers and scales of keys, then of values; with what packed codes are added to."""
-    sides = [[side.numbers, side.scale, side.least] for side in (pages.key, pages.value)]
-    return [tensor for side in sides for tensor in (side if least else side[:2])]
 
 
 def _in_order(opened: Array, whole: Array, unfinished: Array) -> Array:

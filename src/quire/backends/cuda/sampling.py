@@ -1,7 +1,7 @@
 """Choosing tokens where their logits are: only tokens, and logprobs that are asked for, come back.
 
 What is chosen is the definition's (``quire/sampler.py``), in float64 as it is, of all samples at
-once. Of a greedy step all that the host waits for is one number a row. Of others the adjusted
+once. Of a greedy step all that the host waits for is two numbers a row. Of others the adjusted
 logits are written down once; where top-k or top-p removes tokens, the MOST largest are put in
 order, and the whole vocabulary, in a second round, of rows for which these were not enough.
 """
@@ -249,7 +249,10 @@ class CudaLogits:
     def _cut(
         self, draws: "_Draws", sent: Sequence[Tensor], values: Tensor, sums: Tensor, *, whole: bool
     ) -> list[Tensor]:
-        """Where top-k and top-p cut rows off, as ``cut_kernel`` has it, and which are certain."""
+        """Where top-k and top-p cut rows off, float64 and int64 [a]; which are certain, int64 [a].
+
+        As ``cut_kernel`` has it. Of values float64 [a, vocab] and the sums of their parts.
+        """
         rows, narrowed, top_k, top_p, _, _, draw, *bends = sent
         (count, vocab), parts = values.shape, sums.shape[1]
         cuts = [torch.full_like(draw, -np.inf), torch.full_like(rows, vocab), torch.ones_like(rows)]
@@ -272,7 +275,8 @@ class CudaLogits:
     def _values(self, rows: Tensor, bends: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """float64 [a, vocab] of rows ``rows`` [a] as penalties leave them, and the largest of each.
 
-        Where there are none, room for them: ``weigh_kernel`` reads the logits themselves.
+        Where there are none, room for the first, and nothing to look at: ``weigh_kernel`` reads the
+        logits themselves.
         """
         factors, changed = bends[:3], bends[3:]
         if not changed:
@@ -445,8 +449,8 @@ def _bend(values: Tensor, bends: Sequence[Tensor], factors: Sequence[Tensor]) ->
 def _in_order(values: Tensor, count: int, by: Tensor) -> tuple[Tensor, Tensor]:
     """The ``count`` largest of values [s, vocab], the largest first, ties in order of token id.
 
-    And whose they are. Of those that tie with the last one any may be missing. ``by`` [s, vocab] is
-    in no other order than ``values``, though fewer may tie, and is what all of it is read of.
+    And whose they are. Of those that tie with the last one any may be missing. They are picked by
+    ``by`` [s, vocab], which has the order of ``values``, though fewer may tie, and may be narrower.
     """
     if count == values.shape[1]:
         ordered, tokens = torch.sort(values, dim=1, descending=True, stable=True)
