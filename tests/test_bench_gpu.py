@@ -53,6 +53,26 @@ def test_a_report_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["gpu.json"]
 
 
+# -- modules -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="the extra hf is not installed"
+)
+def test_transformers_takes_no_file_of_the_benchmarks_for_a_package_it_looks_for() -> None:
+    """It imports ``kernels``, say, if there is one; a script's folder is searched first."""
+    code = (
+        "import sys; from transformers import LlamaForCausalLM\n"
+        "files = {str(getattr(module, '__file__', '')) for module in sys.modules.values()}\n"
+        "print([file for file in files if file.startswith(sys.argv[1])])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(BENCH)], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(BENCH)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
 # -- parts ---------------------------------------------------------------------------------------
 
 

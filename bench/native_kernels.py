@@ -1,6 +1,6 @@
 """Native kernels against this machine's own limits and against PyTorch, in one run.
 
-    python bench/kernels.py [--seconds 0.5] [--json FILE] [--loaded]
+    python bench/native_kernels.py [--seconds 0.5] [--json FILE] [--loaded]
 
 Prints, for each case, the median and the spread of several rounds in which the contestants and the
 machine's limit take turns: bytes moved or operations done per second, and the share of the limit:
