@@ -140,6 +140,7 @@ def _static(model: Any, contest: Contest, prompts: Sequence[Sequence[int]]) -> l
 
 def _continuous(model: Any, contest: Contest, count: int) -> None:
     settings, first = _settings(contest, eos_token_id=-1), contest.prompts(count, 0)
+    attention = model.config._attn_implementation
     small: dict[str, Any] = {}
     if contest.setting.kind == "cpu":  # which it would take most of the memory of
         from transformers.generation import ContinuousBatchingConfig
@@ -151,11 +152,12 @@ def _continuous(model: Any, contest: Contest, count: int) -> None:
             first, generation_config=settings, progress_bar=False, persistent_manager=True, **small
         )
         with model.continuous_batching_context_manager(generation_config=settings) as manager:
-            attention = model.config._attn_implementation
+            paged = model.config._attn_implementation
             generate = partial(_managed, manager, contest.new)
-            contest.run(f"continuous batching, {attention}", count, generate)
+            contest.run(f"continuous batching, {paged}", count, generate)
     finally:  # its cache is as large as the memory that was free
         model.destroy_cached_continuous_batching_manager()
+        model.set_attn_implementation(attention)  # what fails before it has begun leaves its own
 
 
 def _managed(manager: Any, new: int, prompts: Prompts) -> list[list[int]]:

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,37 @@ def test_transformers_takes_no_file_of_the_benchmarks_for_a_package_it_looks_for
 
 
 # -- parts ---------------------------------------------------------------------------------------
+
+
+class OneThatFails:
+    """A model whose continuous batching fails when it has its own attention and nothing else."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(_attn_implementation="sdpa")
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.config._attn_implementation = name
+
+    def generate_batch(self, *args: Any, **named: Any) -> None:
+        self.set_attn_implementation("paged|sdpa")
+        raise MemoryError
+
+    def destroy_cached_continuous_batching_manager(self) -> None:
+        pass
+
+
+@needs_triton
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="the extra hf is not installed"
+)
+def test_continuous_batching_that_fails_leaves_the_model_to_the_static_cache() -> None:
+    import gpu_transformers
+
+    setting, model = SimpleNamespace(kind="cuda"), OneThatFails()
+    contest: Any = SimpleNamespace(setting=setting, new=3, prompts=lambda *_: [[1, 2]])
+    with pytest.raises(MemoryError):
+        gpu_transformers._continuous(model, contest, 1)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @needs_triton
