@@ -97,14 +97,14 @@ def _verify(contents: "StoreContents") -> list[dict[str, str]]:
 @contextmanager
 def _progress(pages: int) -> Iterator[Callable[[], None]]:
     """A bar on standard error, if that is a terminal; call what is yielded for every page."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
-    ) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=pages)
         yield lambda: progress.advance(task)
 

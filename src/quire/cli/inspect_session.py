@@ -43,16 +43,16 @@ def inspect_session(path: Path, verify: bool, prune: str | None, as_json: bool) 
 
 
 def _verify(path: Path) -> None:
+    from quire.cache.session import verify_session
+
+    if not sys.stderr.isatty():
+        verify_session(path)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from quire.cache.session import verify_session
-
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         verify_session(path, lambda done, total: bar.update(task, completed=done, total=total))
 
