@@ -22,6 +22,7 @@ from quire.backends.blocks import (
 from quire.backends.reference import ReferenceBackend
 from quire.backends.selecting import summary_bytes
 from quire.errors import BackendError, did_you_mean
+from quire.extras import why_unfit
 
 __all__ = [
     "Ahead",
@@ -71,6 +72,9 @@ def _native_status() -> BackendStatus:
 
 
 def _cuda_status(name: str) -> BackendStatus:
+    unfit = why_unfit("cuda")  # asked first: kernels do not even load in other versions
+    if unfit is not None:
+        return BackendStatus(name, False, unfit)
     try:
         from quire.backends.cuda import device_name, why_there_is_none
     except ImportError as error:

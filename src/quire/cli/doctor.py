@@ -1,9 +1,7 @@
 """``quire doctor``: what was found on this machine."""
 
-import importlib.metadata
 import json
 import platform
-import re
 from typing import Any
 
 import click
@@ -29,6 +27,7 @@ def doctor(as_json: bool) -> None:
 
 def _findings() -> dict[str, Any]:
     from quire.backends import backend_status
+    from quire.extras import extras
     from quire.machine import this_machine
     from quire.models import resolve_model
 
@@ -48,26 +47,12 @@ def _findings() -> dict[str, Any]:
         "backends": [
             {"name": s.name, "available": s.available, "detail": s.detail} for s in backend_status()
         ],
-        "extras": _extras(),
+        "extras": {
+            extra: {part.name: part.installed for part in parts}
+            for extra, parts in extras().items()
+        },
         "quill": str(resolve_model(None)),
     }
-
-
-def _extras() -> dict[str, dict[str, str | None]]:
-    """For every extra, its requirements and the version of each that is installed, or None."""
-    found: dict[str, dict[str, str | None]] = {}
-    for requirement in importlib.metadata.requires("quire") or []:
-        match = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
-        if match:
-            found.setdefault(match.group(2), {})[match.group(1)] = _version(match.group(1))
-    return found
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -75,6 +60,7 @@ def _print(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     from quire.config import format_bytes
+    from quire.extras import extras, why_off
 
     def size(count: int | None) -> str:
         return "unknown" if count is None else format_bytes(count)
@@ -94,11 +80,9 @@ def _print(found: dict[str, Any]) -> None:
     for backend in found["backends"]:
         state = "on" if backend["available"] else "off"
         facts.add_row("backend", f"{backend['name']} {state}: {backend['detail']}")
-    for extra, parts in found["extras"].items():
-        missing = [name for name, version in parts.items() if version is None]
-        have = [f"{name} {version}" for name, version in parts.items() if version is not None]
-        missed = f"off: {', '.join(missing)} not installed; pip install 'quire[{extra}]'"
-        state = missed if missing else "on: " + ", ".join(have)
-        facts.add_row("extra", f"{extra} {state}")
+    for extra, parts in extras().items():
+        reason = why_off(extra, parts)
+        there = ", ".join(f"{part.name} {part.installed}" for part in parts)
+        facts.add_row("extra", f"{extra} " + (f"off: {reason}" if reason else f"on: {there}"))
     facts.add_row("model", f"quill at {found['quill']}")
     Console(highlight=False, markup=False).print(facts)
