@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -367,6 +369,29 @@ def test_a_damaged_file_turns_the_tier_off_and_stays(tmp_path: Path) -> None:
     tier.close()
     assert tier.usage().last_drop == tier.off
     assert path.read_bytes() == b"no database" * 5000
+
+
+def test_a_file_that_is_no_database_is_closed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads it is told so, and no connection waits for the collector."""
+    opened, closed = list[sqlite3.Connection](), list[sqlite3.Connection]()
+
+    class Watched(sqlite3.Connection):
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+            opened.append(self)
+
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    (tmp_path / STORE_NAME).write_bytes(b"no database " * 1000)
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Watched))
+    with pytest.raises(TierError, match="not a database"), open_contents(tmp_path):
+        pass
+    assert opened
+    assert closed == opened
 
 
 def test_damage_in_use_turns_the_tier_off(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         db.execute("SELECT 1 FROM sqlite_master").fetchall()
         return db
-    except sqlite3.OperationalError as error:
+    except sqlite3.Error as error:
         db.close()
         if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise

@@ -99,8 +99,12 @@ def connect(
     )
     db.text_factory = bytes
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_PAYLOAD + 4096)
-    for pragma in _PRAGMAS:
-        db.execute(f"PRAGMA {pragma}")
+    try:
+        for pragma in _PRAGMAS:
+            db.execute(f"PRAGMA {pragma}")
+    except sqlite3.Error:
+        db.close()
+        raise
     return db
 
 
