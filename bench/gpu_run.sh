@@ -69,7 +69,7 @@ for status in backend_status():
     print(status.name, "on" if status.available else "OFF", status.detail)
 PY
 workers=()
-has xdist && workers=(-n $(($(nproc) > 8 ? $(nproc) / 2 : 4))) # most of the time compiles
+has xdist && workers=(-n $(($(nproc) > 8 ? $(nproc) / 2 : 4))) # they compile, most of the time
 tested=(-p no:cacheprovider -p no:benchmark "${workers[@]}" --durations=10 tests/test_cuda*.py)
 
 within() { # seconds, log, command: runs it, at most so long, and shows the end of what it says

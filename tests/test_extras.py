@@ -32,7 +32,8 @@ def old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     ("installed", "fits"),
     [
         ("2.9.0", True), ("2.13.0+cpu", True), ("2.10.0.dev20251001+cu130", True),
-        ("2.8.1", False), ("2.9.0rc1", False), (None, False),
+        ("2.9.0a0+50eac811a6.nv25.9", True), ("2.9.0rc1", True), ("built here", True),
+        ("2.8.1", False), ("2.8.0+cu128", False), (None, False),
     ],
 )  # fmt: skip
 def test_versions_that_an_extra_takes(installed: str | None, fits: bool) -> None:

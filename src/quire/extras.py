@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 __all__ = ["Part", "extras", "why_off", "why_unfit"]
 
@@ -24,10 +25,16 @@ class Part:
 
     @property
     def fits(self) -> bool:
-        """True where it is there, in a version that is asked for."""
+        """True where it is there, in a version that is asked for.
+
+        Builds ahead of a release count as that; a version that says nothing is left to who made it.
+        """
         if self.installed is None:
             return False
-        return SpecifierSet(self.wanted).contains(self.installed, prereleases=True)
+        try:
+            return SpecifierSet(self.wanted).contains(Version(self.installed).base_version)
+        except InvalidVersion:
+            return True
 
 
 def extras() -> dict[str, tuple[Part, ...]]:

@@ -22,7 +22,6 @@ from quire.backends.blocks import (
 from quire.backends.reference import ReferenceBackend
 from quire.backends.selecting import summary_bytes
 from quire.errors import BackendError, did_you_mean
-from quire.extras import why_unfit
 
 __all__ = [
     "Ahead",
@@ -72,6 +71,8 @@ def _native_status() -> BackendStatus:
 
 
 def _cuda_status(name: str) -> BackendStatus:
+    from quire.extras import why_unfit  # late: only who asks for this backend pays for it
+
     unfit = why_unfit("cuda")  # asked first: kernels do not even load in other versions
     if unfit is not None:
         return BackendStatus(name, False, unfit)
