@@ -39,18 +39,17 @@ command -v gcc >/dev/null || command -v clang >/dev/null || command -v cc >/dev/
 step "what is missing"
 from=() # a folder of wheels, for a machine without a registry
 [ -n "${WHEELS:-}" ] && from=(--no-index --find-links "$WHEELS")
-install() {
-  timeout 240 "$python" -m pip install --quiet --disable-pip-version-check "${from[@]}" "$1" ||
-    timeout 240 "$python" -m pip install --quiet --disable-pip-version-check "${from[@]}" \
-      --break-system-packages "$1"
+install() { # once, and without waiting long for a registry that cannot be reached
+  PIP_BREAK_SYSTEM_PACKAGES=1 timeout 240 "$python" -m pip install --quiet \
+    --retries 0 --timeout 10 --disable-pip-version-check "${from[@]}" "$1"
 }
 missing=()
 "$python" -c 'import torch; assert torch.cuda.is_available()' >/dev/null 2>&1 ||
   missing+=("torch==2.13.0")
 for pair in triton:triton transformers:transformers numpy:numpy ml_dtypes:ml_dtypes \
   safetensors:safetensors tokenizers:tokenizers jinja2:jinja2 click:click rich:rich \
-  huggingface_hub:huggingface_hub zstandard:zstandard pytest:pytest hypothesis:hypothesis \
-  matplotlib:matplotlib xdist:pytest-xdist; do
+  huggingface_hub:huggingface_hub zstandard:zstandard packaging:packaging pytest:pytest \
+  hypothesis:hypothesis matplotlib:matplotlib xdist:pytest-xdist; do
   has "${pair%%:*}" || missing+=("${pair##*:}")
 done
 for package in "${missing[@]}"; do # one by one: where there is no registry only the needed count
