@@ -75,6 +75,24 @@ def test_replies_are_those_of_an_engine_that_waits(
     assert launched.count(True) == 0
 
 
+@pytest.mark.parametrize("name", ["cuda", "cuda-exact"])
+def test_passes_and_other_engines_between_steps_change_no_token(tmp_path: Path, name: str) -> None:
+    """They replay graphs over the memory in which a step's tokens wait for the one behind it."""
+    directory = write_llama(tmp_path)
+    alone, running = engine(directory, name), engine(directory, name)
+    params = quire.SamplingParams(max_new_tokens=14)
+    prompts = [random_prompt(5 + at, at) for at in range(2)]
+    expected = [list(done.token_ids) for done in alone.generate(prompts, params)]
+    requests = [running.submit(prompt, params) for prompt in prompts]
+    other = running.twin(running.config)
+    theirs = other.submit(random_prompt(6, 9), quire.SamplingParams(max_new_tokens=40))
+    while running.has_work:
+        running.step()
+        running.logits(random_prompt(1, len(theirs.completions)))
+        other.step()
+    assert [list(request.completions[0].token_ids) for request in requests] == expected
+
+
 def test_what_needs_more_than_the_newest_logits_waits() -> None:
     device, rows = find_device(), np.random.default_rng(0).normal(size=(2, 61))
     logits = CudaLogits(device, torch.tensor(rows, dtype=torch.float32, device=device.kind))

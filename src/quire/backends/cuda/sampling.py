@@ -125,14 +125,14 @@ class CudaLogits:
         self._require_there()
         if self._best is None:
             self._best = best_of(self.device, self._rows)
-        both = self._best
+        both, stale = self._best, self._stale
         if drawn:
             draws = self._draws([asked[nth] for nth in drawn])
             [at], sent = self._send([drawn], draws)
             chosen, _ = self._drawn(draws, sent, whole=False)
-            both = both.clone()  # the likeliest may be asked for again
+            both, stale = both.clone(), None  # the likeliest may be asked for again
             both[:, 1].index_copy_(0, at, chosen)
-        return CudaAhead(both[:, 1], self.device.fetch(both), asked)
+        return CudaAhead(self.device, both, self.device.fetch(both), stale, asked)
 
     def _require_there(self) -> None:
         if self._stale is not None and self._stale():
@@ -311,11 +311,29 @@ class CudaLogits:
 
 @dataclass(frozen=True)
 class CudaAhead:
-    """See :class:`quire.backends.base.Ahead`; ``fetched`` has keys and tokens, [n, 2]."""
+    """See :class:`quire.backends.base.Ahead`.
 
-    tokens: Tensor
+    there    keys and tokens int64 [n, 2], on the device
+    fetched  waits for the same on the host
+    stale    whether another step has been computed over ``there``, if one may be
+    """
+
+    device: Device
+    there: Tensor
     fetched: Callable[[], Tensor]
+    stale: Callable[[], bool] | None
     asked: Sequence[Ask]
+
+    @property
+    def tokens(self) -> Tensor:
+        """See :class:`quire.backends.base.Ahead`.
+
+        A pass between the steps, or another engine's step, may have overwritten what a graph gave:
+        then the host's copy goes back.
+        """
+        if self.stale is not None and self.stale():
+            return self.device.to_device(self.fetched().numpy()[:, 1])
+        return self.there[:, 1]
 
     def take(self) -> list[Choice]:
         """See :class:`quire.backends.base.Ahead`."""
