@@ -326,7 +326,7 @@ class CudaAhead:
 
     @property
     def tokens(self) -> Tensor:
-        """See :class:`quire.backends.base.Ahead`.
+        """See :class:`quire.backends.base.Ahead`; int64 [n], on the device.
 
         A pass between the steps, or another engine's step, may have overwritten what a graph gave:
         then the host's copy goes back.
